@@ -1,0 +1,1 @@
+"""The Ray Serve application; everything that imports Ray, Starlette or pydantic lives here."""

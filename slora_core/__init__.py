@@ -1,0 +1,1 @@
+"""The multi-LoRA engine: unified paging, scheduling and execution, without Ray or HTTP."""

@@ -1,0 +1,141 @@
+"""Where an adapter's weights lie in pages, and the packing of weights into page order.
+
+Owns the page-stream format of the unified pool. It knows no files (`peft_weights` reads them) and
+no device (`residency` copies whole pages). In each layer the stream holds, for each module of
+`LORA_MODULES` that is present, A as `rank` rows of in_features and then B transposed as `rank`
+rows of out_features, every row padded to `ROW_ALIGNMENT` elements. Element `o` of layer `l` lies
+at `pages[o // page_elems, l, o % page_elems]`, so one table of page ids serves every layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from slora_core.config import LORA_MODULES, ROW_ALIGNMENT, EngineConfig, ModelConfig
+
+# (layer, index in LORA_MODULES)
+ModuleKey = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One module's adapter: A [rank, in_features], B [out_features, rank], scaling = alpha / r."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class AdapterGeometry:
+    """What the packed form depends on beside the adapter itself; equal geometries share packs."""
+
+    num_layers: int
+    page_elems: int
+    # (in_features, out_features) of each of LORA_MODULES.
+    module_dims: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: ModelConfig, engine: EngineConfig) -> "AdapterGeometry":
+        return cls(model.num_layers, engine.page_elems(model), model.module_dims, engine.dtype)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return self.num_layers * self.page_elems * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Descriptor of one packed adapter.
+
+    `offsets` int32 [num_layers, len(LORA_MODULES), 3]: rank, offset of A, offset of B, offsets in
+    elements of the layer's stream; rank 0 means that the adapter has no weights there.
+    `scaling` float32 [num_layers, len(LORA_MODULES)].
+    """
+
+    num_pages: int
+    max_rank: int
+    offsets: torch.Tensor
+    scaling: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter in page order in host memory: `pages` [num_pages, num_layers, page_elems]."""
+
+    adapter_id: str
+    layout: AdapterLayout
+    pages: torch.Tensor
+
+
+def padded(features: int) -> int:
+    """`features` rounded up to a whole number of `ROW_ALIGNMENT` elements."""
+    return -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def plan_layout(
+    geometry: AdapterGeometry, ranks: Mapping[ModuleKey, int], scaling: Mapping[ModuleKey, float]
+) -> AdapterLayout:
+    """Lay out the streams of an adapter; needs ranks and scalings only, no weights."""
+    num_modules = len(LORA_MODULES)
+    offsets = torch.zeros(geometry.num_layers, num_modules, 3, dtype=torch.int32)
+    scales = torch.zeros(geometry.num_layers, num_modules, dtype=torch.float32)
+    longest = 0
+    for layer in range(geometry.num_layers):
+        end = 0
+        for module, (in_features, out_features) in enumerate(geometry.module_dims):
+            rank = ranks.get((layer, module), 0)
+            if rank == 0:
+                continue
+            offset_b = end + rank * padded(in_features)
+            offsets[layer, module] = torch.tensor([rank, end, offset_b], dtype=torch.int32)
+            scales[layer, module] = scaling[layer, module]
+            end = offset_b + rank * padded(out_features)
+        longest = max(longest, end)
+    return AdapterLayout(
+        num_pages=-(-longest // geometry.page_elems),
+        max_rank=max(ranks.values(), default=0),
+        offsets=offsets,
+        scaling=scales,
+    )
+
+
+def pack_adapter(
+    geometry: AdapterGeometry,
+    layout: AdapterLayout,
+    weights: Mapping[ModuleKey, LoraWeights],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Write weights into page order, converted to the geometry's dtype.
+
+    `out` [num_pages, num_layers, page_elems] is filled and returned; padding and the tail of the
+    last page become zero. A new tensor is made where none is given.
+    """
+    shape = (layout.num_pages, geometry.num_layers, geometry.page_elems)
+    pages = torch.empty(shape, dtype=geometry.dtype) if out is None else out
+    assert pages.shape == shape, f"out is {tuple(pages.shape)}, the layout needs {shape}"
+    stream = torch.empty(layout.num_pages * geometry.page_elems, dtype=geometry.dtype)
+    for layer in range(geometry.num_layers):
+        stream.zero_()
+        for module, (in_features, out_features) in enumerate(geometry.module_dims):
+            rank, offset_a, offset_b = layout.offsets[layer, module].tolist()
+            if rank == 0:
+                continue
+            lora = weights[layer, module]
+            _rows(stream, offset_a, rank, in_features).copy_(lora.a)
+            _rows(stream, offset_b, rank, out_features).copy_(lora.b.T)
+        pages[:, layer] = stream.view(layout.num_pages, geometry.page_elems)
+    return pages
+
+
+def _rows(stream: torch.Tensor, offset: int, rank: int, features: int) -> torch.Tensor:
+    """View of `rank` rows of `features` elements that start at `offset` of a layer's stream."""
+    width = padded(features)
+    return stream[offset : offset + rank * width].view(rank, width)[:, :features]

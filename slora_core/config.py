@@ -1,0 +1,171 @@
+"""Frozen configuration of the base model and of one engine.
+
+Nothing here reads files or touches a device; `models.hf_config` builds a `ModelConfig` from a
+Hugging Face directory and `memory.sizing` turns an `EngineConfig` into a number of pages.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from slora_core.errors import InvalidRequestError
+
+# Field order is the order of an adapter's stream and of every per-module array.
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# Rows of a packed adapter are padded to this many elements, so that no tile straddles a page.
+ROW_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Llama-3 frequency scaling (`rope_type: llama3`), names as in the Hugging Face config."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder of the Llama family; sizes in elements, families as flags."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def module_dims(self) -> tuple[tuple[int, int], ...]:
+        """(in_features, out_features) of each of `LORA_MODULES`, in that order."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return (
+            (hidden, q_dim),
+            (hidden, kv_dim),
+            (hidden, kv_dim),
+            (q_dim, hidden),
+            (hidden, inner),
+            (hidden, inner),
+            (inner, hidden),
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    Raises:
+        ValueError: a size below 1, or both or neither of the pool sizes given.
+    """
+
+    # Device of weights and pool: "cpu" or "cuda".
+    device: str = "cpu"
+    # Weights, KV and adapter pages; float32 on the CPU equals Hugging Face token for token.
+    dtype: torch.dtype = torch.float32
+    # Tokens of KV a page holds. 16 keeps the unused tail of a request under 16 tokens.
+    page_tokens: int = 16
+    # Pool size in tokens of KV; adapters take their pages from the same pool.
+    num_pool_tokens: int = 16384
+    # Tokens computed in one step; a longer prompt is cut into chunks of what the budget leaves.
+    max_batched_tokens: int = 512
+    # Requests computed in one step.
+    max_running_requests: int = 64
+    # Prompt + output, tokens; None takes the model's own limit.
+    max_model_len: int | None = None
+    # Output tokens a request is assumed to produce when it is admitted (never more than its
+    # max_tokens). Lower admits more and preempts more; None assumes max_tokens: no preemption.
+    admission_output_tokens: int | None = 256
+
+    def __post_init__(self) -> None:
+        for name in ("page_tokens", "num_pool_tokens", "max_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_running_requests < 1:
+            raise ValueError(
+                f"max_running_requests is {self.max_running_requests}; it must be at least 1"
+            )
+
+    def page_elems(self, model: ModelConfig) -> int:
+        """Elements of one page in one layer: K and V of `page_tokens` tokens.
+
+        Raises:
+            ValueError: the product is not a multiple of `ROW_ALIGNMENT`.
+        """
+        elems = 2 * self.page_tokens * model.num_kv_heads * model.head_dim
+        if elems % ROW_ALIGNMENT:
+            raise ValueError(
+                f"a page of {elems} elements (2 x {self.page_tokens} tokens x "
+                f"{model.num_kv_heads} KV heads x {model.head_dim}) is not a multiple of "
+                f"{ROW_ALIGNMENT}; choose a page_tokens that makes it one"
+            )
+        return elems
+
+    @property
+    def num_pages(self) -> int:
+        return self.num_pool_tokens // self.page_tokens
+
+    def context_len(self, model: ModelConfig) -> int:
+        """Largest prompt + output, tokens."""
+        if self.max_model_len is None:
+            return model.max_position_embeddings
+        return min(self.max_model_len, model.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens of one request are chosen.
+
+    Raises:
+        InvalidRequestError: a value outside its range; `param` names it.
+    """
+
+    max_tokens: int = 16
+    # 0 is greedy; the other sampling fields then have no effect.
+    temperature: float = 1.0
+    # Keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
+    top_p: float = 1.0
+    # Keep the k most probable tokens; 0 keeps all.
+    top_k: int = 0
+    # Keep tokens at least min_p times as probable as the most probable one, in [0, 1].
+    min_p: float = 0.0
+    # Key of the request's random numbers, an int64.
+    seed: int = 0
+    # Go on past end-of-sequence tokens (stop_token_ids still end the request).
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    # Ends the text where one appears; matched by `detokenizer`, not by the engine.
+    stop: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"),
+        )
+        for name, ok, allowed in checks:
+            if not ok:
+                raise InvalidRequestError(
+                    f"{name} is {getattr(self, name)}; it must be {allowed}", name
+                )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0

@@ -1,0 +1,51 @@
+"""Errors a user of the engine can reach, each saying the value and what was allowed.
+
+They know nothing of HTTP: `app.http_errors` maps them to statuses by class.
+"""
+
+
+class SLoRAError(Exception):
+    """Base of every error that is somebody's input, not a defect."""
+
+
+class InvalidRequestError(SLoRAError):
+    """A generation request that cannot be served as asked; `param` names the offending field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (str(self), self.param)
+
+
+class InvalidAdapterError(SLoRAError):
+    """An adapter whose files are unsupported, damaged or do not fit the base model."""
+
+
+class AdapterTooLargeError(InvalidAdapterError):
+    """An adapter that needs more pages than the unified pool has."""
+
+
+class AdapterNotFoundError(SLoRAError):
+    """No adapter is registered under this name or content hash."""
+
+
+class AdapterExistsError(SLoRAError):
+    """The adapter name is taken and the caller did not ask to replace it."""
+
+
+class AdapterPathError(SLoRAError):
+    """An adapter path outside the allowed roots."""
+
+
+class StoreFullError(SLoRAError):
+    """The host store cannot hold the adapter: every byte is under a lease or it is larger than all."""
+
+
+class UnsupportedModelError(SLoRAError):
+    """A base model whose architecture or options the engine does not implement."""
+
+
+class EngineDeadError(SLoRAError):
+    """The engine process ended; every request it held has failed."""

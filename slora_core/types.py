@@ -1,0 +1,176 @@
+"""What passes between the engine's parts: requests, step plans, batches, outputs.
+
+Shared by scheduling (which never touches tensors) and execution (which never decides).
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from slora_core.adapters.page_layout import PackedAdapter
+from slora_core.config import SamplingParams
+
+
+class FinishReason(str, Enum):
+    """Why a request ended; STOP covers end-of-sequence, stop token ids and stop strings."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(eq=False)
+class Request:
+    """One generation request and how far it has come.
+
+    Token `i` of `prompt_ids + output_ids` has its KV in the pool for i in [0, num_computed).
+    `page_ids` is the block table: page `i` holds tokens [i * page_tokens, (i + 1) * page_tokens).
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    # Content hash of the adapter; None is the base model.
+    adapter_id: str | None = None
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    page_ids: list[int] = field(default_factory=list)
+    # Slot of the adapter while the request runs; None for the base model or a waiting request.
+    adapter_slot: int | None = None
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def max_total_tokens(self) -> int:
+        return len(self.prompt_ids) + self.params.max_tokens
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens [start, end) of prompt and output."""
+        num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : end - num_prompt]
+        return self.prompt_ids[start:end] + self.output_ids[: max(0, end - num_prompt)]
+
+
+@dataclass(frozen=True)
+class ScheduledChunk:
+    """Tokens [start, end) of one request, computed in one step."""
+
+    request: Request
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk ends at the request's last token, so that the next one is sampled."""
+        return self.end == self.request.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """One token that follows computed ones: a decode row rather than a prefill chunk."""
+        return self.end - self.start == 1 and self.start > 0
+
+
+@dataclass(frozen=True)
+class AdapterLoad:
+    """A copy of an adapter's host pages into pool pages, due before the step that carries it."""
+
+    slot: int
+    adapter: PackedAdapter
+    page_ids: list[int]
+
+
+@dataclass
+class StepPlan:
+    """What one step computes, decided by the scheduler."""
+
+    chunks: list[ScheduledChunk] = field(default_factory=list)
+    adapter_loads: list[AdapterLoad] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """New tokens of one request after one step, and how it ended if it did."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class LoraBatch:
+    """Which rows use which adapter, and where the adapters lie. All tensors on the device.
+
+    `seg_indptr` int32 [S + 1] and `seg_slots` int32 [S]: rows [seg_indptr[s], seg_indptr[s + 1])
+    use the adapter in slot seg_slots[s]; slot -1 means the base model.
+    `page_tables` int32 [num_slots, max_pages]; `offsets` int32 [num_slots, num_layers, modules, 3]
+    and `scaling` float32 [num_slots, num_layers, modules] as in `AdapterLayout`.
+    """
+
+    seg_indptr: torch.Tensor
+    seg_slots: torch.Tensor
+    page_tables: torch.Tensor
+    offsets: torch.Tensor
+    scaling: torch.Tensor
+    # Largest rank of any adapter in the batch.
+    max_rank: int
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Block tables and lengths of a step, decode rows first, on the device.
+
+    Rows [0, num_decodes) are one token of one request each; prefill request p has rows
+    num_decodes + [query_indptr[p], query_indptr[p + 1]). Context lengths count the rows' own
+    tokens. Block tables are padded with page 0, never read past the context length.
+    """
+
+    # int64 [T]: page_id * page_tokens + offset of each row's own token.
+    slot_mapping: torch.Tensor
+    num_decodes: int
+    # int32 [num_decodes, max_pages], int32 [num_decodes]
+    decode_block_tables: torch.Tensor
+    decode_context_lens: torch.Tensor
+    # int32 [P + 1], int32 [P, max_pages], int32 [P]
+    query_indptr: torch.Tensor
+    prefill_block_tables: torch.Tensor
+    prefill_context_lens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Sampling settings of the rows that sample, one entry each, on the device."""
+
+    # float32 [R]; 0 is greedy.
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    # int64 [R]; top_k 0 keeps all.
+    top_k: torch.Tensor
+    seed: torch.Tensor
+    # Index of the sampled token in its request's output.
+    token_index: torch.Tensor
+    all_greedy: bool
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Everything the model runner needs for one step; rows as in `AttentionBatch`."""
+
+    # int64 [T]
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    attention: AttentionBatch
+    # None where every row uses the base model.
+    lora: LoraBatch | None
+    # int64 [R]: rows whose next token is sampled.
+    logit_rows: torch.Tensor
+    sampling: SamplingBatch
