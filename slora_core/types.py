@@ -8,7 +8,6 @@ from enum import Enum
 
 import torch
 
-from slora_core.adapters.page_layout import PackedAdapter
 from slora_core.config import SamplingParams
 
 
@@ -83,8 +82,8 @@ class ScheduledChunk:
 class AdapterLoad:
     """A copy of an adapter's host pages into pool pages, due before the step that carries it."""
 
+    adapter_id: str
     slot: int
-    adapter: PackedAdapter
     page_ids: list[int]
 
 
