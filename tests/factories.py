@@ -1,0 +1,216 @@
+"""Tiny random models and PEFT adapters on disk, for tests and benchmarks.
+
+Everything is a function of its seed. `make_adapter` lets PEFT write the files, so their format is
+PEFT's own; `make_random_adapter` writes the same two files without PEFT, fast enough for hundreds.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+ALL_MODULES = ATTENTION_MODULES + MLP_MODULES
+
+MODEL_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# `rope_scaling=LLAMA3_ROPE` makes a Llama whose positions pass the original context early.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+_TINY_SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    # Not a multiple of 64, so that padded rows are exercised.
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+_FAMILY_SHAPE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+    # Qwen3 fixes head_dim apart from hidden_size / num_attention_heads.
+    "qwen3": {"head_dim": 32, "use_sliding_window": False},
+}
+
+
+def make_model(
+    path: str | Path, family: str = "llama", seed: int = 0, *, std: float = 0.15, **shape: Any
+) -> Path:
+    """Write a random fp32 model directory (config.json, model.safetensors) and return its path.
+
+    `family` is one of `MODEL_FAMILIES`; `shape` overrides fields of the Hugging Face config, for
+    instance `tie_word_embeddings=True` or `rope_scaling=LLAMA3_ROPE`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _make_config(family, shape)
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1.0 + 0.1 * noise)
+            elif "embed_tokens" in name or "lm_head" in name:
+                # Large logits keep clear of ties; tied embeddings that large would echo the input.
+                parameter.copy_(noise * (std if config.tie_word_embeddings else 4 * std))
+            else:
+                parameter.copy_(noise * std)
+    model.save_pretrained(path)
+    return Path(path)
+
+
+def make_adapter(
+    path: str | Path,
+    model: Any,
+    seed: int = 0,
+    *,
+    rank: int = 8,
+    target_modules: Sequence[str] | str = ("q_proj", "v_proj"),
+    alpha: float | None = None,
+    scale: float = 0.15,
+    use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    layers_to_transform: Sequence[int] | int | None = None,
+    **lora_config: Any,
+) -> Path:
+    """Write an adapter through PEFT, with normal A and B of standard deviation `scale`.
+
+    `model` is a model directory, a Hugging Face config or a loaded model (left unchanged).
+    `alpha` defaults to twice the rank; `lora_config` goes to `peft.LoraConfig` as it is.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_config(_hf_config(model)).to(torch.float32)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        use_rslora=use_rslora,
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
+        layers_to_transform=(
+            layers_to_transform
+            if layers_to_transform is None or isinstance(layers_to_transform, int)
+            else list(layers_to_transform)
+        ),
+        **lora_config,
+    )
+    peft_model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    peft_model.save_pretrained(path)
+    return Path(path)
+
+
+def make_random_adapter(
+    path: str | Path,
+    model: Any,
+    seed: int = 0,
+    *,
+    rank: int = 8,
+    target_modules: Sequence[str] = ("q_proj", "v_proj"),
+    alpha: float | None = None,
+    scale: float = 0.15,
+    use_rslora: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **config_fields: Any,
+) -> Path:
+    """Write the two files of a PEFT adapter without PEFT; all layers, one rank.
+
+    `model` is a model directory or a Hugging Face config; `config_fields` are written into
+    adapter_config.json as they are.
+    """
+    from safetensors.torch import save_file
+
+    hf_config = _hf_config(model)
+    dims = module_dims(hf_config)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(hf_config.num_hidden_layers):
+        for module in target_modules:
+            block = "self_attn" if module in ATTENTION_MODULES else "mlp"
+            prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
+            in_features, out_features = dims[module]
+            a = torch.randn(rank, in_features, generator=generator) * scale
+            b = torch.randn(out_features, rank, generator=generator) * scale
+            tensors[f"{prefix}.lora_A.weight"] = a.to(dtype)
+            tensors[f"{prefix}.lora_B.weight"] = b.to(dtype)
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": 2 * rank if alpha is None else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(target_modules),
+        "use_rslora": use_rslora,
+        **config_fields,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    return directory
+
+
+def module_dims(hf_config: Any) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of every LoRA target of a model of the Llama family."""
+    hidden, inner = hf_config.hidden_size, hf_config.intermediate_size
+    head_dim = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
+    q_dim = hf_config.num_attention_heads * head_dim
+    kv_dim = hf_config.num_key_value_heads * head_dim
+    return {
+        "q_proj": (hidden, q_dim),
+        "k_proj": (hidden, kv_dim),
+        "v_proj": (hidden, kv_dim),
+        "o_proj": (q_dim, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def _make_config(family: str, shape: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    fields = {**_TINY_SHAPE, **_FAMILY_SHAPE[family], **shape}
+    rope_scaling = fields.pop("rope_scaling", None)
+    if rope_scaling is not None:
+        theta = fields.pop("rope_theta", 10000.0)
+        fields["rope_parameters"] = {"rope_theta": theta, **rope_scaling}
+    return AutoConfig.for_model(family, **fields)
+
+
+def _hf_config(model: Any) -> Any:
+    from transformers import AutoConfig
+
+    if isinstance(model, str | Path):
+        return AutoConfig.from_pretrained(model)
+    return getattr(model, "config", model)
