@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from slora_core.adapters.page_layout import AdapterGeometry
+from slora_core.config import LORA_MODULES
+
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 ALL_MODULES = ATTENTION_MODULES + MLP_MODULES
@@ -178,6 +181,20 @@ def make_random_adapter(
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
     return directory
+
+
+def make_geometry(
+    model: Any, *, page_tokens: int = 16, dtype: torch.dtype = torch.float32
+) -> AdapterGeometry:
+    """The `AdapterGeometry` of a model directory or Hugging Face config."""
+    hf_config = _hf_config(model)
+    dims = module_dims(hf_config)
+    return AdapterGeometry(
+        num_layers=hf_config.num_hidden_layers,
+        page_elems=2 * page_tokens * dims["k_proj"][1],
+        module_dims=tuple(dims[module] for module in LORA_MODULES),
+        dtype=dtype,
+    )
 
 
 def module_dims(hf_config: Any) -> dict[str, tuple[int, int]]:

@@ -132,19 +132,19 @@ def read_peft_adapter(
 def _read_file(directory: Path, name: str) -> bytes:
     path = directory / name
     try:
-        # Without O_NONBLOCK the opening of a FIFO would wait for a writer for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InvalidAdapterError(f"{path} is not a regular file")
+            return file.read()
     except FileNotFoundError:
         raise _missing_file(directory, name) from None
     except OSError as error:
         raise InvalidAdapterError(f"cannot read {path}: {error.strerror}") from None
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise InvalidAdapterError(f"{path} is not a regular file")
-        try:
-            return file.read()
-        except OSError as error:
-            raise InvalidAdapterError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Without O_NONBLOCK the opening of a FIFO would wait for a writer for ever.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _missing_file(directory: Path, name: str) -> InvalidAdapterError:
@@ -197,7 +197,8 @@ def _check_tensors(
             (half,) = names
             other = "B" if half == "A" else "A"
             raise InvalidAdapterError(
-                f"tensor {names[half]} has no partner: lora_{other} of {module_names[key]} is missing"
+                f"tensor {names[half]} has no partner: lora_{other} of {module_names[key]} is "
+                "missing"
             )
         weights[key] = _check_module(key, module_names[key], names, tensors, config, geometry)
     return weights

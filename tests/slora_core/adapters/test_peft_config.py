@@ -1,0 +1,175 @@
+"""`read_peft_config` against PEFT's own rules, and every refusal by field name."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slora_core.adapters.peft_config import parse_peft_config, read_peft_config
+from slora_core.errors import InvalidAdapterError
+
+
+def _parse(**fields: Any):
+    return parse_peft_config(json.dumps({"peft_type": "LORA", **fields}).encode())
+
+
+def test_defaults_are_pefts() -> None:
+    from peft import LoraConfig
+
+    config, peft = _parse(), LoraConfig()
+    assert (config.r, config.lora_alpha, config.use_rslora) == (peft.r, peft.lora_alpha, False)
+
+
+def test_every_field_that_peft_writes_by_default_is_accepted(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    config = read_peft_config(tmp_path)
+    assert config.r == 4 and config.scaling_of("model.layers.0.self_attn.q_proj") == 8.0
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_patterns_match_as_in_peft(use_rslora: bool) -> None:
+    from peft.utils.other import get_pattern_key
+
+    rank_pattern = {
+        "layers.1.self_attn.q_proj": 3,
+        "^model.layers.0.self_attn.k_proj": 5,
+        "v_proj|o_proj": 7,
+        r".*\.[01]\.mlp\..*": 9,
+        "proj": 11,
+        "q_proj": 13,
+    }
+    alpha_pattern = {"self_attn.q_proj": 40, r"layers\.1\..*_proj": 0.5}
+    config = _parse(
+        r=2, lora_alpha=6, use_rslora=use_rslora, rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )  # fmt: skip
+    modules = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    modules += ["mlp.gate_proj", "mlp.down_proj"]
+    for prefix in ("model.", ""):
+        for layer in (0, 1, 2, 11):
+            for module in modules:
+                name = f"{prefix}layers.{layer}.{module}"
+                rank = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), 2)
+                alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name), 6)
+                assert config.rank_of(name) == rank, name
+                expected = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+                assert config.scaling_of(name) == expected, name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*self_attn\.(q|v)_proj"},
+        {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": ["q_proj"], "exclude_modules": ".*layers.0.*"},
+        {"layers_to_transform": 1, "layers_pattern": "layers"},
+        {"layers_to_transform": [0, 2], "layers_pattern": ["layers"]},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": False},
+        {"base_model_name_or_path": "some/model", "lora_dropout": 0.1, "task_type": "CAUSAL_LM"},
+        {"loftq_config": {"loftq_bits": 4}},
+        {"enable_lora": None, "merge_weights": False, "some_new_field": None, "another": {}},
+        {"bias": None, "rank_pattern": None, "alpha_pattern": None, "use_rslora": None},
+    ],
+)
+def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None:
+    assert _parse(**fields).r == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", {"embed_tokens": [1]}),
+        ("layer_replication", [[0, 4], [2, 5]]),
+        ("fan_in_fan_out", True),
+        ("megatron_config", {"tensor_model_parallel_size": 2}),
+        ("lora_bias", True),
+        ("use_qalora", True),
+        ("target_parameters", ["experts.gate_up_proj"]),
+        ("use_bdlora", {"nblocks": 2}),
+        ("arrow_config", {"top_k": 3}),
+        ("kasa_config", {"beta": 1.0}),
+        ("monteclora_config", {"x": 1}),
+        ("alora_invocation_tokens", [5, 6]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "unheard_of"),
+        ("init_lora_weights", 1),
+        ("init_lora_weights", []),
+        ("peft_type", "IA3"),
+        ("peft_type", None),
+        ("some_new_field", True),
+        ("some_new_field", {"a": 1}),
+        ("r", 0),
+        ("r", -1),
+        ("r", 8.0),
+        ("r", True),
+        ("r", "8"),
+        ("r", None),
+        ("lora_alpha", math.nan),
+        ("lora_alpha", math.inf),
+        ("lora_alpha", "16"),
+        ("lora_alpha", None),
+        ("lora_alpha", True),
+        ("lora_alpha", 10**400),
+        ("use_rslora", "yes"),
+        ("use_rslora", 1),
+        ("rank_pattern", ["q_proj"]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"q_proj": "4"}),
+        ("rank_pattern", {"(q_proj": 4}),
+        ("alpha_pattern", {"q_proj": math.nan}),
+        ("alpha_pattern", "q_proj"),
+        ("target_modules", 3),
+        ("target_modules", ["q_proj", 3]),
+        ("exclude_modules", {"a": 1}),
+        ("layers_to_transform", "0"),
+        ("layers_to_transform", [0, "1"]),
+        ("layers_to_transform", True),
+    ],
+)
+def test_refusal_names_the_field(field: str, value: Any) -> None:
+    with pytest.raises(InvalidAdapterError, match=rf"^{field}\b.* in adapter_config.json is "):
+        _parse(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"r": ' + b"1" * 5000 + b"}", b"nope"],
+    ids=["empty", "cut", "not utf-8", "deep", "long number", "word"],
+)
+def test_malformed_json_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidAdapterError, match="not valid JSON"):
+        parse_peft_config(data)
+
+
+def test_json_that_is_no_object_is_refused() -> None:
+    with pytest.raises(InvalidAdapterError, match="must hold a JSON object, not a list"):
+        parse_peft_config(b"[1]")
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidAdapterError, match="cannot read adapter_config.json"):
+        read_peft_config(tmp_path)
+
+
+def test_a_long_value_is_shortened_in_the_message() -> None:
+    with pytest.raises(InvalidAdapterError) as error:
+        _parse(modules_to_save=["m" * 50] * 100)
+    assert len(str(error.value)) < 250
