@@ -4,14 +4,15 @@ Shared by scheduling (which never touches tensors) and execution (which never de
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 import torch
 
+from kernels.lora_segments import LoraSegments
 from slora_core.config import SamplingParams
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a request ended; STOP covers end-of-sequence, stop token ids and stop strings."""
 
     STOP = "stop"
@@ -77,6 +78,12 @@ class ScheduledChunk:
         """One token that follows computed ones: a decode row rather than a prefill chunk."""
         return self.end - self.start == 1 and self.start > 0
 
+    @property
+    def slot(self) -> int:
+        """The adapter's slot, -1 for the base model."""
+        slot = self.request.adapter_slot
+        return -1 if slot is None else slot
+
 
 @dataclass(frozen=True)
 class AdapterLoad:
@@ -93,6 +100,17 @@ class StepPlan:
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
     adapter_loads: list[AdapterLoad] = field(default_factory=list)
+    # Ids of the requests in `chunks`.
+    scheduled: set[str] = field(default_factory=set)
+
+    def add(self, request: Request, end: int) -> None:
+        """Compute the request's tokens from what it has up to `end`."""
+        self.chunks.append(ScheduledChunk(request, request.num_computed, end))
+        self.scheduled.add(request.request_id)
+
+    def sort(self) -> None:
+        """Order chunks as rows of the batch: decodes first, each part by adapter, base first."""
+        self.chunks.sort(key=lambda chunk: (not chunk.is_decode, chunk.slot))
 
 
 @dataclass(frozen=True)
@@ -102,25 +120,6 @@ class RequestOutput:
     request_id: str
     new_token_ids: list[int]
     finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class LoraBatch:
-    """Which rows use which adapter, and where the adapters lie. All tensors on the device.
-
-    `seg_indptr` int32 [S + 1] and `seg_slots` int32 [S]: rows [seg_indptr[s], seg_indptr[s + 1])
-    use the adapter in slot seg_slots[s]; slot -1 means the base model.
-    `page_tables` int32 [num_slots, max_pages]; `offsets` int32 [num_slots, num_layers, modules, 3]
-    and `scaling` float32 [num_slots, num_layers, modules] as in `AdapterLayout`.
-    """
-
-    seg_indptr: torch.Tensor
-    seg_slots: torch.Tensor
-    page_tables: torch.Tensor
-    offsets: torch.Tensor
-    scaling: torch.Tensor
-    # Largest rank of any adapter in the batch.
-    max_rank: int
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class ForwardBatch:
     positions: torch.Tensor
     attention: AttentionBatch
     # None where every row uses the base model.
-    lora: LoraBatch | None
+    lora: LoraSegments | None
     # int64 [R]: rows whose next token is sampled.
     logit_rows: torch.Tensor
     sampling: SamplingBatch

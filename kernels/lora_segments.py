@@ -1,0 +1,31 @@
+"""Arguments shared by `lora_shrink` and `lora_expand`: which rows use which adapter, and where.
+
+The batch builder makes one `LoraSegments` a step; kernels only read it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LoraSegments:
+    """Runs of rows of one adapter, and the device-resident tables of all resident adapters.
+
+    Rows [seg_indptr[s], seg_indptr[s + 1]) of a batch use the adapter in slot `seg_slots[s]`;
+    slot -1 is the base model. Element `o` of layer `l` of slot `s` lies at
+    `pool[page_tables[s, o // page_elems], l, o % page_elems]`.
+    """
+
+    # int32 [S + 1], rows; seg_indptr[0] == 0 and seg_indptr[S] is the number of rows.
+    seg_indptr: torch.Tensor
+    # int32 [S]
+    seg_slots: torch.Tensor
+    # int32 [num_slots, max_pages]
+    page_tables: torch.Tensor
+    # int32 [num_slots, num_layers, num_modules, 3]: rank (0: absent), offset of A, offset of B.
+    offsets: torch.Tensor
+    # float32 [num_slots, num_layers, num_modules]: alpha / r, or alpha / sqrt(r) for rsLoRA.
+    scaling: torch.Tensor
+    # Largest rank of any adapter in `seg_slots`.
+    max_rank: int

@@ -1,0 +1,255 @@
+"""Torch twins of every kernel: the meaning of each op, and the CPU path of the engine.
+
+Ops over the unified pool take it whole, with a layer index: `pool` [num_pages, num_layers,
+page_elems], or `kv_cache`, the same memory viewed as [num_pages, num_layers, 2 (K, V),
+page_tokens, num_kv_heads, head_dim]. Activations are [rows, features], row-contiguous.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.lora_segments import LoraSegments
+
+# Rows of packed adapters are padded to this many elements (`AdapterLayout`).
+ROW_ALIGNMENT = 64
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in fp32."""
+    x32 = x.float()
+    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * inverse).to(x.dtype) * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """residual += x (in place); returns rms_norm(residual, weight, eps)."""
+    residual.add_(x)
+    return rms_norm(residual, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """y = silu(gate) * up for gate_up [rows, 2 * intermediate] = [gate | up]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def rotary_kv_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layer: int,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Rotate q and k by their positions (in place) and write k and v to their pages.
+
+    Args:
+        q: [rows, num_heads, head_dim], mutated.
+        k: [rows, num_kv_heads, head_dim], mutated.
+        v: as k.
+        cos_sin: [max_positions, head_dim], cos of half the frequencies and then their sin.
+        positions: int64 [rows].
+        kv_cache: mutated at `layer`.
+        slot_mapping: int64 [rows], page_id * page_tokens + offset of each row's token.
+    """
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    for x in (q, k):
+        first, second = x.chunk(2, dim=-1)
+        rotated_first = first * cos - second * sin
+        rotated_second = second * cos + first * sin
+        first.copy_(rotated_first)
+        second.copy_(rotated_second)
+    page_tokens = kv_cache.shape[3]
+    page_ids = slot_mapping // page_tokens
+    offsets = slot_mapping % page_tokens
+    kv_layer = kv_cache[:, layer]
+    kv_layer[page_ids, 0, offsets] = k
+    kv_layer[page_ids, 1, offsets] = v
+
+
+def paged_decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layer: int,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    sm_scale: float,
+) -> torch.Tensor:
+    """Attention of one query token a request over its paged context.
+
+    out[d, h] = softmax(sm_scale * q[d, h] . K[d, :context_lens[d], h // group]) . V
+
+    Args:
+        q: [num_decodes, num_heads, head_dim].
+        block_tables: int32 [num_decodes, max_pages]; entries past the context are ignored.
+        context_lens: int32 [num_decodes], the query's own token included.
+
+    Returns:
+        [num_decodes, num_heads, head_dim]
+    """
+    num_decodes, num_heads, head_dim = q.shape
+    num_kv_heads = kv_cache.shape[4]
+    keys, values = _gather_kv(kv_cache, layer, block_tables)
+    visible = torch.arange(keys.shape[1], device=q.device) < context_lens.unsqueeze(1)
+    # Stale pages may hold anything, and 0 * NaN is NaN.
+    values.masked_fill_(~visible[:, :, None, None], 0)
+    # Grouped heads ride as query rows of their KV head.
+    out = F.scaled_dot_product_attention(
+        q.view(num_decodes, num_kv_heads, num_heads // num_kv_heads, head_dim),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=visible[:, None, None, :],
+        scale=sm_scale,
+    )
+    return out.reshape(num_decodes, num_heads, head_dim)
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layer: int,
+    query_indptr: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    sm_scale: float,
+) -> torch.Tensor:
+    """Causal attention of chunks of prompts over their paged context.
+
+    Row i of request p sits at position context_lens[p] - num_rows(p) + i and sees all up to it.
+
+    Args:
+        q: [rows, num_heads, head_dim]; request p has rows [query_indptr[p], query_indptr[p + 1]).
+        block_tables: int32 [num_requests, max_pages].
+        context_lens: int32 [num_requests], the chunk's own tokens included.
+
+    Returns:
+        [rows, num_heads, head_dim]
+    """
+    _, num_heads, head_dim = q.shape
+    page_tokens, num_kv_heads = kv_cache.shape[3:5]
+    group = num_heads // num_kv_heads
+    out = torch.empty_like(q)
+    bounds = query_indptr.tolist()
+    for p, context_len in enumerate(context_lens.tolist()):
+        start, end = bounds[p], bounds[p + 1]
+        num_rows = end - start
+        num_pages = -(-context_len // page_tokens)
+        keys, values = _gather_kv(kv_cache, layer, block_tables[p : p + 1, :num_pages])
+        keys, values = keys[:, :context_len], values[:, :context_len]
+        positions = torch.arange(context_len - num_rows, context_len, device=q.device)
+        causal = torch.arange(context_len, device=q.device) <= positions.unsqueeze(1)
+        # [1, num_kv_heads, group * num_rows, head_dim]
+        grouped = q[start:end].view(num_rows, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        attended = F.scaled_dot_product_attention(
+            grouped.reshape(1, num_kv_heads, group * num_rows, head_dim),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=causal.repeat(group, 1),
+            scale=sm_scale,
+        )
+        attended = attended.view(num_kv_heads, group, num_rows, head_dim).permute(2, 0, 1, 3)
+        out[start:end] = attended.reshape(num_rows, num_heads, head_dim)
+    return out
+
+
+def lora_shrink(
+    x: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    modules: tuple[int, ...],
+    segments: LoraSegments,
+) -> torch.Tensor:
+    """v[m, t, :r] = x[t] . A[slot(t), layer, modules[m]]^T for the true rank r of each row.
+
+    Args:
+        x: [rows, in_features], shared by all `modules`.
+        modules: indices of modules that read the same input (q, k, v; gate, up).
+
+    Returns:
+        fp32 [len(modules), rows, max_rank]. Columns from the row's rank on, and rows of the base
+        model, are unspecified: `lora_expand` does not read them.
+    """
+    in_features = x.shape[1]
+    v = torch.empty(
+        len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device
+    )
+    for start, end, slot in _adapter_segments(segments):
+        for m, module in enumerate(modules):
+            rank, offset_a, _ = segments.offsets[slot, layer, module].tolist()
+            if rank:
+                rows = _stream_rows(
+                    pool, layer, segments.page_tables[slot], offset_a, rank, in_features
+                )
+                v[m, start:end, :rank] = x[start:end] @ rows.T
+    return v
+
+
+def lora_expand(
+    y: torch.Tensor,
+    v: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    modules: tuple[int, ...],
+    out_offsets: tuple[int, ...],
+    segments: LoraSegments,
+) -> None:
+    """y[t, o_m : o_m + out_m] += scaling * v[m, t, :r] . B[slot(t), layer, modules[m]]^T in place.
+
+    Rows of the base model and modules an adapter lacks are not touched, bit for bit.
+
+    Args:
+        y: [rows, features], mutated: the concatenated outputs of `modules`.
+        v: what `lora_shrink` returned for the same modules and segments.
+        out_offsets: len(modules) + 1 bounds; module m owns columns
+            [out_offsets[m], out_offsets[m + 1]).
+    """
+    for start, end, slot in _adapter_segments(segments):
+        for m, module in enumerate(modules):
+            rank, _, offset_b = segments.offsets[slot, layer, module].tolist()
+            if rank:
+                left, right = out_offsets[m], out_offsets[m + 1]
+                rows = _stream_rows(
+                    pool, layer, segments.page_tables[slot], offset_b, rank, right - left
+                )
+                delta = v[m, start:end, :rank].to(rows.dtype) @ rows
+                y[start:end, left:right].add_(
+                    delta, alpha=segments.scaling[slot, layer, module].item()
+                )
+
+
+def _gather_kv(
+    kv_cache: torch.Tensor, layer: int, block_tables: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy the pages of each request: K and V as [requests, tokens, num_kv_heads, head_dim]."""
+    num_requests = block_tables.shape[0]
+    num_kv_heads, head_dim = kv_cache.shape[4:]
+    kv_layer = kv_cache[:, layer]
+    page_ids = block_tables.long()
+    shape = (num_requests, -1, num_kv_heads, head_dim)
+    return kv_layer[:, 0][page_ids].view(shape), kv_layer[:, 1][page_ids].view(shape)
+
+
+def _adapter_segments(segments: LoraSegments) -> list[tuple[int, int, int]]:
+    """(start, end, slot) of the non-empty segments that use an adapter."""
+    bounds = segments.seg_indptr.tolist()
+    return [
+        (bounds[s], bounds[s + 1], slot)
+        for s, slot in enumerate(segments.seg_slots.tolist())
+        if slot >= 0 and bounds[s + 1] > bounds[s]
+    ]
+
+
+def _stream_rows(
+    pool: torch.Tensor, layer: int, page_table: torch.Tensor, offset: int, rank: int, features: int
+) -> torch.Tensor:
+    """Copy `rank` rows of `features` elements from an adapter's stream: [rank, features]."""
+    page_elems = pool.shape[2]
+    width = -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    first, last = offset // page_elems, (offset + rank * width - 1) // page_elems
+    stream = pool[:, layer].index_select(0, page_table[first : last + 1]).view(-1)
+    start = offset - first * page_elems
+    return stream[start : start + rank * width].view(rank, width)[:, :features]

@@ -1,0 +1,139 @@
+"""Which adapters are on the device: slots, pages, reference counts, LRU eviction.
+
+Pure bookkeeping, called by the scheduler. It decides what is copied where and knows no tensors;
+the copies themselves are `AdapterLoad`s in the step plan, made by the executor.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from slora_core.memory.page_pool import PageOwner, PagePool
+from slora_core.types import AdapterLoad
+
+
+@dataclass
+class ResidentAdapter:
+    """An adapter with pages in the pool, in use by `num_users` running requests."""
+
+    adapter_id: str
+    slot: int
+    page_ids: list[int]
+    num_users: int = 0
+    # Set when the adapter was unloaded: its pages are freed with its last user.
+    dropped: bool = False
+
+
+class AdapterResidency:
+    """Slots and pages of resident adapters.
+
+    An adapter with users is pinned. One without stays as a cache, least recently used first out,
+    until `make_room` needs its pages.
+    """
+
+    def __init__(self, pool: PagePool, max_slots: int) -> None:
+        self._pool = pool
+        self._free_slots = list(range(max_slots - 1, -1, -1))
+        self._pinned: dict[str, ResidentAdapter] = {}
+        # Least recently used first.
+        self._idle: OrderedDict[str, ResidentAdapter] = OrderedDict()
+        self.num_loads = 0
+        self.num_hits = 0
+        self.num_evictions = 0
+
+    @property
+    def num_resident(self) -> int:
+        return len(self._pinned) + len(self._idle)
+
+    @property
+    def num_idle_pages(self) -> int:
+        """Pages that `make_room` could free."""
+        return sum(len(adapter.page_ids) for adapter in self._idle.values())
+
+    @property
+    def num_pinned_pages(self) -> int:
+        return sum(len(adapter.page_ids) for adapter in self._pinned.values())
+
+    def resident_ids(self) -> list[str]:
+        return [*self._pinned, *self._idle]
+
+    def page_ids(self) -> Iterator[int]:
+        for adapter in (*self._pinned.values(), *self._idle.values()):
+            yield from adapter.page_ids
+
+    def pages_to_load(self, adapter_id: str, num_pages: int) -> int:
+        """Pages that `acquire` would take: 0 where the adapter is resident."""
+        return 0 if adapter_id in self._pinned or adapter_id in self._idle else num_pages
+
+    def idle_pages_besides(self, adapter_id: str | None) -> int:
+        """Pages `make_room` could free without touching `adapter_id`."""
+        own = self._idle.get(adapter_id) if adapter_id is not None else None
+        return self.num_idle_pages - (len(own.page_ids) if own else 0)
+
+    def is_pinned(self, adapter_id: str) -> bool:
+        return adapter_id in self._pinned
+
+    def can_acquire(self, adapter_id: str) -> bool:
+        """Whether a slot is there for the adapter; pages are the caller's to count."""
+        resident = adapter_id in self._pinned or adapter_id in self._idle
+        return resident or bool(self._free_slots) or bool(self._idle)
+
+    def acquire(self, adapter_id: str, num_pages: int) -> tuple[int, AdapterLoad | None]:
+        """Pin the adapter for one more user.
+
+        The caller made sure that `num_pages` are free or idle. Returns the adapter's slot, and
+        the copy that is due before the next step where it was not resident.
+        """
+        adapter = self._pinned.get(adapter_id) or self._idle.pop(adapter_id, None)
+        load = None
+        if adapter is None:
+            self.make_room(num_pages)
+            if not self._free_slots:
+                self._evict_one()
+            adapter = ResidentAdapter(
+                adapter_id,
+                self._free_slots.pop(),
+                self._pool.allocate(num_pages, PageOwner.ADAPTER),
+            )
+            load = AdapterLoad(adapter_id, adapter.slot, adapter.page_ids)
+            self.num_loads += 1
+        else:
+            self.num_hits += 1
+        self._pinned[adapter_id] = adapter
+        adapter.num_users += 1
+        adapter.dropped = False
+        return adapter.slot, load
+
+    def release(self, adapter_id: str) -> None:
+        """One user less; with none left the adapter becomes idle, or goes if it was dropped."""
+        adapter = self._pinned[adapter_id]
+        adapter.num_users -= 1
+        if adapter.num_users:
+            return
+        del self._pinned[adapter_id]
+        if adapter.dropped:
+            self._free(adapter)
+        else:
+            self._idle[adapter_id] = adapter
+
+    def drop(self, adapter_id: str) -> None:
+        """Free an unloaded adapter's pages, at once where it is idle, else with its last user."""
+        idle = self._idle.pop(adapter_id, None)
+        if idle is not None:
+            self._free(idle)
+        elif adapter_id in self._pinned:
+            self._pinned[adapter_id].dropped = True
+
+    def make_room(self, num_pages: int) -> None:
+        """Evict idle adapters until `num_pages` are free or none is idle."""
+        while self._idle and not self._pool.can_allocate(num_pages):
+            self._evict_one()
+
+    def _evict_one(self) -> None:
+        _, adapter = self._idle.popitem(last=False)
+        self._free(adapter)
+        self.num_evictions += 1
+
+    def _free(self, adapter: ResidentAdapter) -> None:
+        self._pool.free(adapter.page_ids)
+        self._free_slots.append(adapter.slot)

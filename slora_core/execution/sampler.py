@@ -1,0 +1,70 @@
+"""Chooses the next token of each row that samples.
+
+A row's result depends on its logits, settings, seed and token index only, never on its batch.
+"""
+
+import torch
+
+from slora_core.types import SamplingBatch
+
+# SplitMix64 (Steele, Lea, Flood, 2014), its constants as signed 64-bit integers.
+_GAMMA = -0x61C8864680B583EB
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+
+
+def sample(logits: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
+    """Next token ids int64 [rows] of logits fp32 [rows, vocab_size].
+
+    temperature 0 takes the most probable token. Otherwise probabilities softmax(logits /
+    temperature) are cut by top_k, then top_p, then min_p, and the token is the one at which
+    the cumulative probability, in descending order, passes the row's random number.
+    """
+    greedy = logits.argmax(dim=-1)
+    if sampling.all_greedy:
+        return greedy
+    temperature = sampling.temperature.clamp(min=1e-6).unsqueeze(1)
+    probs, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    kept = torch.where(_keep_mask(probs, sampling), probs, 0.0)
+    cumulative = kept.cumsum(dim=-1)
+    threshold = uniform(sampling.seed, sampling.token_index).unsqueeze(1) * cumulative[:, -1:]
+    # The first rank whose cumulative probability exceeds the threshold; a kept one, since ranks
+    # that were cut add nothing.
+    rank = (cumulative <= threshold).sum(dim=-1, keepdim=True)
+    last_kept = (kept > 0).sum(dim=-1, keepdim=True) - 1
+    sampled = order.gather(1, torch.minimum(rank, last_kept)).squeeze(1)
+    return torch.where(sampling.temperature == 0, greedy, sampled)
+
+
+def uniform(seed: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
+    """Random numbers fp32 in [0, 1), one for each pair of int64 (seed, token index)."""
+    state = _mix(seed) + token_index * _GAMMA
+    # The top 24 bits: what an fp32 holds exactly.
+    return _shift_right(_mix(state), 40).float() / 2**24
+
+
+def _keep_mask(probs: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
+    """Which of the descending `probs` survive top_k, top_p and min_p; the first always does."""
+    ranks = torch.arange(probs.shape[1], device=probs.device)
+    top_k = sampling.top_k.unsqueeze(1)
+    keep = (top_k == 0) | (ranks < top_k)
+    before = probs.cumsum(dim=-1) - probs
+    top_p = sampling.top_p.unsqueeze(1)
+    # At 1 nothing is cut, though rounding may push the sum above 1 before the end.
+    keep &= (before < top_p) | (top_p >= 1.0)
+    keep &= probs >= sampling.min_p.unsqueeze(1) * probs[:, :1]
+    keep[:, 0] = True
+    return keep
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer on int64, multiplication wrapping."""
+    z = z + _GAMMA
+    z = (z ^ _shift_right(z, 30)) * _MIX_1
+    z = (z ^ _shift_right(z, 27)) * _MIX_2
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64 taken as unsigned."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

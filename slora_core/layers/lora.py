@@ -1,0 +1,76 @@
+"""Linear layers with heterogeneous LoRA on top: one base matmul, then shrink and expand.
+
+A layer serves a group of modules that share their input (q, k, v; gate, up) as one fused matrix.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from kernels.lora_segments import LoraSegments
+from slora_core.config import LORA_MODULES, ModelConfig
+
+QKV, O, GATE_UP, DOWN = "qkv", "o", "gate_up", "down"
+
+
+@dataclass(frozen=True)
+class LoraGroup:
+    """Modules of one fused matrix: indices in LORA_MODULES, and bounds of their outputs."""
+
+    modules: tuple[int, ...]
+    # len(modules) + 1 column bounds.
+    out_offsets: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, names: tuple[str, ...]) -> "LoraGroup":
+        modules = tuple(LORA_MODULES.index(name) for name in names)
+        bounds = [0]
+        for module in modules:
+            bounds.append(bounds[-1] + config.module_dims[module][1])
+        return cls(modules, tuple(bounds))
+
+
+def lora_groups(config: ModelConfig) -> dict[str, LoraGroup]:
+    """The four fused groups of a decoder layer."""
+    return {
+        QKV: LoraGroup.of(config, ("q_proj", "k_proj", "v_proj")),
+        O: LoraGroup.of(config, ("o_proj",)),
+        GATE_UP: LoraGroup.of(config, ("gate_proj", "up_proj")),
+        DOWN: LoraGroup.of(config, ("down_proj",)),
+    }
+
+
+class LoraLinear:
+    """y = x . weight^T + bias, and each row's adapter delta on top.
+
+    `ops` is the kernel module of the device. Weights are views owned by `DecoderWeights`.
+    """
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        pool: torch.Tensor,
+        layer: int,
+        group: LoraGroup,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self._ops = ops
+        self._pool = pool
+        self._layer = layer
+        self._group = group
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
+        """[rows, in_features] to [rows, out_features]; `lora` None is the base model."""
+        y = F.linear(x, self._weight, self._bias)
+        if lora is not None:
+            modules = self._group.modules
+            v = self._ops.lora_shrink(x, self._pool, self._layer, modules, lora)
+            self._ops.lora_expand(
+                y, v, self._pool, self._layer, modules, self._group.out_offsets, lora
+            )
+        return y

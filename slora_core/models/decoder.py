@@ -1,0 +1,109 @@
+"""One decoder for Llama, Mistral, Qwen2 and Qwen3; families are flags of `ModelConfig`.
+
+Computes logits of a `ForwardBatch`. Knows no scheduling and no sampling.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from kernels.lora_segments import LoraSegments
+from slora_core.attention.backend import AttentionBackend
+from slora_core.config import ModelConfig
+from slora_core.layers.lora import DOWN, GATE_UP, QKV, LoraGroup, LoraLinear, O, lora_groups
+from slora_core.models.weights import DecoderWeights, LayerWeights
+from slora_core.types import ForwardBatch
+
+
+class DecoderLayer:
+    """Attention and MLP with their norms; the residual stream is updated in place."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: ModuleType,
+        pool: torch.Tensor,
+        index: int,
+        groups: dict[str, LoraGroup],
+        weights: LayerWeights,
+    ) -> None:
+        self._config = config
+        self._ops = ops
+        self._index = index
+        self._weights = weights
+
+        def linear(group: str, weight: torch.Tensor, bias: torch.Tensor | None) -> LoraLinear:
+            return LoraLinear(ops, pool, index, groups[group], weight, bias)
+
+        self._qkv = linear(QKV, weights.qkv, weights.qkv_bias)
+        self._o = linear(O, weights.o, weights.o_bias)
+        self._gate_up = linear(GATE_UP, weights.gate_up, weights.gate_up_bias)
+        self._down = linear(DOWN, weights.down, weights.down_bias)
+
+    def __call__(
+        self,
+        delta: torch.Tensor | None,
+        residual: torch.Tensor,
+        attention: AttentionBackend,
+        lora: LoraSegments | None,
+    ) -> torch.Tensor:
+        """Returns the layer's delta [rows, hidden], to be added to `residual` by the next norm.
+
+        `delta` is the previous layer's (None before the first); `residual` is mutated.
+        """
+        eps, weights = self._config.rms_norm_eps, self._weights
+        if delta is None:
+            x = self._ops.rms_norm(residual, weights.input_norm, eps)
+        else:
+            x = self._ops.add_rms_norm(delta, residual, weights.input_norm, eps)
+        attended = self._attend(x, attention, lora)
+        x = self._ops.add_rms_norm(attended, residual, weights.post_norm, eps)
+        return self._down(self._ops.silu_mul(self._gate_up(x, lora)), lora)
+
+    def _attend(
+        self, x: torch.Tensor, attention: AttentionBackend, lora: LoraSegments | None
+    ) -> torch.Tensor:
+        config, weights = self._config, self._weights
+        rows = x.shape[0]
+        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q, k, v = self._qkv(x, lora).split([q_dim, kv_dim, kv_dim], dim=-1)
+        q = q.reshape(rows, config.num_heads, config.head_dim)
+        k = k.reshape(rows, config.num_kv_heads, config.head_dim)
+        v = v.reshape(rows, config.num_kv_heads, config.head_dim)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            q = self._ops.rms_norm(q, weights.q_norm, config.rms_norm_eps)
+            k = self._ops.rms_norm(k, weights.k_norm, config.rms_norm_eps)
+        attended = attention.run(self._index, q, k, v)
+        return self._o(attended.reshape(rows, q_dim), lora)
+
+
+class Decoder:
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, ops: ModuleType, pool: torch.Tensor
+    ) -> None:
+        groups = lora_groups(config)
+        self._config = config
+        self._weights = weights
+        self._ops = ops
+        self._layers = [
+            DecoderLayer(config, ops, pool, index, groups, layer)
+            for index, layer in enumerate(weights.layers)
+        ]
+
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> torch.Tensor:
+        """Logits fp32 [len(batch.logit_rows), vocab_size] of the rows that sample."""
+        attention.plan(batch.attention, batch.positions)
+        residual = F.embedding(batch.input_ids, self._weights.embedding)
+        delta = None
+        for layer in self._layers:
+            delta = layer(delta, residual, attention, batch.lora)
+        assert delta is not None
+        sampled_residual = residual[batch.logit_rows]
+        x = self._ops.add_rms_norm(
+            delta[batch.logit_rows],
+            sampled_residual,
+            self._weights.final_norm,
+            self._config.rms_norm_eps,
+        )
+        return F.linear(x, self._weights.lm_head).float()
