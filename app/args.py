@@ -1,0 +1,141 @@
+"""Arguments of the application, as the `args` of a Serve config file give them.
+
+Owns names, units, defaults and the reasons for them. It starts nothing; `build` reads it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from slora_core.config import EngineConfig
+
+DEMO_MODEL_NAME = "smollm2-135m-instruct"
+
+
+class SLoRAArgs(BaseModel):
+    """Every field is checked before anything starts, and an unknown one is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    # Base model: a local Hugging Face directory or a hub id. None: the demo model, which is
+    # fetched on the first start and needs no GPU, hub or account.
+    model: str | None = None
+    # Name of the base model in requests; by default the demo model's name or the last part of
+    # `model`.
+    served_model_name: str | None = Field(default=None, min_length=1)
+    # "dummy" fills the model with random weights, for benchmarks of speed.
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+
+    # Directory whose subdirectories are PEFT adapters, registered by name at start.
+    adapters_dir: str | None = None
+    # Directories beside `adapters_dir` from which /v1/load_lora_adapter may read. Nothing else is
+    # readable through it, so that a client cannot probe the server's files.
+    allowed_adapter_roots: list[str] = []
+    # File that remembers adapters loaded while serving; None: a file in the cache folder that is
+    # named after the application's name and model.
+    catalog_state_path: str | None = None
+
+    # Device of weights and pool. The CPU serves the demo and tests.
+    device: Literal["cpu", "cuda"] = "cpu"
+    # Weights, KV and adapters; None: float32 on the CPU, where it equals Hugging Face token for
+    # token, bfloat16 on CUDA.
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    # Tokens of KV a page holds; 16 keeps the unused tail of a request short.
+    page_tokens: int = Field(default=16, ge=1)
+    # Pool size in tokens of KV; adapters take their pages from the same pool. The default holds
+    # two requests of the demo model's whole context and its adapters, in 1.1 GB.
+    num_pool_tokens: int = Field(default=24576, ge=1)
+    # Tokens computed in one step; longer prompts are cut. 512 keeps a step of the demo model under
+    # a second on two cores, so that running requests go on beside a long prompt.
+    max_batched_tokens: int = Field(default=512, ge=1)
+    # Requests computed in one step.
+    max_running_requests: int = Field(default=64, ge=1)
+    # Prompt + output, tokens; None: the model's own limit.
+    max_model_len: int | None = Field(default=None, ge=2)
+    # Output tokens a request is assumed to produce when it is admitted; null assumes max_tokens.
+    # 256 is more than most answers need: lower admits more at once and preempts more.
+    admission_output_tokens: int | None = Field(default=256, ge=1)
+
+    # Bytes of packed adapters kept in shared memory on each node, and the unit in which they are
+    # taken. 1 GiB holds some hundred adapters of a 7B model at rank 8; 64 MiB suits small machines.
+    store_capacity_bytes: int = Field(default=2**30, ge=2**20)
+    store_extent_bytes: int = Field(default=2**26, ge=2**20)
+
+    # Engine replicas, each with a copy of the base model and a pool of its own.
+    num_replicas: int = Field(default=1, ge=1)
+    # What Ray reserves for an engine replica. The CPU share is small by default because Ray only
+    # counts it: the demo must start on two cores beside Serve's own actors.
+    cpus_per_replica: float = Field(default=0.5, gt=0)
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    # Threads that one engine computes with; None: the node's cores over the replicas on the CPU.
+    # Ray sets OMP_NUM_THREADS to 1 in its workers, which would halve a CPU engine's speed.
+    num_threads: int | None = Field(default=None, ge=1)
+    # Processes that take HTTP requests; one serves some thousand tokens a second.
+    num_ingress_replicas: int = Field(default=1, ge=1)
+
+    # Requests a replica holds, running and waiting in its engine. Enough that the engine always
+    # finds a next request to admit; beyond it they wait in the ingress.
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    # Requests that wait in an ingress for a replica; more are refused with 503. -1: no limit.
+    max_queued_requests: int = Field(default=1024, ge=-1)
+    # Seconds between two pieces of a streamed answer after the first. 30 ms is below what a
+    # reader notices, and each piece costs about 0.4 ms of Python in the ingress.
+    flush_interval_s: float = Field(default=0.03, ge=0.0, le=10.0)
+    # An adapter leaves its replica when that holds this many requests, and more than
+    # spill_factor times the mean. 8 requests batch at little cost to each other; 1.25 bounds the
+    # imbalance without moving adapters at every fluctuation.
+    spill_queue_len: int = Field(default=8, ge=1)
+    spill_factor: float = Field(default=1.25, ge=1.0)
+    # Bytes of a request body; a prompt that fills a context of 128k tokens is under 1 MiB.
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.device == "cuda" and self.gpus_per_replica == 0:
+            raise ValueError("gpus_per_replica is 0 with device cuda; give each replica a GPU")
+        if self.num_pool_tokens < self.page_tokens:
+            raise ValueError(
+                f"num_pool_tokens is {self.num_pool_tokens}; it must be at least page_tokens, "
+                f"{self.page_tokens}"
+            )
+        if self.store_extent_bytes > self.store_capacity_bytes:
+            raise ValueError(
+                f"store_extent_bytes is {self.store_extent_bytes}; it must be at most "
+                f"store_capacity_bytes, {self.store_capacity_bytes}"
+            )
+        return self
+
+    @property
+    def base_model_name(self) -> str:
+        """Name of the base model in requests."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return DEMO_MODEL_NAME if self.model is None else self.model.rstrip("/").split("/")[-1]
+
+    @property
+    def adapter_roots(self) -> list[str]:
+        """Absolute directories from which adapters may be loaded."""
+        roots = [*self.allowed_adapter_roots]
+        if self.adapters_dir is not None:
+            roots.append(self.adapters_dir)
+        return [str(Path(root).expanduser().resolve()) for root in roots]
+
+    def engine_config(self) -> "EngineConfig":
+        # Here, so that reading the arguments does not import torch.
+        import torch
+
+        from slora_core.config import EngineConfig
+
+        default_dtype = "float32" if self.device == "cpu" else "bfloat16"
+        return EngineConfig(
+            device=self.device,
+            dtype=getattr(torch, self.dtype or default_dtype),
+            page_tokens=self.page_tokens,
+            num_pool_tokens=self.num_pool_tokens,
+            max_batched_tokens=self.max_batched_tokens,
+            max_running_requests=self.max_running_requests,
+            max_model_len=self.max_model_len,
+            admission_output_tokens=self.admission_output_tokens,
+        )

@@ -1,0 +1,99 @@
+"""Typed errors to HTTP statuses and OpenAI's error body.
+
+Owns the only table of statuses. It knows no requests; the ingress calls it for every error, and
+what is not in the table is logged in full and answered without its text.
+"""
+
+import logging
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from slora_core.errors import (
+    AdapterExistsError,
+    AdapterNotFoundError,
+    AdapterPathError,
+    EngineDeadError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    SLoRAError,
+    StoreFullError,
+)
+
+logger = logging.getLogger(__name__)
+
+# Seconds after which a client may try again: about what a replacement engine takes to start.
+RETRY_AFTER_S = 5
+
+TYPE_OF_STATUS = {
+    400: "BadRequestError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+# Class to (status, param); the first that matches counts.
+STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
+    (InvalidRequestError, 400, None),
+    (InvalidAdapterError, 400, "lora_path"),
+    (AdapterExistsError, 400, "lora_name"),
+    (AdapterPathError, 403, "lora_path"),
+    (AdapterNotFoundError, 404, "model"),
+    (StoreFullError, 503, None),
+    (EngineDeadError, 503, None),
+)
+
+
+class OverloadedError(SLoRAError):
+    """Every replica is full and so is the queue before them."""
+
+
+class BodyTooLargeError(SLoRAError):
+    """A request body beyond the limit."""
+
+
+@dataclass(frozen=True)
+class ApiError:
+    """What a client is told of an error."""
+
+    status: int
+    message: str
+    param: str | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's form; an event of a stream carries it too."""
+        name = TYPE_OF_STATUS.get(self.status) or HTTPStatus(self.status).phrase.replace(" ", "")
+        error = {
+            "message": self.message,
+            "type": name,
+            "param": self.param,
+            "code": self.status,
+        }
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else None
+        return JSONResponse(self.body, self.status, headers)
+
+
+def api_error(error: Exception, request_id: str = "") -> ApiError:
+    """What the client of this request is told; a defect is logged with its traceback."""
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, error.detail)
+    if isinstance(error, OverloadedError):
+        return ApiError(503, str(error))
+    if isinstance(error, BodyTooLargeError):
+        return ApiError(413, str(error))
+    for error_type, status, param in STATUS_OF_ERROR:
+        if isinstance(error, error_type):
+            return ApiError(status, str(error), getattr(error, "param", None) or param)
+    logger.error("request %s failed", request_id, exc_info=error)
+    reference = f"; the server's log has it under request {request_id}" if request_id else ""
+    return ApiError(500, f"internal error{reference}")

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from pydantic import ValidationError
+
+from app.args import SLoRAArgs
+
+
+def test_defaults_are_the_demo():
+    args = SLoRAArgs()
+    assert args.base_model_name == "smollm2-135m-instruct"
+    assert args.engine_config().dtype is torch.float32
+    assert args.adapter_roots == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_pool_token": 5}, "num_pool_token"),
+        ({"num_pool_tokens": "many"}, "num_pool_tokens"),
+        ({"num_pool_tokens": 8}, "page_tokens"),
+        ({"page_tokens": 0}, "page_tokens"),
+        ({"device": "tpu"}, "device"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"device": "cuda"}, "gpus_per_replica"),
+        ({"spill_factor": 0.5}, "spill_factor"),
+        ({"flush_interval_s": -1}, "flush_interval_s"),
+        ({"store_capacity_bytes": 2**20, "store_extent_bytes": 2**21}, "store_extent_bytes"),
+        ({"served_model_name": ""}, "served_model_name"),
+    ],
+)
+def test_a_wrong_field_is_named(fields, named):
+    with pytest.raises(ValidationError, match=named):
+        SLoRAArgs(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"model": "meta-llama/Llama-3.1-8B"}, "Llama-3.1-8B"),
+        ({"model": "/models/mine/"}, "mine"),
+        ({"model": "/models/mine", "served_model_name": "base"}, "base"),
+    ],
+)
+def test_name_of_the_base_model(fields, name):
+    assert SLoRAArgs(**fields).base_model_name == name
+
+
+def test_engine_config_takes_every_setting():
+    config = SLoRAArgs(
+        device="cuda", gpus_per_replica=1, page_tokens=32, num_pool_tokens=64, max_model_len=10
+    ).engine_config()
+    assert (config.device, config.dtype, config.page_tokens) == ("cuda", torch.bfloat16, 32)
+    assert (config.num_pages, config.max_model_len) == (2, 10)
+
+
+def test_adapter_roots_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = SLoRAArgs(adapters_dir="a", allowed_adapter_roots=["/b"])
+    assert args.adapter_roots == ["/b", str(tmp_path / "a")]

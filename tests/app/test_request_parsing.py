@@ -1,0 +1,291 @@
+import json
+
+import pytest
+
+from app.openai_schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+)
+from app.request_parsing import parse_body
+from slora_core.errors import InvalidRequestError
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION = {"model": "m", "prompt": "hi"}
+MODELS = {
+    "chat": (ChatCompletionRequest, CHAT),
+    "completion": (CompletionRequest, COMPLETION),
+    "load": (LoadAdapterRequest, {"lora_name": "a", "lora_path": "/a"}),
+    "unload": (UnloadAdapterRequest, {"lora_name": "a"}),
+}
+
+
+def parse(kind, **changes):
+    model, fields = MODELS[kind]
+    return parse_body(model, json.dumps({**fields, **changes}).encode())
+
+
+def refused(kind, **changes):
+    with pytest.raises(InvalidRequestError) as caught:
+        request = parse(kind, **changes)
+        # Ranges are the engine's own check.
+        limit = request.max_tokens
+        request.sampling_params(1 if limit is None else limit, seed=0)
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_minimal_body(kind):
+    parse(kind)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b"{'a': 1}", b"[" * 100_000, b"9" * 5000],
+)
+def test_no_json_object(kind, body):
+    with pytest.raises(InvalidRequestError, match="JSON"):
+        parse_body(MODELS[kind][0], body)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_unknown_field_is_named(kind):
+    error = refused(kind, temprature=0)
+    assert "unknown field temprature" in str(error)
+    assert error.param == "temprature"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("chat", "model"),
+        ("chat", "messages"),
+        ("completion", "model"),
+        ("completion", "prompt"),
+        ("load", "lora_name"),
+        ("load", "lora_path"),
+        ("unload", "lora_name"),
+    ],
+)
+def test_missing_field_is_named(kind, name):
+    # null is an absent field.
+    error = refused(kind, **{name: None})
+    assert (str(error), error.param) == (f"{name} is missing", name)
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", "0"),
+        ("temperature", True),
+        ("temperature", [0]),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_p", -0.1),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("top_k", True),
+        ("min_p", -0.1),
+        ("min_p", 2),
+        ("seed", "1"),
+        ("seed", 2**63),
+        ("seed", 1.5),
+        ("max_tokens", 0),
+        ("max_tokens", -5),
+        ("max_tokens", 1.5),
+        ("max_tokens", "5"),
+        ("max_tokens", True),
+        ("stop", [""]),
+        ("stop", ""),
+        ("stop", [1]),
+        ("stop", ["x"] * 17),
+        ("stop", {}),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", 7),
+        ("stream", "yes"),
+        ("stream", 1),
+        ("ignore_eos", 1),
+        ("model", 5),
+        ("model", ["m"]),
+    ],
+)
+def test_wrong_value_names_its_field(kind, name, value):
+    assert refused(kind, **{name: value}).param == name
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_constants_that_are_not_json(constant):
+    body = f'{{"model": "m", "prompt": "x", "temperature": {constant}}}'.encode()
+    with pytest.raises(InvalidRequestError, match=f"{constant} is not a JSON number"):
+        parse_body(CompletionRequest, body)
+
+
+def test_number_beyond_every_float():
+    body = b'{"model": "m", "prompt": "x", "temperature": 1e999}'
+    with pytest.raises(InvalidRequestError, match="temperature: .* finite") as caught:
+        parse_body(CompletionRequest, body)
+    assert caught.value.param == "temperature"
+
+
+def test_half_a_surrogate_pair():
+    for body in (b'{"model": "m", "prompt": "\\ud83d"}', b'{"model": "\\uD83D", "prompt": "x"}'):
+        with pytest.raises(InvalidRequestError, match="surrogate"):
+            parse_body(CompletionRequest, body)
+    body = b'{"model": "m", "prompt": "\\ud83d\\udc4b"}'
+    assert parse_body(CompletionRequest, body).prompt == ["👋"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("both", "n", 2),
+        ("both", "n", True),
+        ("both", "presence_penalty", 0.5),
+        ("both", "frequency_penalty", -1),
+        ("both", "logit_bias", {"5": 1}),
+        ("both", "user", 5),
+        ("completion", "best_of", 2),
+        ("completion", "echo", True),
+        ("completion", "suffix", "x"),
+        ("completion", "logprobs", 0),
+        ("chat", "logprobs", True),
+        ("chat", "top_logprobs", 3),
+        ("chat", "tools", [{"type": "function"}]),
+        ("chat", "tool_choice", "required"),
+        ("chat", "response_format", {"type": "json_object"}),
+        ("chat", "reasoning_effort", "low"),
+    ],
+)
+def test_unsupported_parameter_is_named(kind, name, value):
+    for each in ("chat", "completion") if kind == "both" else (kind,):
+        error = refused(each, **{name: value})
+        assert error.param == name
+        assert "not supported" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("both", {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}),
+        ("both", {"user": "me", "seed": 5, "top_k": -1, "stop": None, "metadata": {"a": "b"}}),
+        ("both", {"stream": True, "stream_options": {"include_usage": True}}),
+        ("completion", {"best_of": 1, "echo": False, "suffix": None, "logprobs": None}),
+        ("chat", {"logprobs": False, "tools": None, "response_format": {"type": "text"}}),
+        ("chat", {"tools": [], "tool_choice": "none", "parallel_tool_calls": True}),
+    ],
+)
+def test_parameters_that_change_nothing(kind, fields):
+    for each in ("chat", "completion") if kind == "both" else (kind,):
+        parse(each, **fields)
+
+
+def test_stream_options_without_stream():
+    assert "only with stream" in str(refused("chat", stream_options={"include_usage": True}))
+
+
+def test_unknown_stream_option():
+    error = refused("chat", stream=True, stream_options={"usage": True})
+    assert "stream_options.usage" in str(error)
+    error = refused("chat", stream=True, stream_options={"include_obfuscation": True})
+    assert "stream_options.include_obfuscation" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("hi", ["hi"]),
+        (["hi"], ["hi"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2]], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_forms_of_a_prompt(prompt, expected):
+    assert parse("completion", prompt=prompt).prompt == expected
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [], [""], [[]], 5, {}, [1, "a"], [1.5], [True], [[True]], ["a", []], ["a"] * 129],
+)
+def test_wrong_prompt(prompt):
+    assert refused("completion", prompt=prompt).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "hi",
+        [5],
+        [{}],
+        [{"role": "user"}],
+        [{"content": "x"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 5}],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "user", "content": "x", "colour": "red"}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+    ],
+)
+def test_wrong_messages(messages):
+    error = refused("chat", messages=messages)
+    assert error.param == "messages"
+    assert "messages" in str(error)
+
+
+def test_unsupported_message_field_is_named():
+    messages = [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]
+    assert refused("chat", messages=messages).param == "messages[0].tool_calls"
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = parse("chat", messages=[{"role": "developer", "content": parts}])
+    assert request.messages[0].as_template_input() == {"role": "system", "content": "ab"}
+
+
+def test_an_answer_can_be_sent_back():
+    from app.openai_schemas import AssistantMessage
+
+    answer = AssistantMessage(content="hello").model_dump()
+    openai_extras = {"annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    messages = [*CHAT["messages"], {**answer, **openai_extras}]
+    assert len(parse("chat", messages=messages).messages) == 2
+
+
+def test_limit_under_either_name():
+    assert parse("chat").token_limit is None
+    assert parse("chat", max_tokens=5).token_limit == 5
+    assert parse("chat", max_completion_tokens=6).token_limit == 6
+    assert "differ" in str(refused("chat", max_tokens=5, max_completion_tokens=6))
+
+
+def test_sampling_params_carry_every_field():
+    request = parse(
+        "completion",
+        temperature=0.5,
+        top_p=0.9,
+        top_k=4,
+        min_p=0.1,
+        seed=-3,
+        ignore_eos=True,
+        stop_token_ids=[5],
+        stop="x",
+    )
+    params = request.sampling_params(max_tokens=9, seed=1)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 4, 0.1)
+    assert (params.seed, params.ignore_eos, params.max_tokens) == (-3, True, 9)
+    assert (params.stop_token_ids, params.stop) == ((5,), ("x",))
+    assert parse("chat").sampling_params(1, seed=7).seed == 7
+
+
+@pytest.mark.parametrize("name", ["", " a", "a\n", "x" * 257])
+def test_wrong_adapter_name(name):
+    assert refused("load", lora_name=name).param == "lora_name"
