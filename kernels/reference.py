@@ -177,13 +177,14 @@ def lora_shrink(
     v = torch.empty(
         len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device
     )
+    layer_pool = pool[:, layer]
     for start, end, slot in _adapter_segments(segments):
+        page_table = segments.page_tables[slot]
+        offsets = segments.offsets[slot, layer].tolist()
         for m, module in enumerate(modules):
-            rank, offset_a, _ = segments.offsets[slot, layer, module].tolist()
+            rank, offset_a, _ = offsets[module]
             if rank:
-                rows = _stream_rows(
-                    pool, layer, segments.page_tables[slot], offset_a, rank, in_features
-                )
+                rows = _stream_rows(layer_pool, page_table, offset_a, rank, in_features)
                 v[m, start:end, :rank] = x[start:end] @ rows.T
     return v
 
@@ -207,18 +208,18 @@ def lora_expand(
         out_offsets: len(modules) + 1 bounds; module m owns columns
             [out_offsets[m], out_offsets[m + 1]).
     """
+    layer_pool = pool[:, layer]
     for start, end, slot in _adapter_segments(segments):
+        page_table = segments.page_tables[slot]
+        offsets = segments.offsets[slot, layer].tolist()
+        scaling = segments.scaling[slot, layer].tolist()
         for m, module in enumerate(modules):
-            rank, _, offset_b = segments.offsets[slot, layer, module].tolist()
+            rank, _, offset_b = offsets[module]
             if rank:
                 left, right = out_offsets[m], out_offsets[m + 1]
-                rows = _stream_rows(
-                    pool, layer, segments.page_tables[slot], offset_b, rank, right - left
-                )
+                rows = _stream_rows(layer_pool, page_table, offset_b, rank, right - left)
                 delta = v[m, start:end, :rank].to(rows.dtype) @ rows
-                y[start:end, left:right].add_(
-                    delta, alpha=segments.scaling[slot, layer, module].item()
-                )
+                y[start:end, left:right].add_(delta, alpha=scaling[module])
 
 
 def _gather_kv(
@@ -244,12 +245,15 @@ def _adapter_segments(segments: LoraSegments) -> list[tuple[int, int, int]]:
 
 
 def _stream_rows(
-    pool: torch.Tensor, layer: int, page_table: torch.Tensor, offset: int, rank: int, features: int
+    layer_pool: torch.Tensor, page_table: torch.Tensor, offset: int, rank: int, features: int
 ) -> torch.Tensor:
-    """Copy `rank` rows of `features` elements from an adapter's stream: [rank, features]."""
-    page_elems = pool.shape[2]
+    """Copy `rank` rows of `features` elements from an adapter's stream: [rank, features].
+
+    `layer_pool` is one layer of the pool, [num_pages, page_elems].
+    """
+    page_elems = layer_pool.shape[1]
     width = -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
     first, last = offset // page_elems, (offset + rank * width - 1) // page_elems
-    stream = pool[:, layer].index_select(0, page_table[first : last + 1]).view(-1)
+    stream = layer_pool.index_select(0, page_table[first : last + 1]).view(-1)
     start = offset - first * page_elems
     return stream[start : start + rank * width].view(rank, width)[:, :features]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kernels.lora_segments import LoraSegments
 from slora_core.config import LORA_MODULES, ModelConfig
 
-QKV, O, GATE_UP, DOWN = "qkv", "o", "gate_up", "down"
+QKV, O_PROJ, GATE_UP, DOWN = "qkv", "o", "gate_up", "down"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def lora_groups(config: ModelConfig) -> dict[str, LoraGroup]:
     """The four fused groups of a decoder layer."""
     return {
         QKV: LoraGroup.of(config, ("q_proj", "k_proj", "v_proj")),
-        O: LoraGroup.of(config, ("o_proj",)),
+        O_PROJ: LoraGroup.of(config, ("o_proj",)),
         GATE_UP: LoraGroup.of(config, ("gate_proj", "up_proj")),
         DOWN: LoraGroup.of(config, ("down_proj",)),
     }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kernels.lora_segments import LoraSegments
 from slora_core.attention.backend import AttentionBackend
 from slora_core.config import ModelConfig
-from slora_core.layers.lora import DOWN, GATE_UP, QKV, LoraGroup, LoraLinear, O, lora_groups
+from slora_core.layers.lora import DOWN, GATE_UP, O_PROJ, QKV, LoraGroup, LoraLinear, lora_groups
 from slora_core.models.weights import DecoderWeights, LayerWeights
 from slora_core.types import ForwardBatch
 
@@ -37,7 +37,7 @@ class DecoderLayer:
             return LoraLinear(ops, pool, index, groups[group], weight, bias)
 
         self._qkv = linear(QKV, weights.qkv, weights.qkv_bias)
-        self._o = linear(O, weights.o, weights.o_bias)
+        self._o = linear(O_PROJ, weights.o, weights.o_bias)
         self._gate_up = linear(GATE_UP, weights.gate_up, weights.gate_up_bias)
         self._down = linear(DOWN, weights.down, weights.down_bias)
 
