@@ -1,0 +1,127 @@
+"""Which packed adapters of the host store to give up when room is needed, and what each is worth.
+
+Pure choice: it frees nothing. `HostStore` owns the entries and does what is chosen here.
+
+Entries are valued by GreedyDual-Size-Frequency (Cherkasova, 1998): priority = clock + uses x
+reload cost / bytes, where the clock is the priority of what was last evicted, so that disuse
+ages. Of all runs of neighbours whose removal leaves a long enough hole, the run with the smallest
+sum of priority x bytes is chosen: a large cold adapter rather than many small ones here and there.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from slora_core.adapters.page_layout import AdapterLayout
+from slora_core.adapters.slab import Slab, SlabRange
+
+# Seconds to bring one adapter back: open, check and plan, then read and pack its bytes. Only
+# their ratio matters: adapters well under 5 MB cost about the same to reload, whatever their size.
+_RELOAD_FIXED_S = 0.005
+_RELOAD_BYTES_PER_S = 1e9
+
+
+@dataclass(eq=False)
+class StoreEntry:
+    """One adapter in the slab, its leases counted by holder pid."""
+
+    adapter_id: str
+    layout: AdapterLayout
+    range: SlabRange
+    # False while its weights are being packed; nobody leases or evicts it then.
+    ready: bool = False
+    # Removed: freed with its last lease.
+    draining: bool = False
+    leases: Counter[int] = field(default_factory=Counter)
+    num_uses: int = 0
+    priority: float = 0.0
+
+    @property
+    def evictable(self) -> bool:
+        return self.ready and not self.leases
+
+    @property
+    def loss(self) -> float:
+        """What evicting it costs, against the loss of other entries."""
+        return self.priority * self.range.nbytes
+
+
+class EvictionPolicy:
+    """The clock of GreedyDual-Size-Frequency, and the choice of victims."""
+
+    def __init__(self) -> None:
+        self._clock = 0.0
+
+    def used(self, entry: StoreEntry) -> None:
+        """Note one use of an entry: its packing or a lease."""
+        nbytes = entry.range.nbytes
+        cost_s = _RELOAD_FIXED_S + nbytes / _RELOAD_BYTES_PER_S
+        entry.num_uses += 1
+        entry.priority = self._clock + entry.num_uses * cost_s / nbytes
+
+    def evicted(self, entry: StoreEntry) -> None:
+        self._clock = max(self._clock, entry.priority)
+
+    def victims(
+        self, slab: Slab, entries: Iterable[StoreEntry], nbytes: int
+    ) -> Sequence[StoreEntry]:
+        """Entries to evict for a range of `nbytes` that the slab has no room for.
+
+        Empty where that would not make room: too much of it is leased.
+        """
+        by_extent: dict[str, list[StoreEntry]] = {e.token: [] for e in slab.extents()}
+        for entry in entries:
+            by_extent[entry.range.token].append(entry)
+        choices = [_cheapest_extents(slab, by_extent, nbytes)]
+        if not slab.needs_own_extent(nbytes):
+            for token, found in by_extent.items():
+                extent = slab.extent(token)
+                if not slab.is_own_extent(extent):
+                    choices.append(_cheapest_run(found, extent.free, nbytes))
+        return min(filter(None, choices), key=_total_loss, default=())
+
+
+def _total_loss(entries: Iterable[StoreEntry]) -> float:
+    return sum(entry.loss for entry in entries)
+
+
+def _cheapest_run(
+    entries: Iterable[StoreEntry], free: Sequence[tuple[int, int]], nbytes: int
+) -> Sequence[StoreEntry]:
+    """Neighbours in one extent that span `nbytes` with the free ranges among them."""
+    pieces: list[tuple[int, int, StoreEntry | None]] = [(*span, None) for span in free]
+    pieces += [(entry.range.offset, entry.range.end, entry) for entry in entries]
+    pieces.sort(key=lambda piece: piece[0])
+    losses = [0.0 if entry is None else entry.loss for _, _, entry in pieces]
+    best, best_loss = range(0), float("inf")
+    first, loss = 0, 0.0
+    for last, (_, end, entry) in enumerate(pieces):
+        if entry is not None and not entry.evictable:
+            first, loss = last + 1, 0.0
+            continue
+        loss += losses[last]
+        while end - pieces[first][1] >= nbytes:
+            loss -= losses[first]
+            first += 1
+        if end - pieces[first][0] >= nbytes and loss < best_loss:
+            best, best_loss = range(first, last + 1), loss
+    return [entry for i in best if (entry := pieces[i][2]) is not None]
+
+
+def _cheapest_extents(
+    slab: Slab, by_extent: dict[str, list[StoreEntry]], nbytes: int
+) -> Sequence[StoreEntry]:
+    """Entries of whole extents to clear until a new extent for `nbytes` fits the capacity."""
+    missing = slab.total_bytes + slab.extent_bytes_for(nbytes) - slab.capacity_bytes
+    clearable = [
+        (_total_loss(entries) / slab.extent(token).nbytes, token)
+        for token, entries in by_extent.items()
+        if all(entry.evictable for entry in entries)
+    ]
+    victims: list[StoreEntry] = []
+    for _, token in sorted(clearable):
+        if missing <= 0:
+            break
+        missing -= slab.extent(token).nbytes
+        victims += by_extent[token]
+    return victims if missing <= 0 else ()
