@@ -91,7 +91,8 @@ class SamplingFields(RequestModel):
 class CompletionRequest(SamplingFields):
     # One or several prompts, each a text or token ids.
     prompt: list[str | list[int]]
-    max_tokens: StrictInt = 16
+    # None: 16, or what the context leaves if that is less.
+    max_tokens: StrictInt | None = None
 
     @field_validator("prompt", mode="plain")
     @classmethod

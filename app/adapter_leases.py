@@ -1,0 +1,114 @@
+"""Store leases of one engine replica: held while an adapter has running requests.
+
+Owns the count of requests for each adapter and the order of what ends a lease: the engine lets go
+of the host pages first, then the store gets its lease back. It knows no HTTP and no tokens.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from slora_core.adapters.catalog import AdapterRecord
+from slora_core.adapters.host_store import AdapterLocation
+from slora_core.errors import EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+
+class Store(Protocol):
+    """What leases need of `adapter_store.StoreClient`."""
+
+    async def lease(self, record: AdapterRecord, holder_pid: int) -> AdapterLocation: ...
+
+    async def release(self, adapter_id: str, holder_pid: int) -> None: ...
+
+
+class AdapterReader(Protocol):
+    """What leases need of `engine_process.AsyncEngine`."""
+
+    async def release_adapter_source(self, adapter_id: str) -> None: ...
+
+
+@dataclass
+class _Entry:
+    num_users: int = 0
+    # The lease asked for or granted; a task, so that a request that leaves does not lose it.
+    lease: "asyncio.Task[AdapterLocation] | None" = None
+    # Held while the store is asked: a lease is granted only after the one before was given back.
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class AdapterLeases:
+    """Leases in the name of `holder_pid`, the engine process that maps the store's memory."""
+
+    def __init__(self, store: Store, engine: AdapterReader, holder_pid: int) -> None:
+        self._store = store
+        self._engine = engine
+        self._holder_pid = holder_pid
+        self._entries: dict[str, _Entry] = {}
+        self._releases: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def hold(self, record: AdapterRecord) -> AsyncIterator[AdapterLocation]:
+        """Keep the adapter leased for one request.
+
+        Raises:
+            AdapterNotFoundError, StoreFullError: as the store has it.
+        """
+        entry = self._entries.setdefault(record.adapter_id, _Entry())
+        entry.num_users += 1
+        try:
+            if entry.lease is None or _has_failed(entry.lease):
+                entry.lease = asyncio.create_task(self._acquire(entry, record))
+            yield await asyncio.shield(entry.lease)
+        finally:
+            entry.num_users -= 1
+            if entry.num_users == 0:
+                self._start(self._release(record.adapter_id, entry))
+
+    async def drain(self) -> None:
+        """Wait until every lease that no request holds was given back."""
+        while self._releases:
+            await asyncio.gather(*self._releases)
+
+    async def _acquire(self, entry: _Entry, record: AdapterRecord) -> AdapterLocation:
+        async with entry.lock:
+            return await self._store.lease(record, self._holder_pid)
+
+    async def _release(self, adapter_id: str, entry: _Entry) -> None:
+        if entry.lease is not None:
+            await asyncio.wait({entry.lease})
+        async with entry.lock:
+            if entry.num_users > 0:
+                return
+            lease, entry.lease = entry.lease, None
+            try:
+                if lease is not None and not _has_failed(lease):
+                    await self._give_back(adapter_id)
+            finally:
+                # A request that came meanwhile waits for the lock in its own `_acquire`.
+                if entry.num_users == 0 and self._entries.get(adapter_id) is entry:
+                    del self._entries[adapter_id]
+
+    async def _give_back(self, adapter_id: str) -> None:
+        try:
+            await self._engine.release_adapter_source(adapter_id)
+        except EngineDeadError:
+            logger.debug("the engine is dead and reads nothing any more")
+        try:
+            await self._store.release(adapter_id, self._holder_pid)
+        except Exception:
+            # The store frees the leases of a process that has ended, so this one is not lost.
+            logger.exception("the lease of adapter %s was not given back", adapter_id)
+
+    def _start(self, release: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(release)
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+
+def _has_failed(lease: "asyncio.Task[AdapterLocation]") -> bool:
+    return lease.done() and (lease.cancelled() or lease.exception() is not None)

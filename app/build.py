@@ -1,0 +1,92 @@
+"""The application's import path: `app.build:build`, with the arguments of `app.args`.
+
+Owns which deployments there are, what they ask of Ray and who holds whose handle.
+"""
+
+from pathlib import Path
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from app.adapter_catalog import AdapterCatalogServer
+from app.affinity_router import AffinityRouter
+from app.args import SLoRAArgs
+from app.engine_server import EngineServer
+from app.ingress_server import IngressServer
+from app.model_source import resolve_model
+
+# Ray only counts CPUs; ingress and catalog wait most of the time.
+CPUS_PER_INGRESS = 0.2
+CPUS_PER_CATALOG = 0.1
+# Each watcher of the catalog has one call waiting in it.
+MAX_CATALOG_CALLS = 1000
+# A replica whose engine died fails three checks before it is replaced: within about 3 s.
+HEALTH_CHECK_PERIOD_S = 1.0
+# How soon the router learns a new replica's number and a dead engine.
+ROUTING_STATS_PERIOD_S = 0.5
+
+
+def build(args: SLoRAArgs) -> Application:
+    """The application of these arguments.
+
+    The model is fetched here where it must be, so that the progress is seen where the application
+    is started, and so that a wrong model is told before any replica starts.
+    """
+    resolve_model(args.model)
+    args = with_absolute_paths(args)
+    catalog = serve.deployment(AdapterCatalogServer).options(
+        name="catalog",
+        max_ongoing_requests=MAX_CATALOG_CALLS,
+        # The calls that wait in it at a stop are long polls of processes that are gone.
+        graceful_shutdown_timeout_s=1.0,
+        ray_actor_options={"num_cpus": CPUS_PER_CATALOG},
+    )
+    engine = serve.deployment(EngineServer).options(
+        name="engine",
+        num_replicas=args.num_replicas,
+        max_ongoing_requests=args.max_ongoing_requests,
+        max_queued_requests=args.max_queued_requests,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        ray_actor_options={
+            "num_cpus": args.cpus_per_replica,
+            "num_gpus": args.gpus_per_replica,
+        },
+        request_router_config=RequestRouterConfig(
+            request_router_class=AffinityRouter,
+            request_router_kwargs={
+                "spill_queue_len": args.spill_queue_len,
+                "spill_factor": args.spill_factor,
+            },
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+        ),
+    )
+    ingress = serve.deployment(IngressServer).options(
+        name="ingress",
+        num_replicas=args.num_ingress_replicas,
+        # The engine's own limits decide; the ingress must not refuse before them.
+        max_ongoing_requests=100_000,
+        ray_actor_options={"num_cpus": CPUS_PER_INGRESS},
+    )
+    catalog_app = catalog.bind(args)
+    return ingress.bind(args, engine.bind(args, catalog_app), catalog_app)
+
+
+def with_absolute_paths(args: SLoRAArgs) -> SLoRAArgs:
+    """The arguments with relative directories resolved here, where the user wrote them."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().resolve())
+
+    model = args.model
+    if model is not None and Path(model).expanduser().is_dir():
+        model = absolute(model)
+    return args.model_copy(
+        update={
+            "model": model,
+            "served_model_name": args.base_model_name,
+            "adapters_dir": absolute(args.adapters_dir),
+            "allowed_adapter_roots": args.adapter_roots,
+            "catalog_state_path": absolute(args.catalog_state_path),
+        }
+    )

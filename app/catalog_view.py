@@ -1,0 +1,88 @@
+"""A local copy of the adapter catalog, kept fresh by its long poll.
+
+Owns one process's view of which name means which adapter. It changes nothing in the catalog; the
+ingress resolves names with it and the replica learns from it which adapters are gone.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from slora_core.adapters.catalog import AdapterRecord, CatalogSnapshot
+from slora_core.errors import AdapterNotFoundError
+
+logger = logging.getLogger(__name__)
+
+# Seconds a long poll waits in the catalog, and the pause after a failed one.
+POLL_S = 10.0
+RETRY_S = 1.0
+
+
+class CatalogReader(Protocol):
+    """What the view needs of the catalog."""
+
+    async def snapshot(self) -> CatalogSnapshot: ...
+
+    async def wait_for_change(self, revision: int, timeout_s: float) -> CatalogSnapshot: ...
+
+
+class CatalogView:
+    """`refresh` or `follow` must have run once before names resolve without asking the catalog.
+
+    `on_gone` is called with the adapter ids that no name means any more.
+    """
+
+    def __init__(
+        self, catalog: CatalogReader, on_gone: Callable[[set[str]], None] | None = None
+    ) -> None:
+        self._catalog = catalog
+        self._on_gone = on_gone
+        self._revision = -1
+        self._records: Mapping[str, AdapterRecord] = {}
+        self._refreshing = asyncio.Lock()
+        # When the last refresh that has ended began.
+        self._refreshed_at = -1.0
+
+    @property
+    def records(self) -> Mapping[str, AdapterRecord]:
+        return self._records
+
+    async def find(self, name: str) -> AdapterRecord:
+        """The adapter a name means; a name unknown here is looked up in the catalog.
+
+        Raises:
+            AdapterNotFoundError: the catalog does not know it either.
+        """
+        if name not in self._records:
+            await self.refresh()
+        if name not in self._records:
+            raise AdapterNotFoundError(f"the model {name!r} does not exist")
+        return self._records[name]
+
+    async def refresh(self) -> None:
+        """Take a snapshot no older than this call; calls made at once share one."""
+        asked_at = time.monotonic()
+        async with self._refreshing:
+            if self._refreshed_at < asked_at:
+                began_at = time.monotonic()
+                self._apply(await self._catalog.snapshot())
+                self._refreshed_at = began_at
+
+    async def follow(self) -> None:
+        """Keep the copy fresh until cancelled; outlives a catalog that restarts."""
+        while True:
+            try:
+                self._apply(await self._catalog.wait_for_change(self._revision, POLL_S))
+            except Exception:
+                logger.warning("the adapter catalog did not answer; trying again", exc_info=True)
+                await asyncio.sleep(RETRY_S)
+
+    def _apply(self, snapshot: CatalogSnapshot) -> None:
+        old_ids = {record.adapter_id for record in self._records.values()}
+        self._records = snapshot.records
+        self._revision = snapshot.revision
+        gone = old_ids - {record.adapter_id for record in self._records.values()}
+        if gone and self._on_gone is not None:
+            self._on_gone(gone)

@@ -1,0 +1,273 @@
+"""From validated OpenAI requests to generations, and from their text to OpenAI answers.
+
+Owns the checks that need the model: which adapter a name means, what the context holds, which
+token ids exist. It knows nothing of HTTP; `ingress` reads bodies and writes events.
+"""
+
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from app.catalog_view import CatalogView
+from app.generation import Engine, Generation, TextPiece, merge
+from app.messages import GenerateRequest
+from app.openai_schemas import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    ModelCard,
+    SamplingFields,
+    Usage,
+)
+from slora_core.adapters.catalog import AdapterRecord
+from slora_core.errors import InvalidRequestError
+from slora_core.tokenizer import Tokenizer
+
+# OpenAI's own default of completions.
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the base model and one engine's pool allow."""
+
+    # Largest prompt + output, tokens.
+    context_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    num_pages: int
+    page_tokens: int
+
+    def output_room(self, num_prompt_tokens: int, record: AdapterRecord | None) -> int:
+        """Most output tokens that fit the context and the pool, beside the adapter's pages."""
+        num_adapter_pages = 0 if record is None else record.num_pages
+        pool_tokens = (self.num_pages - num_adapter_pages) * self.page_tokens
+        return min(self.context_len, pool_tokens) - num_prompt_tokens
+
+
+class Answer:
+    """The generations of one request and how its answer is written."""
+
+    def __init__(
+        self, request: SamplingFields, generations: list[Generation], answer_id: str
+    ) -> None:
+        self.id = answer_id
+        self.created = int(time.time())
+        self._request = request
+        self._generations = generations
+
+    def pieces(self) -> AsyncGenerator[TextPiece, None]:
+        """Text as it comes; closing it aborts what still runs."""
+        return merge(self._generations)
+
+    async def collect(self) -> Completion | ChatCompletion:
+        """The whole answer at once."""
+        texts = [""] * len(self._generations)
+        reasons: list[str | None] = [None] * len(self._generations)
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                texts[piece.index] += piece.text
+                reasons[piece.index] = piece.finish_reason
+        model, usage = self._request.model, self._usage()
+        if isinstance(self._request, ChatCompletionRequest):
+            message = AssistantMessage(content=texts[0])
+            choice = ChatChoice(index=0, message=message, finish_reason=reasons[0])
+            return ChatCompletion(
+                id=self.id, created=self.created, model=model, choices=[choice], usage=usage
+            )
+        choices = [
+            CompletionChoice(index=index, text=text, finish_reason=reason)
+            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        ]
+        return Completion(
+            id=self.id, created=self.created, model=model, choices=choices, usage=usage
+        )
+
+    async def events(self, pieces: AsyncGenerator[TextPiece, None]) -> AsyncGenerator[str, None]:
+        """JSON of each streamed event: one a piece, and the usage at the end where asked for."""
+        is_first = True
+        async for piece in pieces:
+            yield self._event(self._choices(piece, is_first), None)
+            is_first = False
+        if self._request.include_usage:
+            yield self._event([], self._usage())
+
+    def _choices(
+        self, piece: TextPiece, is_first: bool
+    ) -> list[ChatChunkChoice] | list[CompletionChoice]:
+        if not isinstance(self._request, ChatCompletionRequest):
+            return [CompletionChoice(**vars(piece))]
+        delta = {"role": "assistant"} if is_first else {}
+        if is_first or piece.text:
+            delta["content"] = piece.text
+        return [ChatChunkChoice(index=0, delta=delta, finish_reason=piece.finish_reason)]
+
+    def _event(
+        self, choices: list[ChatChunkChoice] | list[CompletionChoice], usage: Usage | None
+    ) -> str:
+        is_chat = isinstance(self._request, ChatCompletionRequest)
+        event_class = ChatCompletionChunk if is_chat else Completion
+        event = event_class.model_construct(
+            id=self.id,
+            created=self.created,
+            model=self._request.model,
+            choices=choices,  # type: ignore[arg-type]
+            usage=usage,
+        )
+        exclude = None if self._request.include_usage else {"usage"}
+        return event.model_dump_json(exclude=exclude)
+
+    def _usage(self) -> Usage:
+        num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)
+        num_output = sum(generation.num_output_tokens for generation in self._generations)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_output,
+            total_tokens=num_prompt + num_output,
+        )
+
+
+class CompletionService:
+    """Starts answers; holds no state of its own between requests."""
+
+    def __init__(
+        self,
+        base_model_name: str,
+        base_model_root: str,
+        limits: ModelLimits,
+        tokenizer: Tokenizer,
+        catalog: CatalogView,
+        engine: Engine,
+    ) -> None:
+        self.base_model_name = base_model_name
+        self.catalog = catalog
+        self._base_model_root = base_model_root
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._started_at = int(time.time())
+
+    async def complete(self, request: CompletionRequest) -> Answer:
+        """Check and prepare a completion request; nothing runs before the answer is read.
+
+        Raises:
+            InvalidRequestError: a prompt or limit that the model cannot take.
+            AdapterNotFoundError: no model has this name.
+        """
+        record = await self._resolve(request.model)
+        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        seed = secrets.randbits(62)
+        generations = []
+        for index, prompt in enumerate(request.prompt):
+            if isinstance(prompt, str):
+                prompt_ids = await self._tokenizer.encode_async(prompt)
+            else:
+                prompt_ids = self._check_token_ids(prompt)
+            room = self._output_room(len(prompt_ids), request.max_tokens, "prompt", record)
+            max_tokens = request.max_tokens
+            if max_tokens is None:
+                max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
+            # Several prompts with one drawn seed would sample alike.
+            params = request.sampling_params(max_tokens, seed + index)
+            generate = GenerateRequest(f"{answer_id}-{index}", prompt_ids, params, record)
+            generations.append(self._generation(index, generate))
+        return Answer(request, generations, answer_id)
+
+    async def chat(self, request: ChatCompletionRequest) -> Answer:
+        """Check and prepare a chat request; raises as `complete`."""
+        record = await self._resolve(request.model)
+        messages = [message.as_template_input() for message in request.messages]
+        prompt_ids = await self._tokenizer.encode_chat(messages)
+        limit = request.token_limit
+        room = self._output_room(len(prompt_ids), limit, "messages", record)
+        params = request.sampling_params(room if limit is None else limit, secrets.randbits(62))
+        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        generate = GenerateRequest(answer_id, prompt_ids, params, record)
+        return Answer(request, [self._generation(0, generate)], answer_id)
+
+    def model_cards(self) -> list[ModelCard]:
+        """The base model first, then the adapters by name."""
+        base = ModelCard(
+            id=self.base_model_name,
+            created=self._started_at,
+            root=self._base_model_root,
+            max_model_len=self._limits.context_len,
+        )
+        adapters = sorted(self.catalog.records.values(), key=lambda record: record.name)
+        return [base, *(self.adapter_card(record) for record in adapters)]
+
+    def adapter_card(self, record: AdapterRecord) -> ModelCard:
+        return ModelCard(
+            id=record.name,
+            created=int(record.loaded_at),
+            root=record.path,
+            parent=self.base_model_name,
+            max_model_len=self._limits.context_len,
+        )
+
+    async def model_card(self, name: str) -> ModelCard:
+        """The card of one model.
+
+        Raises:
+            AdapterNotFoundError: no model has this name.
+        """
+        record = await self._resolve(name)
+        return self.model_cards()[0] if record is None else self.adapter_card(record)
+
+    async def _resolve(self, name: str) -> AdapterRecord | None:
+        return None if name == self.base_model_name else await self.catalog.find(name)
+
+    def _generation(self, index: int, request: GenerateRequest) -> Generation:
+        return Generation(
+            index,
+            request,
+            self._engine,
+            self.catalog,
+            self._tokenizer.decode,
+            self._limits.eos_token_ids.__contains__,
+        )
+
+    def _check_token_ids(self, prompt: list[int]) -> list[int]:
+        for token_id in prompt:
+            if not 0 <= token_id < self._limits.vocab_size:
+                raise InvalidRequestError(
+                    f"the prompt has token id {token_id}; the model's are 0 to "
+                    f"{self._limits.vocab_size - 1}",
+                    "prompt",
+                )
+        return prompt
+
+    def _output_room(
+        self,
+        num_prompt: int,
+        max_tokens: int | None,
+        prompt_param: str,
+        record: AdapterRecord | None,
+    ) -> int:
+        """Output tokens that fit after the prompt, at least 1; checks the limit that was given."""
+        context_len = self._limits.context_len
+        if num_prompt == 0:
+            raise InvalidRequestError("the prompt has no tokens", prompt_param)
+        if num_prompt >= context_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt} tokens; the context of {context_len} tokens must "
+                "hold at least one more",
+                prompt_param,
+            )
+        if max_tokens is not None and num_prompt + max_tokens > context_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together "
+                f"they exceed the context of {context_len} tokens",
+                "max_tokens",
+            )
+        # Where not even one fits beside the adapter, the engine refuses with its own numbers.
+        return max(1, self._limits.output_room(num_prompt, record))

@@ -1,0 +1,92 @@
+"""The ingress's side of a generation: sends it to a replica, hands back its tokens.
+
+Owns what becomes of a replica that fails: a request that has no token yet is sent once more, to
+another replica. It knows nothing of text or HTTP.
+"""
+
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+import grpc
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+
+from app.http_errors import OverloadedError
+from app.messages import GenerateRequest, TokenChunk
+from slora_core.errors import EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+# How the end of a replica shows at a handle.
+REPLICA_ERRORS = (
+    RayActorError,
+    grpc.aio.AioRpcError,
+    ReplicaUnavailableError,
+    DeploymentUnavailableError,
+)
+NUM_ATTEMPTS = 2
+
+
+class EngineClient:
+    """Generates on the replicas behind a Serve handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Chunks of one request, the last with a finish reason; closing it aborts the request.
+
+        Raises:
+            SLoRAError: what the replica reported.
+            EngineDeadError: the replica or its engine ended.
+            OverloadedError: no replica has room, nor has the queue.
+        """
+        for attempt in range(1, NUM_ATTEMPTS + 1):
+            has_started = False
+            failed_replica = None
+            chunks = self._stream(request)
+            try:
+                async for chunk in chunks:
+                    if chunk.error is not None:
+                        failed_replica = chunk.replica_id
+                        raise chunk.error
+                    has_started = True
+                    yield chunk
+                return
+            except EngineDeadError as error:
+                if has_started or attempt == NUM_ATTEMPTS:
+                    raise
+                logger.warning("request %s is sent again: %s", request.request_id, error)
+                request = replace(request, avoid_replica=failed_replica)
+            finally:
+                await chunks.aclose()
+
+    async def _stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """One attempt; what Ray raises becomes a typed error."""
+        adapter_id = request.record.adapter_id if request.record is not None else ""
+        # By value, over gRPC: several times cheaper a chunk than Ray's object references.
+        handle = self._handle.options(stream=True, session_id=adapter_id, _by_reference=False)
+        responses = handle.generate.remote(request)
+        has_ended = False
+        try:
+            async for chunk in responses:
+                has_ended = chunk.finish_reason is not None or chunk.error is not None
+                yield chunk
+            if not has_ended:
+                raise EngineDeadError("the engine replica stopped before the request ended")
+        except REPLICA_ERRORS as error:
+            has_ended = True
+            logger.warning("request %s lost its replica: %s", request.request_id, error)
+            raise EngineDeadError("the engine replica ended before the request did") from error
+        except BackPressureError as error:
+            has_ended = True
+            raise OverloadedError("the server is overloaded; try again later") from error
+        finally:
+            if not has_ended:
+                responses.cancel()

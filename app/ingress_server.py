@@ -1,0 +1,87 @@
+"""The ingress deployment: `ingress.Ingress` in a Serve replica.
+
+Owns what the ASGI application is made of and its life: the tokenizer, the copy of the catalog,
+the handles. No logic of requests lives here.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ray import serve
+from starlette.applications import Starlette
+
+from app.adapter_catalog import CatalogClient
+from app.args import SLoRAArgs
+from app.catalog_view import CatalogView
+from app.completions import CompletionService, ModelLimits
+from app.engine_client import EngineClient
+from app.ingress import Ingress, api_app
+from app.model_source import resolve_model
+from slora_core.models.hf_config import load_model_config
+from slora_core.tokenizer import Tokenizer
+
+# How long /health waits for an engine replica and believes its last answer, seconds.
+READY_TIMEOUT_S = 2.0
+READY_CACHE_S = 1.0
+
+
+@serve.ingress()
+class IngressServer:
+    """Takes HTTP requests; any number of them serve the same engine replicas."""
+
+    def __init__(self, args: SLoRAArgs, engine: Any, catalog: Any) -> None:
+        self._args = args
+        self._engine = engine
+        self._catalog = CatalogClient(catalog)
+        self._view = CatalogView(self._catalog)
+        self._ready = (False, -READY_CACHE_S)
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        args = self._args
+        model_dir = resolve_model(args.model)
+        service = CompletionService(
+            args.base_model_name,
+            args.model or args.base_model_name,
+            model_limits(args),
+            Tokenizer(model_dir),
+            self._view,
+            EngineClient(self._engine),
+        )
+        ingress = Ingress(service, self._catalog, self._is_ready, args.max_body_bytes)
+        return api_app(ingress, self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        await self._view.refresh()
+        following = asyncio.create_task(self._view.follow())
+        yield
+        following.cancel()
+
+    async def _is_ready(self) -> bool:
+        """Whether some replica has a living engine; asks them at most once a second."""
+        is_ready, asked_at = self._ready
+        if time.monotonic() - asked_at >= READY_CACHE_S:
+            try:
+                answers = self._engine.broadcast("is_alive").results_async(return_exceptions=True)
+                is_ready = True in await asyncio.wait_for(answers, READY_TIMEOUT_S)
+            except Exception:
+                # Whatever keeps the replicas from answering, the service is not ready.
+                is_ready = False
+            self._ready = (is_ready, time.monotonic())
+        return is_ready
+
+
+def model_limits(args: SLoRAArgs) -> ModelLimits:
+    """What the model and the pool of these arguments allow."""
+    model = load_model_config(resolve_model(args.model))
+    engine = args.engine_config()
+    return ModelLimits(
+        context_len=engine.context_len(model),
+        vocab_size=model.vocab_size,
+        eos_token_ids=frozenset(model.eos_token_ids),
+        num_pages=engine.num_pages,
+        page_tokens=engine.page_tokens,
+    )

@@ -1,0 +1,96 @@
+"""Stand-ins for the engine and the catalog, so that the ingress runs without Ray."""
+
+import asyncio
+from dataclasses import replace
+
+from app.messages import TokenChunk
+from slora_core.adapters.catalog import AdapterRecord, CatalogSnapshot
+from slora_core.errors import AdapterExistsError, AdapterNotFoundError
+from tests.tiny_tokenizer import byte_ids
+
+
+def make_record(name, version=1, **fields):
+    values = {
+        "name": name,
+        "adapter_id": f"{name}-v{version}",
+        "version": version,
+        "path": f"/adapters/{name}",
+        "max_rank": 8,
+        "num_pages": 2,
+        "nbytes": 1024,
+        "loaded_at": 1.5,
+    }
+    return AdapterRecord(**{**values, **fields})
+
+
+class FakeCatalog:
+    """Holds records; `revision` moves at each change, as the real one's does."""
+
+    def __init__(self, *names):
+        self.records = {name: make_record(name) for name in names}
+        self.revision = 0
+        self.num_snapshots = 0
+        self.changed = asyncio.Event()
+
+    async def snapshot(self):
+        self.num_snapshots += 1
+        await asyncio.sleep(0.01)
+        return CatalogSnapshot(revision=self.revision, records=dict(self.records))
+
+    async def wait_for_change(self, revision, timeout_s):
+        while revision == self.revision:
+            self.changed.clear()
+            await self.changed.wait()
+        return await self.snapshot()
+
+    async def load(self, name, path, replace):
+        if name in self.records and not replace:
+            raise AdapterExistsError(f"{name!r} exists")
+        version = self.records[name].version + 1 if name in self.records else 1
+        self.records[name] = make_record(name, version, path=path)
+        self._change()
+        return self.records[name]
+
+    async def unload(self, name):
+        if name not in self.records:
+            raise AdapterNotFoundError(f"no adapter is named {name!r}")
+        del self.records[name]
+        self._change()
+
+    def _change(self):
+        self.revision += 1
+        self.changed.set()
+
+
+class FakeEngine:
+    """Answers every request with `text`, `num_bytes` bytes a chunk; records what it saw."""
+
+    def __init__(self, text="hello world", num_bytes=3, finish_reason="length"):
+        self.text = text
+        self.num_bytes = num_bytes
+        self.finish_reason = finish_reason
+        self.requests = []
+        self.num_closed_early = 0
+        # Raised before chunk number i.
+        self.errors = {}
+        # Seconds before each chunk.
+        self.delay_s = 0.0
+
+    async def generate(self, request):
+        self.requests.append(request)
+        ids = byte_ids(self.text.encode())
+        starts = range(0, len(ids), self.num_bytes)
+        finished = False
+        try:
+            for number, start in enumerate(starts):
+                await asyncio.sleep(self.delay_s)
+                if number in self.errors:
+                    finished = True
+                    raise self.errors[number]
+                chunk = TokenChunk(ids[start : start + self.num_bytes])
+                if start == starts[-1]:
+                    finished = True
+                    chunk = replace(chunk, finish_reason=self.finish_reason)
+                yield chunk
+        finally:
+            self.num_closed_early += not finished
