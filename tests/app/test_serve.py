@@ -1,0 +1,357 @@
+"""The application on a real Ray cluster: two replicas of a tiny random model."""
+
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from tests.app.serve_app import (
+    ADAPTERS,
+    ALL_MODULES,
+    BASE,
+    CONTEXT_LEN,
+    NUM_POOL_TOKENS,
+    PAGE_TOKENS,
+    RunningApp,
+    error_of,
+    make_adapters,
+    make_tiny_model,
+    wait_until,
+)
+from tests.factories import make_random_adapter
+
+pytestmark = pytest.mark.serve
+
+NUM_REPLICAS = 2
+SPILL_QUEUE_LEN = 4
+
+
+@pytest.fixture(scope="module")
+def app(ray_cluster, tmp_path_factory):
+    from ray import serve
+
+    from app.args import SLoRAArgs
+    from app.build import build
+
+    root = tmp_path_factory.mktemp("serve")
+    model = make_tiny_model(root)
+    adapters_dir = make_adapters(root, model)
+    extra_dir = root / "extra"
+    extra_dir.mkdir()
+    args = SLoRAArgs(
+        model=str(model),
+        served_model_name=BASE,
+        adapters_dir=str(adapters_dir),
+        allowed_adapter_roots=[str(extra_dir)],
+        catalog_state_path=str(root / "catalog.json"),
+        num_pool_tokens=NUM_POOL_TOKENS,
+        page_tokens=PAGE_TOKENS,
+        num_replicas=NUM_REPLICAS,
+        cpus_per_replica=0.1,
+        num_threads=1,
+        spill_queue_len=SPILL_QUEUE_LEN,
+        store_capacity_bytes=2**26,
+        store_extent_bytes=2**24,
+        max_body_bytes=2**20,
+    )
+    serve.run(build(args), name="slora", route_prefix="/")
+    app = RunningApp(ray_cluster, model, adapters_dir, extra_dir)
+    app.wait_replicas(NUM_REPLICAS)
+    yield app
+    serve.delete("slora")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(app):
+    """Whatever a test does, the next one finds idle engines that have lost no page."""
+    yield
+    app.wait_idle()
+    app.check_integrity()
+
+
+@pytest.fixture
+def client(app):
+    return openai.OpenAI(api_key="none", base_url=f"{app.url}/v1", max_retries=0)
+
+
+def test_openai_client(client):
+    names = [model.id for model in client.models.list()]
+    assert names[0] == BASE and set(ADAPTERS) <= set(names)
+    messages = [{"role": "user", "content": "hi"}]
+    for model in (BASE, ADAPTERS[0]):
+        options = {"model": model, "messages": messages, "max_tokens": 12, "temperature": 0}
+        answer = client.chat.completions.create(**options)
+        assert answer.usage.completion_tokens <= 12
+        stream = client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = list(stream)
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == answer.choices[0].message.content
+        assert chunks[-1].usage == answer.usage
+
+
+def test_openai_exceptions(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="nope", prompt="x")
+    assert (caught.value.body["param"], caught.value.body["code"]) == ("model", 404)
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.completions.create(model=BASE, prompt="x", max_tokens=CONTEXT_LEN)
+    with pytest.raises(openai.BadRequestError, match="n=2"):
+        client.completions.create(model=BASE, prompt="x", n=2)
+
+
+def test_adapters_answer_differently_and_alike_each_time(app):
+    texts = {name: app.complete(name).json()["choices"][0]["text"] for name in [BASE, *ADAPTERS]}
+    assert len(set(texts.values())) > len(ADAPTERS) // 2
+    with ThreadPoolExecutor(len(texts)) as pool:
+        answers = list(pool.map(app.complete, texts))
+    again = [answer.json()["choices"][0]["text"] for answer in answers]
+    assert again == list(texts.values())
+
+
+def test_an_adapter_keeps_its_replica(app):
+    for name in ADAPTERS[:4]:
+        before = app.finished()
+        for _ in range(20):
+            assert app.complete(name, max_tokens=1).status_code == 200
+        counts = app.finished() - before
+        assert sum(counts.values()) == 20
+        assert max(counts.values()) >= 19
+
+
+def test_adapters_spread_over_the_replicas(app):
+    for name in ADAPTERS:
+        app.complete(name, max_tokens=1)
+    assert all(stats["num_finished"] > 0 for stats in app.stats())
+
+
+def test_a_hot_adapter_spills_over(app):
+    before = app.finished()
+    with ThreadPoolExecutor(24) as pool:
+        answers = pool.map(
+            lambda _: app.complete(ADAPTERS[0], max_tokens=100, ignore_eos=True), range(48)
+        )
+    assert [answer.status_code for answer in answers] == [200] * 48
+    counts = app.finished() - before
+    assert len(counts) == NUM_REPLICAS
+    assert min(counts.values()) >= 8
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_pages(app, stream):
+    num_aborted = sum(stats["num_aborted"] for stats in app.stats())
+    if stream:
+        with app.stream(ADAPTERS[1]) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            next(lines)
+            assert sum(stats["num_kv_pages"] for stats in app.stats()) > 0
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            app.complete(ADAPTERS[1], max_tokens=2000, ignore_eos=True, timeout_s=0.2)
+    app.wait_idle(timeout_s=3)
+    assert sum(stats["num_aborted"] for stats in app.stats()) == num_aborted + 1
+
+
+def test_a_stop_string_ends_the_request_in_the_engine(app):
+    num_aborted = sum(stats["num_aborted"] for stats in app.stats())
+    stops = [chr(letter) for letter in range(ord("a"), ord("p"))]
+    answer = app.complete(max_tokens=2000, ignore_eos=True, stop=stops).json()
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert not set(answer["choices"][0]["text"]) & set(stops)
+    app.wait_idle(timeout_s=3)
+    assert sum(stats["num_aborted"] for stats in app.stats()) == num_aborted + 1
+
+
+BAD_REQUESTS = [
+    (404, "model", {"model": "nope"}),
+    (400, "prompt", {"prompt": ""}),
+    (400, "prompt", {"prompt": []}),
+    (400, "prompt", {"prompt": 5}),
+    (400, "prompt", {"prompt": "x" * CONTEXT_LEN}),
+    (400, "max_tokens", {"max_tokens": CONTEXT_LEN}),
+    (400, "max_tokens", {"max_tokens": -1}),
+    (400, "max_tokens", {"max_tokens": "many"}),
+    (400, "temperature", {"temperature": -0.5}),
+    (400, "temperature", {"temperature": "hot"}),
+    (400, "top_p", {"top_p": 2}),
+    (400, "top_k", {"top_k": -7}),
+    (400, "seed", {"seed": 1.5}),
+    (400, "n", {"n": 2}),
+    (400, "presence_penalty", {"presence_penalty": 1}),
+    (400, "logprobs", {"logprobs": 3}),
+    (400, "tempratur", {"tempratur": 1}),
+    (413, None, {"prompt": "x" * 2**20}),
+]
+
+
+@pytest.mark.parametrize(("status", "param", "fields"), BAD_REQUESTS)
+def test_bad_requests(app, status, param, fields):
+    fields = {"model": BASE, **fields}
+    assert error_of(app.complete(**fields), status)["param"] == param
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": "base", "temperature": NaN}'])
+def test_malformed_json(app, body):
+    error_of(httpx.post(f"{app.url}/v1/chat/completions", content=body), 400)
+
+
+def test_a_request_that_never_fits_beside_its_adapter(app):
+    path = make_random_adapter(
+        app.extra_dir / "big", app.model, rank=400, target_modules=ALL_MODULES, scale=0.01
+    )
+    card = app.load("big", path).json()
+    assert (card["id"], card["parent"], card["root"]) == ("big", BASE, str(path))
+    error = error_of(app.complete("big", max_tokens=CONTEXT_LEN - 100), 400)
+    assert str(NUM_POOL_TOKENS // PAGE_TOKENS) in error["message"]
+    assert app.complete("big").status_code == 200
+    assert app.complete(max_tokens=CONTEXT_LEN - 100, stop=["e"]).status_code == 200
+    assert app.unload("big").status_code == 200
+
+
+def test_an_adapter_too_large_for_the_pool(app):
+    path = make_random_adapter(
+        app.extra_dir / "huge", app.model, rank=2048, target_modules=ALL_MODULES
+    )
+    message = error_of(app.load("huge", path), 400)["message"]
+    assert str(NUM_POOL_TOKENS // PAGE_TOKENS) in message
+    assert "huge" not in app.names()
+
+
+def test_bad_adapters(app):
+    def adapter(name, **fields):
+        return make_random_adapter(app.extra_dir / name, app.model, **fields)
+
+    dora = adapter("dora", use_dora=True)
+    assert "use_dora" in error_of(app.load("bad", dora), 400)["message"]
+    bias = adapter("bias", bias="all")
+    assert "bias" in error_of(app.load("bad", bias), 400)["message"]
+    saved = adapter("saved", modules_to_save=["lm_head"])
+    assert "modules_to_save" in error_of(app.load("bad", saved), 400)["message"]
+    pickled = adapter("pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    assert "safetensors" in error_of(app.load("bad", pickled), 400)["message"]
+    truncated = adapter("truncated")
+    weights = truncated / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    error_of(app.load("bad", truncated), 400)
+    error_of(app.load("bad", app.extra_dir / "missing"), 400)
+    assert "bad" not in app.names()
+
+
+def test_an_adapter_of_another_shape(app, tmp_path_factory):
+    from tests.factories import make_model
+
+    other = make_model(tmp_path_factory.mktemp("other"), hidden_size=32, head_dim=8)
+    path = make_random_adapter(app.extra_dir / "other", other)
+    assert "q_proj" in error_of(app.load("other", path), 400)["message"]
+
+
+@pytest.mark.parametrize("path", ["/etc", "/", "{extra}/../../..", "{extra}/link"])
+def test_paths_outside_the_roots(app, path):
+    link = app.extra_dir / "link"
+    if not link.is_symlink():
+        link.symlink_to("/etc")
+    path = path.format(extra=app.extra_dir)
+    assert error_of(app.load("outside", path), 403)["type"] == "PermissionDeniedError"
+
+
+def test_load_replace_and_unload(app):
+    def text():
+        return app.complete("mine", max_tokens=20).json()["choices"][0]["text"]
+
+    first = make_random_adapter(app.extra_dir / "first", app.model, seed=101, scale=0.4)
+    second = make_random_adapter(app.extra_dir / "second", app.model, seed=102, scale=0.4)
+    assert app.load("mine", first).status_code == 200
+    old = text()
+    assert "exists" in error_of(app.load("mine", second), 400)["message"]
+    assert text() == old
+    assert app.load("mine", second, replace=True).status_code == 200
+    assert text() != old
+    # A damaged successor is refused and the old version still serves.
+    new = text()
+    damaged = shutil.copytree(second, app.extra_dir / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"\x10")
+    error_of(app.load("mine", damaged, replace=True), 400)
+    assert text() == new
+    assert app.unload("mine").status_code == 200
+    error_of(app.complete("mine"), 404)
+    assert error_of(app.unload("mine"), 404)["param"] == "lora_name"
+
+
+def test_a_running_request_outlives_the_unload_of_its_adapter(app):
+    path = make_random_adapter(app.extra_dir / "leaving", app.model, seed=103)
+    assert app.load("leaving", path).status_code == 200
+    with app.stream("leaving", max_tokens=1000) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert app.unload("leaving").status_code == 200
+        error_of(app.complete("leaving"), 404)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    resident = [stats["resident_adapters"] for stats in app.stats()]
+    app.wait_idle()
+    assert not any("leaving" in adapters for adapters in resident)
+
+
+def test_load_while_serving(app):
+    """Adapters come and go while others are asked; nobody sees an error."""
+    paths = [
+        make_random_adapter(app.extra_dir / f"churn-{i}", app.model, seed=200 + i) for i in range(3)
+    ]
+    stop = threading.Event()
+    statuses = set()
+
+    def ask(name):
+        while not stop.is_set():
+            statuses.add(app.complete(name).status_code)
+
+    with ThreadPoolExecutor(4) as pool:
+        for name in ADAPTERS[:4]:
+            pool.submit(ask, name)
+        for round_number in range(4):
+            for index, path in enumerate(paths):
+                assert app.load(f"churn-{index}", path, replace=True).status_code == 200
+                assert app.complete(f"churn-{index}").status_code == 200
+            if round_number % 2:
+                for index in range(len(paths)):
+                    assert app.unload(f"churn-{index}").status_code == 200
+        stop.set()
+    assert statuses == {200}
+
+
+@pytest.mark.parametrize("victim", ["engine_pid", "replica_pid"])
+def test_a_killed_process_fails_its_streams_and_the_service_recovers(app, victim):
+    import os
+    import signal
+
+    with app.stream() as response:
+        lines = response.iter_lines()
+        next(lines)
+        [busy] = [stats for stats in app.stats() if stats["num_running"]]
+        os.kill(busy[victim], signal.SIGKILL)
+        rest = [line for line in lines if line]
+    error = json.loads(rest[-1].removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("ServiceUnavailableError", 503)
+    # The other replica takes over at once: nobody who comes later sees the death.
+    for name in [BASE, *ADAPTERS]:
+        assert app.complete(name, max_tokens=1).status_code == 200
+    wait_until(lambda: not _is_running(busy["engine_pid"]), timeout_s=5)
+    app.wait_replicas(NUM_REPLICAS)
+    assert busy["engine_pid"] not in [stats["engine_pid"] for stats in app.stats()]
+    for name in [BASE, *ADAPTERS]:
+        assert app.complete(name, max_tokens=1).status_code == 200
+
+
+def _is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
