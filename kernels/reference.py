@@ -95,8 +95,10 @@ def paged_decode(
     num_kv_heads = kv_cache.shape[4]
     keys, values = _gather_kv(kv_cache, layer, block_tables)
     visible = torch.arange(keys.shape[1], device=q.device) < context_lens.unsqueeze(1)
-    # Stale pages may hold anything, and 0 * NaN is NaN.
-    values.masked_fill_(~visible[:, :, None, None], 0)
+    # Stale and padding pages may hold anything, and no mask undoes a NaN.
+    hidden = (~visible).flatten().nonzero().squeeze(1)
+    keys.flatten(0, 1).index_fill_(0, hidden, 0)
+    values.flatten(0, 1).index_fill_(0, hidden, 0)
     # Grouped heads ride as query rows of their KV head.
     out = F.scaled_dot_product_attention(
         q.view(num_decodes, num_kv_heads, num_heads // num_kv_heads, head_dim),
