@@ -1,0 +1,291 @@
+"""Registrations: versions, refusals, confinement to the roots, and what survives a restart."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from slora_core.adapters.catalog import AdapterCatalog
+from slora_core.adapters.page_layout import AdapterGeometry
+from slora_core.adapters.peft_weights import inspect_peft_adapter
+from slora_core.errors import (
+    AdapterExistsError,
+    AdapterNotFoundError,
+    AdapterPathError,
+    AdapterTooLargeError,
+    InvalidAdapterError,
+)
+from tests.factories import make_geometry, make_model, make_random_adapter
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("catalog") / "model", "llama")
+
+
+@pytest.fixture(scope="module")
+def geometry(model_dir: Path) -> AdapterGeometry:
+    return make_geometry(model_dir)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def add(root: Path, model_dir: Path):
+    return lambda name, **options: make_random_adapter(root / name, model_dir, **options)
+
+
+@pytest.fixture
+def make(geometry: AdapterGeometry, root: Path, tmp_path: Path):
+    """A catalog whose state outlives it."""
+    return lambda **options: AdapterCatalog(
+        **{"geometry": geometry, "allowed_roots": [root], "state_path": tmp_path / "s" / "state"}
+        | options
+    )
+
+
+def test_load_describes_the_adapter(make, add, geometry) -> None:
+    path = add("one", rank=5)
+    record = make().load("one", path)
+    summary = inspect_peft_adapter(path, geometry)
+    assert (record.name, record.version, record.path) == ("one", 1, str(path))
+    assert (record.adapter_id, record.max_rank) == (summary.adapter_id, 5)
+    assert (record.num_pages, record.nbytes) == (summary.num_pages, summary.nbytes)
+
+
+def test_every_change_raises_the_revision(make, add) -> None:
+    catalog = make()
+    revisions = [catalog.revision]
+    catalog.load("a", add("a"))
+    revisions.append(catalog.revision)
+    catalog.load("a", add("a", seed=2), replace=True)
+    revisions.append(catalog.revision)
+    catalog.unload("a")
+    revisions.append(catalog.snapshot().revision)
+    assert revisions == sorted(set(revisions))
+    assert catalog.snapshot().records == {}
+    with pytest.raises(AdapterNotFoundError):
+        catalog.unload("a")
+    assert catalog.revision == revisions[-1]
+
+
+def test_versions_count_contents_of_a_name(make, add) -> None:
+    catalog = make()
+    first = catalog.load("a", add("a"))
+    with pytest.raises(AdapterExistsError, match="version 1 .* replace it or unload"):
+        catalog.load("a", first.path)
+    assert catalog.load("a", first.path, replace=True).version == 1
+    second = catalog.load("a", add("a", seed=2), replace=True)
+    assert second.version == 2 and second.adapter_id != first.adapter_id
+    catalog.unload("a")
+    assert catalog.load("a", second.path).version == 3
+    assert catalog.load("b", second.path).version == 1
+
+
+def test_a_failed_replacement_keeps_the_old_version(make, add) -> None:
+    catalog = make()
+    old = catalog.load("a", add("a"))
+    bad = add("bad")
+    file = bad / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    revision = catalog.revision
+    with pytest.raises(InvalidAdapterError):
+        catalog.load("a", bad, replace=True)
+    assert catalog.records() == {"a": old} and catalog.revision == revision
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "-a", "a b", "a\n", "é", "a" * 129, "base", "a\0"])
+def test_names_that_are_refused(make, add, name: str) -> None:
+    with pytest.raises(InvalidAdapterError, match="adapter name"):
+        make(reserved_names=["base"]).load(name, add("x"))
+
+
+@pytest.mark.parametrize("name", ["a", "Team-1/date_iso:v2", "x@y+z", "a" * 128])
+def test_names_that_are_taken(make, add, name: str) -> None:
+    assert make().load(name, add("x")).name == name
+
+
+def test_paths_are_confined_to_the_roots(make, add, root, tmp_path, model_dir) -> None:
+    catalog = make()
+    outside = make_random_adapter(tmp_path / "outside", model_dir)
+    (root / "link").symlink_to(outside)
+    inside = add("inside")
+    (tmp_path / "link_in").symlink_to(inside)
+    half = add("half")
+    (half / "adapter_config.json").unlink()
+    (half / "adapter_config.json").symlink_to(outside / "adapter_config.json")
+    bad = [outside, "../outside", root / ".." / "outside", root / "link", "link", half]
+    bad += ["/etc", "/nonexistent", "a\0b", "/", "/proc/self/root" + str(outside), "x" * 5000]
+    for path in bad:
+        with pytest.raises(AdapterPathError):
+            catalog.load("a", path)
+    assert catalog.load("a", tmp_path / "link_in").path == str(inside)
+    assert catalog.load("b", "inside").path == str(inside)
+    with pytest.raises(InvalidAdapterError, match="not a directory"):
+        catalog.load("c", "nowhere")
+    with pytest.raises(AdapterPathError, match="none are configured"):
+        make(allowed_roots=[], state_path=None).load("a", inside)
+
+
+def test_an_adapter_too_large_for_the_smallest_pool(make, add, geometry) -> None:
+    catalog = make()
+    path = add("a", rank=32)
+    pages = catalog.load("a", path).num_pages
+    for pool in (pages + 1, pages + 100):
+        catalog.report_pool(pool)
+    catalog.load("b", path)
+    catalog.report_pool(pages)
+    mib = geometry.page_bytes / 2**20
+    with pytest.raises(AdapterTooLargeError) as error:
+        catalog.load("c", path)
+    assert str(error.value) == (
+        f"adapter 'c' takes {pages} pages ({pages * mib:.2f} MiB) and a request at least one "
+        f"more; the pool has {pages} pages ({pages * mib:.2f} MiB)"
+    )
+    assert set(catalog.records()) == {"a", "b"}
+
+
+def test_unload_of_an_unknown_name_lists_a_few(make, add) -> None:
+    catalog = make()
+    with pytest.raises(AdapterNotFoundError, match="'x'; none are loaded"):
+        catalog.unload("x")
+    path = add("a")
+    for i in range(10):
+        catalog.load(f"n{i}", path)
+    with pytest.raises(AdapterNotFoundError, match=r"n0, .*, n7 and 2 more$"):
+        catalog.unload("x")
+
+
+def test_scan_loads_the_good_and_reports_the_bad(make, add, root, tmp_path, model_dir) -> None:
+    add("good")
+    add("also_good", seed=2)
+    add("dora", use_dora=True)
+    add("bad name")
+    add(".hidden")
+    (root / "empty").mkdir()
+    (root / "file").write_text("no adapter")
+    (root / "away").symlink_to(make_random_adapter(tmp_path / "outside", model_dir))
+    catalog = make()
+    failures = dict(catalog.scan(root))
+    assert set(catalog.records()) == {"good", "also_good"}
+    assert set(failures) == {"dora", "bad name", "empty", "away"}
+    assert "use_dora" in str(failures["dora"])
+    assert isinstance(failures["away"], AdapterPathError)
+    with pytest.raises(AdapterPathError, match="cannot list"):
+        catalog.scan(root / "nowhere")
+
+
+def test_a_second_scan_takes_what_is_new(make, add, root, tmp_path, model_dir) -> None:
+    catalog = make()
+    add("same")
+    add("changes")
+    add("unloaded")
+    add("moved")
+    catalog.scan(root)
+    before = catalog.records()
+    catalog.unload("unloaded")
+    elsewhere = add(".deep/moved", seed=9)
+    catalog.load("moved", elsewhere, replace=True)
+    shutil.rmtree(root / "changes")
+    add("changes", seed=5)
+    add("new")
+    catalog.scan(root)
+    after = catalog.records()
+    assert set(after) == {"same", "changes", "moved", "new"}
+    assert after["same"] == before["same"]
+    assert after["changes"].version == 2
+    assert after["moved"].path == str(elsewhere)
+
+
+def test_registrations_survive_the_catalog(make, add, root) -> None:
+    catalog = make()
+    add("scanned")
+    add("unloaded")
+    catalog.scan(root)
+    catalog.load("live", add(".deep/live", seed=1))
+    catalog.load("live", add(".deep/live2", seed=2), replace=True)
+    catalog.unload("unloaded")
+    revision, records = catalog.revision, catalog.records()
+    again = make()
+    assert again.records() == records and again.revision > revision
+    assert again.scan(root) == [] and again.records() == records
+    assert again.load("unloaded", root / "unloaded").version == 2
+
+
+def test_a_restart_drops_what_is_gone_and_checks_what_changed(make, add, root, caplog) -> None:
+    catalog = make()
+    for name in ("same", "gone", "changed", "broken", "barred"):
+        catalog.load(name, add(name))
+    records = catalog.records()
+    shutil.rmtree(root / "gone")
+    add("changed", seed=8)
+    (root / "broken" / "adapter_config.json").write_text("{}")
+    shutil.rmtree(root / "barred")
+    (root / "barred").symlink_to("/etc")
+    again = make()
+    assert set(again.records()) == {"same", "changed"}
+    assert again.records()["same"] == records["same"]
+    assert again.records()["changed"].version == 2
+    assert {r.args[0] for r in caplog.records} == {"gone", "broken", "barred"}
+    assert set(make().records()) == {"same", "changed"}
+
+
+def test_a_restart_with_another_geometry_plans_anew(make, add, model_dir, root) -> None:
+    record = make().load("a", add("a", rank=16))
+    again = make(geometry=make_geometry(model_dir, page_tokens=4)).records()["a"]
+    assert again.num_pages > record.num_pages and again.version == 1
+    other = make_geometry(make_model(root / "other", "llama", hidden_size=128, head_dim=16))
+    assert make(geometry=other).records() == {}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1}', "null"])
+def test_a_damaged_state_is_ignored(make, add, tmp_path, content: str) -> None:
+    make().load("a", add("a"))
+    (tmp_path / "s" / "state").write_text(content)
+    catalog = make()
+    assert catalog.records() == {}
+    catalog.load("a", add("a"))
+    assert set(make().records()) == {"a"}
+
+
+def test_the_state_file_is_replaced_whole(make, add, tmp_path, monkeypatch, caplog) -> None:
+    catalog = make()
+    catalog.load("a", add("a"))
+    state = tmp_path / "s" / "state"
+    before = state.read_bytes()
+    monkeypatch.setattr(json, "dump", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    catalog.load("b", add("b"))
+    assert "disk full" in caplog.text
+    assert state.read_bytes() == before and os.listdir(state.parent) == ["state"]
+    assert set(catalog.records()) == {"a", "b"}
+
+
+def test_threads_may_load_and_unload_at_once(make, add) -> None:
+    catalog = make()
+    paths = [add(f"a{i}", seed=i) for i in range(4)]
+    errors: list[Exception] = []
+
+    def work(mine: int) -> None:
+        try:
+            for i in range(10):
+                catalog.load(f"shared{i}", paths[mine], replace=True)
+                catalog.load(f"own{mine}", paths[i % 4], replace=True)
+                catalog.unload(f"own{mine}")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert set(catalog.records()) == {f"shared{i}" for i in range(10)}
+    assert make().records() == catalog.records()
