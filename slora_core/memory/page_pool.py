@@ -4,7 +4,7 @@ Knows page ids and owners, no tensors and no requests. The scheduler takes KV pa
 `adapters.residency` takes adapter pages; both give them back here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 
@@ -56,9 +56,10 @@ class PagePool:
         self._counts[owner] += count
         return page_ids
 
-    def free(self, page_ids: Iterable[int]) -> None:
+    def free(self, page_ids: Sequence[int]) -> None:
         """Give pages back; freeing a page twice is a defect and asserts."""
-        for page_id in page_ids:
+        # The list is popped from its end: reversed, they come out again in this order.
+        for page_id in reversed(page_ids):
             owner = self._owners[page_id]
             assert owner is not PageOwner.FREE, f"page {page_id} is free already"
             self._owners[page_id] = PageOwner.FREE

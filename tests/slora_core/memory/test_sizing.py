@@ -1,0 +1,39 @@
+"""Pages are counted up, and the pool's tensor has the shape its readers expect."""
+
+import pytest
+import torch
+
+from slora_core.config import EngineConfig, ModelConfig
+from slora_core.memory.sizing import allocate_pool, pages_for
+
+MODEL = ModelConfig(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position_embeddings=64,
+)
+
+
+@pytest.mark.parametrize("tokens,pages", [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (320, 20)])
+def test_pages_for(tokens: int, pages: int) -> None:
+    assert pages_for(tokens, 16) == pages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pool_shape(dtype: torch.dtype) -> None:
+    # The last, unfilled page does not count.
+    pool = allocate_pool(MODEL, EngineConfig(num_pool_tokens=95, page_tokens=16, dtype=dtype))
+    assert pool.shape == (5, 3, 2 * 16 * 2 * 4)
+    assert pool.dtype == dtype
+    assert not pool.any()
+
+
+def test_refuses_pools_it_cannot_make() -> None:
+    with pytest.raises(ValueError, match="num_pool_tokens is 15, less than one page of 16"):
+        allocate_pool(MODEL, EngineConfig(num_pool_tokens=15, page_tokens=16))
+    with pytest.raises(ValueError, match="a page of 48 elements .* not a multiple of 64"):
+        allocate_pool(MODEL, EngineConfig(page_tokens=3))
