@@ -40,7 +40,7 @@ class AdapterPathError(SLoRAError):
 
 
 class StoreFullError(SLoRAError):
-    """The host store cannot hold the adapter: every byte is under a lease or it is larger than all."""
+    """The host store has no room for an adapter beside those under a lease, or none at all."""
 
 
 class UnsupportedModelError(SLoRAError):

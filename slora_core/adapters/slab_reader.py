@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from slora_core.adapters.host_store import AdapterLocation
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
 from slora_core.adapters.slab import ExtentId, header, view_pages
+from slora_core.errors import SLoRAError
 
 
-class SlabGoneError(Exception):
+class SlabGoneError(SLoRAError):
     """The extent of a location is not there (any more): its store died. Lease again."""
 
 
