@@ -32,6 +32,8 @@ from slora_core.errors import (
     SLoRAError,
 )
 
+__all__ = ["AdapterCatalog", "AdapterRecord", "CatalogSnapshot"]
+
 logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20

@@ -157,11 +157,17 @@ class HostStore:
                 adapter_id, entry.layout, extent.id, extent.nbytes, entry.range.offset
             )
 
-    def release(self, adapter_id: str, holder_pid: int) -> bool:
-        """End one lease; false if the process holds none on this adapter."""
+    def release(self, adapter_id: str, holder_pid: int, token: str | None = None) -> bool:
+        """End one lease; false if the process holds none on this adapter.
+
+        `token` of the extent that the lease was for keeps a lease that a store before this one
+        gave from ending one of this store's.
+        """
         with self._changed:
             entry = self._entries.get(adapter_id)
             if entry is None or not entry.leases[holder_pid]:
+                return False
+            if token is not None and token != entry.range.token:
                 return False
             self._end_leases(entry, holder_pid, 1)
             return True

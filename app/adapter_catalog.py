@@ -1,0 +1,122 @@
+"""The adapter catalog as a Serve deployment, and its client.
+
+Owns the long poll and where the catalog's state lies; which adapters are registered is decided by
+`slora_core.adapters.catalog`. The ingress, the engine replicas and the stores call it.
+"""
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray import serve
+
+from app.args import SLoRAArgs
+from app.model_source import resolve_model
+from app.remote_errors import typed
+from slora_core.adapters.catalog import AdapterCatalog, AdapterRecord, CatalogSnapshot
+from slora_core.adapters.page_layout import AdapterGeometry
+from slora_core.models.hf_config import load_model_config
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class AdapterCatalogServer:
+    """The one replica of the catalog. Files are read in threads, so that polls are not held up."""
+
+    async def __init__(self, args: SLoRAArgs) -> None:  # type: ignore[misc]
+        state_path = args.catalog_state_path or default_state_path()
+        self._changed = asyncio.Event()
+        self._catalog = await asyncio.to_thread(_open_catalog, args, state_path)
+
+    async def snapshot(self) -> CatalogSnapshot:
+        return self._catalog.snapshot()
+
+    async def wait_for_change(self, revision: int, timeout_s: float) -> CatalogSnapshot:
+        """The registrations, as soon as their revision is another one or after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._catalog.revision == revision:
+                    await self._changed.wait()
+        except TimeoutError:
+            logger.debug("no change from revision %s in %s s", revision, timeout_s)
+        return self._catalog.snapshot()
+
+    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
+        """Register an adapter directory; raises as `AdapterCatalog.load`."""
+        return await self._change(lambda: self._catalog.load(name, path, replace))
+
+    async def unload(self, name: str) -> AdapterRecord:
+        """Drop a registration; raises as `AdapterCatalog.unload`."""
+        return await self._change(lambda: self._catalog.unload(name))
+
+    async def report_pool(self, num_pages: int) -> None:
+        """Learn how many pages an engine's pool has."""
+        await asyncio.to_thread(self._catalog.report_pool, num_pages)
+
+    async def _change(self, change: Callable[[], T]) -> T:
+        """Run a change in a thread and wake the polls, also where the caller has left."""
+        task = asyncio.create_task(asyncio.to_thread(change))
+        task.add_done_callback(self._announce)
+        return await asyncio.shield(task)
+
+    def _announce(self, task: "asyncio.Task[Any]") -> None:
+        if not task.cancelled():
+            # Looked at, so that asyncio does not warn where the caller has left.
+            task.exception()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class CatalogClient:
+    """Calls the catalog through its Serve handle; its typed errors arrive as themselves."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def snapshot(self) -> CatalogSnapshot:
+        return await typed(self._handle.snapshot.remote())
+
+    async def wait_for_change(self, revision: int, timeout_s: float) -> CatalogSnapshot:
+        return await typed(self._handle.wait_for_change.remote(revision, timeout_s))
+
+    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
+        return await typed(self._handle.load.remote(name, path, replace))
+
+    async def unload(self, name: str) -> None:
+        await typed(self._handle.unload.remote(name))
+
+    async def report_pool(self, num_pages: int) -> None:
+        await typed(self._handle.report_pool.remote(num_pages))
+
+
+def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:
+    """The geometry of adapters for the model and engine of these arguments."""
+    return AdapterGeometry.of(load_model_config(resolve_model(args.model)), args.engine_config())
+
+
+def default_state_path() -> Path:
+    """A file of this application on this Ray cluster, so that a new cluster starts afresh.
+
+    It lies on the catalog's node: a catalog that is restarted on another one loses it.
+    """
+    session = ray.get_runtime_context().get_session_name()
+    app_name = serve.get_replica_context().app_name
+    directory = Path(tempfile.gettempdir()) / f"slora-catalog-{os.getuid()}"
+    return directory / f"{session}-{app_name}.json"
+
+
+def _open_catalog(args: SLoRAArgs, state_path: str | Path) -> AdapterCatalog:
+    catalog = AdapterCatalog(
+        adapter_geometry(args), args.adapter_roots, state_path, {args.base_model_name}
+    )
+    if args.adapters_dir is not None:
+        catalog.scan(args.adapters_dir)
+    logger.info("%s adapters are registered", len(catalog.records()))
+    return catalog
