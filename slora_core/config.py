@@ -88,7 +88,8 @@ class EngineConfig:
     # Prompt + output, tokens; None takes the model's own limit.
     max_model_len: int | None = None
     # Output tokens a request is assumed to produce when it is admitted (never more than its
-    # max_tokens). Lower admits more and preempts more; None assumes max_tokens: no preemption.
+    # max_tokens). Lower admits more and preempts more; None assumes max_tokens, and preempts only
+    # where a prompt takes so many steps that others grow past the estimate meanwhile.
     admission_output_tokens: int | None = 256
 
     def __post_init__(self) -> None:
