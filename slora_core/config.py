@@ -138,7 +138,7 @@ class SamplingParams:
     max_tokens: int = 16
     # 0 is greedy; the other sampling fields then have no effect.
     temperature: float = 1.0
-    # Keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
+    # Keep the smallest set of tokens that holds top_p of the probability top_k left, in (0, 1].
     top_p: float = 1.0
     # Keep the k most probable tokens; 0 keeps all.
     top_k: int = 0
@@ -157,7 +157,7 @@ class SamplingParams:
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_k", 0 <= self.top_k < 2**63, "0 (all) or more, a signed 64-bit integer"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
             ("seed", -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"),
         )

@@ -1,0 +1,82 @@
+"""Settings out of range are refused by name and value, before a tensor could overflow on them."""
+
+import pickle
+
+import pytest
+
+from slora_core.config import LORA_MODULES, EngineConfig, ModelConfig, SamplingParams
+from slora_core.errors import InvalidRequestError
+
+MODEL = ModelConfig(
+    vocab_size=50,
+    hidden_size=24,
+    intermediate_size=40,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=100,
+)
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("temperature", -0.1),
+        ("temperature", 100.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
+        ("top_k", -1),
+        ("top_k", 2**63),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", float("nan")),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+    ],
+)
+def test_sampling_values_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{name} is .*; it must be ") as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+    assert str(value) in str(caught.value)
+    # Errors cross process borders.
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.param) == (str(caught.value), name)
+
+
+def test_sampling_values_at_the_border() -> None:
+    SamplingParams(max_tokens=1, temperature=100.0, top_p=1e-9, top_k=2**63 - 1, min_p=1.0)
+    SamplingParams(seed=-(2**63))
+    assert SamplingParams(temperature=0.0).greedy
+    assert not SamplingParams(temperature=1e-9).greedy
+
+
+@pytest.mark.parametrize(
+    "name", ["page_tokens", "num_pool_tokens", "max_batched_tokens", "max_running_requests"]
+)
+def test_engine_sizes_below_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        EngineConfig(**{name: 0})
+
+
+def test_derived_sizes() -> None:
+    config = EngineConfig(page_tokens=16, num_pool_tokens=100)
+    assert config.num_pages == 6
+    assert config.page_elems(MODEL) == 2 * 16 * 2 * 8
+    dims = dict(zip(LORA_MODULES, MODEL.module_dims, strict=True))
+    assert dims["q_proj"] == (24, 48)
+    assert dims["k_proj"] == dims["v_proj"] == (24, 16)
+    assert dims["o_proj"] == (48, 24)
+    assert dims["gate_proj"] == dims["up_proj"] == (24, 40)
+    assert dims["down_proj"] == (40, 24)
+
+
+@pytest.mark.parametrize("max_model_len,context", [(None, 100), (60, 60), (200, 100)])
+def test_context_len(max_model_len: int | None, context: int) -> None:
+    assert EngineConfig(max_model_len=max_model_len).context_len(MODEL) == context
