@@ -17,14 +17,18 @@ def sample(logits: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
     """Next token ids int64 [rows] of logits fp32 [rows, vocab_size].
 
     temperature 0 takes the most probable token. Otherwise probabilities softmax(logits /
-    temperature) are cut by top_k, then top_p, then min_p, and the token is the one at which
-    the cumulative probability, in descending order, passes the row's random number.
+    temperature) are cut by top_k, then top_p (of what top_k left), then min_p, as in
+    transformers, and the token is the one at which the cumulative probability, in descending
+    order, passes the row's random number.
     """
     greedy = logits.argmax(dim=-1)
     if sampling.all_greedy:
         return greedy
     temperature = sampling.temperature.clamp(min=1e-6).unsqueeze(1)
-    probs, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    # Stable, so that the order of ties does not depend on the batch either.
+    probs, order = torch.softmax(logits / temperature, dim=-1).sort(
+        dim=-1, descending=True, stable=True
+    )
     kept = torch.where(_keep_mask(probs, sampling), probs, 0.0)
     cumulative = kept.cumsum(dim=-1)
     threshold = uniform(sampling.seed, sampling.token_index).unsqueeze(1) * cumulative[:, -1:]
@@ -48,10 +52,11 @@ def _keep_mask(probs: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
     ranks = torch.arange(probs.shape[1], device=probs.device)
     top_k = sampling.top_k.unsqueeze(1)
     keep = (top_k == 0) | (ranks < top_k)
-    before = probs.cumsum(dim=-1) - probs
+    left = torch.where(keep, probs, 0.0)
+    cumulative = left.cumsum(dim=-1)
     top_p = sampling.top_p.unsqueeze(1)
-    # At 1 nothing is cut, though rounding may push the sum above 1 before the end.
-    keep &= (before < top_p) | (top_p >= 1.0)
+    # At 1 nothing is cut, though rounding may bring the sum to its end early.
+    keep &= (cumulative - left < top_p * cumulative[:, -1:]) | (top_p >= 1.0)
     keep &= probs >= sampling.min_p.unsqueeze(1) * probs[:, :1]
     keep[:, 0] = True
     return keep
