@@ -17,19 +17,36 @@ def load_model_config(model_dir: Path) -> ModelConfig:
     """Read `model_dir/config.json` and `generation_config.json` where there is one.
 
     Raises:
-        UnsupportedModelError: no config, an unknown family, or an option the decoder lacks.
+        UnsupportedModelError: no config or a damaged one, an unknown family, or an option that
+            the decoder lacks.
     """
     path = model_dir / "config.json"
     if not path.is_file():
         raise UnsupportedModelError(f"{path} does not exist; a Hugging Face model directory has it")
-    config = json.loads(path.read_text())
     generation_path = model_dir / "generation_config.json"
-    generation = json.loads(generation_path.read_text()) if generation_path.is_file() else {}
-    return parse_model_config(config, generation)
+    generation = _read_object(generation_path) if generation_path.is_file() else {}
+    return parse_model_config(_read_object(path), generation)
 
 
 def parse_model_config(config: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     """Build a `ModelConfig` from the two JSON objects; raises as `load_model_config`."""
+    try:
+        return _model_config(config, generation)
+    except KeyError as error:
+        raise UnsupportedModelError(f"the model's config.json lacks {error}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise UnsupportedModelError(f"{path} must hold a JSON object")
+    return fields
+
+
+def _model_config(config: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     family = config.get("model_type")
     if family not in SUPPORTED_FAMILIES:
         raise UnsupportedModelError(
@@ -98,7 +115,8 @@ def _context_limit(config: dict[str, Any]) -> int:
     """Tokens of context: within a sliding window full attention is the same attention."""
     limit = config["max_position_embeddings"]
     window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True):
+    # Qwen configs that do not say have no window; those of Mistral have no such switch.
+    if window and config.get("use_sliding_window", config["model_type"] == "mistral"):
         return min(limit, window)
     return limit
 
