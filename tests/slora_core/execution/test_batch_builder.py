@@ -1,0 +1,161 @@
+"""A plan becomes rows, tables and segments: each tensor against what the plan says."""
+
+import pytest
+import torch
+
+from slora_core.adapters.device_tables import DeviceAdapterTables
+from slora_core.config import SamplingParams
+from slora_core.execution.batch_builder import BatchBuilder
+from slora_core.types import Request, StepPlan
+
+PAGE_TOKENS = 4
+
+
+@pytest.fixture
+def tables() -> DeviceAdapterTables:
+    tables = DeviceAdapterTables(torch.zeros(32, 2, 128), max_slots=6)
+    tables.max_ranks = [4, 8, 64, 2, 16, 1]
+    return tables
+
+
+@pytest.fixture
+def builder(tables: DeviceAdapterTables) -> BatchBuilder:
+    return BatchBuilder(PAGE_TOKENS, tables, torch.device("cpu"))
+
+
+def _request(
+    name: str,
+    num_prompt: int,
+    num_output: int = 0,
+    *,
+    computed: int = 0,
+    pages: list[int],
+    slot: int | None = None,
+    first_token: int = 100,
+    **params,
+) -> Request:
+    ids = list(range(first_token, first_token + num_prompt + num_output))
+    return Request(
+        name,
+        ids[:num_prompt],
+        SamplingParams(max_tokens=50, **params),
+        adapter_id=None if slot is None else f"adapter-{slot}",
+        output_ids=ids[num_prompt:],
+        num_computed=computed,
+        page_ids=pages,
+        adapter_slot=slot,
+    )
+
+
+def _plan(*chunks: tuple[Request, int]) -> StepPlan:
+    plan = StepPlan()
+    for request, end in chunks:
+        plan.add(request, end)
+    plan.sort()
+    return plan
+
+
+def test_mixed_step(builder: BatchBuilder, tables: DeviceAdapterTables) -> None:
+    """Two decodes, a whole prompt, and the middle of a recomputed prompt, on three adapters."""
+    decode = _request("decode", 5, 2, computed=6, pages=[9, 3], slot=2, first_token=10)
+    base = _request("base", 3, 1, computed=3, pages=[7], first_token=30)
+    whole = _request("whole", 6, pages=[1, 0], slot=1, first_token=50)
+    middle = _request("middle", 4, 9, computed=2, pages=[20, 4, 11, 2], slot=2, first_token=70)
+    plan = _plan((whole, 6), (decode, 7), (middle, 9), (base, 4))
+    batch = builder.build(plan)
+
+    # Decodes by slot (base first), then prefills by slot.
+    assert [c.request.request_id for c in plan.chunks] == ["base", "decode", "whole", "middle"]
+    assert batch.input_ids.tolist() == [33, 16, *range(50, 56), *range(72, 79)]
+    assert batch.positions.tolist() == [3, 6, *range(6), *range(2, 9)]
+    # All but the unfinished one sample, at their last row.
+    assert batch.logit_rows.tolist() == [0, 1, 7]
+
+    attention = batch.attention
+    assert attention.slot_mapping.tolist() == [
+        7 * 4 + 3,
+        3 * 4 + 2,
+        *[4, 5, 6, 7, 0, 1],
+        *[82, 83, 16, 17, 18, 19, 44],
+    ]
+    assert attention.num_decodes == 2
+    assert attention.decode_block_tables.tolist() == [[7, 0], [9, 3]]
+    assert attention.decode_context_lens.tolist() == [4, 7]
+    assert attention.query_indptr.tolist() == [0, 6, 13]
+    # The fourth page of "middle" is not reached yet.
+    assert attention.prefill_block_tables.tolist() == [[1, 0, 0], [20, 4, 11]]
+    assert attention.prefill_context_lens.tolist() == [6, 9]
+
+    assert batch.lora is not None
+    assert batch.lora.seg_indptr.tolist() == [0, 1, 2, 8, 15]
+    assert batch.lora.seg_slots.tolist() == [-1, 2, 1, 2]
+    assert batch.lora.max_rank == 64
+    assert batch.lora.page_tables is tables.page_tables
+
+    for tensor in (batch.input_ids, batch.positions, batch.logit_rows, attention.slot_mapping):
+        assert tensor.dtype == torch.int64
+    for tensor in (
+        attention.decode_block_tables,
+        attention.decode_context_lens,
+        attention.query_indptr,
+        attention.prefill_block_tables,
+        attention.prefill_context_lens,
+        batch.lora.seg_indptr,
+        batch.lora.seg_slots,
+    ):
+        assert tensor.dtype == torch.int32
+
+
+def test_rows_of_one_adapter_are_one_segment_across_the_phases(builder: BatchBuilder) -> None:
+    decodes = [
+        _request(str(i), 2, 1, computed=2, pages=[i], slot=slot) for i, slot in enumerate([3, 0, 3])
+    ]
+    prefill = _request("prefill", 5, pages=[8, 9], slot=3)
+    batch = builder.build(_plan(*((r, 3) for r in decodes), (prefill, 5)))
+    assert batch.lora is not None
+    assert batch.lora.seg_slots.tolist() == [0, 3]
+    assert batch.lora.seg_indptr.tolist() == [0, 1, 8]
+    # Ranks of adapters that are resident but not in the batch do not count.
+    assert batch.lora.max_rank == 4
+
+
+def test_base_only_has_no_segments(builder: BatchBuilder) -> None:
+    batch = builder.build(
+        _plan((_request("a", 2, 1, computed=2, pages=[1]), 3), (_request("b", 3, pages=[2]), 3))
+    )
+    assert batch.lora is None
+
+
+def test_decodes_only_and_prefills_only(builder: BatchBuilder) -> None:
+    decode = builder.build(_plan((_request("a", 4, 1, computed=4, pages=[1, 2]), 5))).attention
+    assert decode.num_decodes == 1
+    assert decode.prefill_block_tables.shape == (0, 0)
+    assert decode.query_indptr.tolist() == [0]
+    # One token at position 0 is a prefill: there is nothing before it.
+    prefill = builder.build(_plan((_request("b", 1, pages=[1]), 1))).attention
+    assert prefill.num_decodes == 0
+    assert prefill.decode_block_tables.shape == (0, 0)
+    assert prefill.query_indptr.tolist() == [0, 1]
+
+
+def test_one_token_of_a_prompt_is_a_decode_row_that_does_not_sample(builder: BatchBuilder) -> None:
+    batch = builder.build(_plan((_request("a", 9, computed=4, pages=[5, 6]), 5)))
+    assert batch.attention.num_decodes == 1
+    assert batch.attention.decode_block_tables.tolist() == [[5, 6]]
+    assert batch.logit_rows.tolist() == []
+    assert batch.sampling.temperature.shape == (0,)
+
+
+def test_sampling_settings_follow_the_rows_that_sample(builder: BatchBuilder) -> None:
+    first = _request("first", 2, 3, computed=4, pages=[0, 1], temperature=0.5, top_p=0.9, seed=-7)
+    unfinished = _request("unfinished", 9, pages=[2, 3], slot=0, temperature=0.1, seed=1)
+    last = _request("last", 4, pages=[4], slot=1, temperature=0.0, top_k=5, min_p=0.25, seed=2**62)
+    sampling = builder.build(_plan((last, 4), (unfinished, 8), (first, 5))).sampling
+    assert sampling.temperature.tolist() == [0.5, 0.0]
+    assert sampling.top_p.tolist() == pytest.approx([0.9, 1.0])
+    assert sampling.min_p.tolist() == [0.0, 0.25]
+    assert sampling.top_k.tolist() == [0, 5]
+    assert sampling.seed.tolist() == [-7, 2**62]
+    assert sampling.token_index.tolist() == [3, 0]
+    assert sampling.all_greedy is False
+    assert builder.build(_plan((last, 4))).sampling.all_greedy is True
