@@ -169,12 +169,15 @@ class Engine:
 
     def _validate(self, request: Request) -> None:
         if not request.prompt_ids:
-            raise InvalidRequestError("the prompt is empty; it must have at least one token")
-        largest = max(request.prompt_ids)
-        if min(request.prompt_ids) < 0 or largest >= self.model.vocab_size:
             raise InvalidRequestError(
-                f"the prompt has token id {largest}; ids are in [0, {self.model.vocab_size})"
+                "the prompt is empty; it must have at least one token", "prompt"
             )
+        vocab_size = self.model.vocab_size
+        for token_id in (min(request.prompt_ids), max(request.prompt_ids)):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"the prompt has token id {token_id}; ids are in [0, {vocab_size})", "prompt"
+                )
         context = self.config.context_len(self.model)
         if request.max_total_tokens > context:
             raise InvalidRequestError(
