@@ -1,6 +1,8 @@
-"""Fixtures that several test modules share: one Ray cluster for everything that needs one."""
+"""Fixtures that several test modules share, and what the whole run reports."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,26 @@ def ray_cluster():
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run torch in one thread: tiny tensors gain nothing from two, which wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    oracle = sys.modules.get("tests.oracle")
+    if oracle is not None and oracle.comparisons.num_compared:
+        terminalreporter.write_line(
+            f"greedy texts: {oracle.comparisons.num_compared} compared, of which the near-tie "
+            f"clause forgave {oracle.comparisons.num_forgiven}"
+        )
 
 
 def _free_port() -> int:
