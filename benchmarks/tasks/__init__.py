@@ -1,0 +1,1 @@
+"""One file a task: how its examples are drawn and how an answer is checked."""
