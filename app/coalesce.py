@@ -4,14 +4,14 @@ What a stream costs Serve is per message, not per token. It knows neither engine
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 
 from slora_core.types import FinishReason, RequestOutput
 
 
 async def coalesce(
     outputs: AsyncGenerator[RequestOutput, None], interval_s: float
-) -> AsyncIterator[tuple[list[int], FinishReason | None]]:
+) -> AsyncGenerator[tuple[list[int], FinishReason | None], None]:
     """Yield (new token ids, finish reason), at least `interval_s` apart but for the last.
 
     Closing it closes `outputs`. What `outputs` raises is raised here, after the tokens before it.

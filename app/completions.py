@@ -120,7 +120,7 @@ class Answer:
             id=self.id,
             created=self.created,
             model=self._request.model,
-            choices=choices,  # type: ignore[arg-type]
+            choices=choices,
             usage=usage,
         )
         exclude = None if self._request.include_usage else {"usage"}

@@ -68,7 +68,11 @@ class EngineServer:
     async def stats(self) -> dict[str, Any]:
         """The engine's counters, and which replica and process they are of."""
         stats = asdict(await self._engine.stats())
-        identity = {"replica_id": self._replica_id, "slot": self._slot(), "replica_pid": os.getpid()}
+        identity = {
+            "replica_id": self._replica_id,
+            "slot": self._slot(),
+            "replica_pid": os.getpid(),
+        }
         return {**identity, "engine_pid": self._pid, **stats}
 
     async def check_integrity(self) -> None:

@@ -13,7 +13,12 @@ from typing import Protocol
 from app.catalog_view import CatalogView
 from app.messages import GenerateRequest, TokenChunk
 from slora_core.detokenizer import Decode, Detokenizer
-from slora_core.errors import AdapterNotFoundError, EngineDeadError
+from slora_core.errors import (
+    AdapterNotFoundError,
+    EngineDeadError,
+    InvalidAdapterError,
+    InvalidRequestError,
+)
 from slora_core.types import FinishReason
 
 
@@ -101,12 +106,16 @@ class Generation:
                         has_started = True
                         yield chunk
                 return
-            except AdapterNotFoundError:
+            except (AdapterNotFoundError, InvalidAdapterError) as error:
                 record = request.record
-                if has_started or is_retry or record is None:
+                if has_started or record is None:
                     raise
                 await self._catalog.refresh()
-                request = replace(request, record=await self._catalog.find(record.name))
+                newer = await self._catalog.find(record.name)
+                if is_retry or newer.adapter_id == record.adapter_id:
+                    # Its files are gone or changed, and nobody has loaded them anew.
+                    raise InvalidRequestError(str(error), "model") from error
+                request = replace(request, record=newer)
 
 
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[TextPiece, None]:

@@ -9,7 +9,12 @@ import pytest
 from app.catalog_view import CatalogView
 from app.completions import CompletionService, ModelLimits
 from app.ingress import Ingress, api_app
-from slora_core.errors import AdapterNotFoundError, EngineDeadError, InvalidRequestError
+from slora_core.errors import (
+    AdapterNotFoundError,
+    EngineDeadError,
+    InvalidAdapterError,
+    InvalidRequestError,
+)
 from slora_core.tokenizer import Tokenizer
 from tests.app.fakes import FakeCatalog, FakeEngine, make_record
 from tests.tiny_tokenizer import VOCAB_SIZE, byte_ids, make_tokenizer
@@ -282,9 +287,7 @@ def test_template_that_refuses(server):
 
 def test_malformed_bodies(server):
     async def work(client):
-        return [
-            await client.post("/v1/completions", content=body) for body in (b"", b"{", b"[1]")
-        ]
+        return [await client.post("/v1/completions", content=body) for body in (b"", b"{", b"[1]")]
 
     for response in server.call(work):
         assert error_of(response, 400)["type"] == "BadRequestError"
@@ -335,12 +338,13 @@ def test_one_failed_prompt_ends_the_others(server):
     error_of(server.complete(prompt=["a", "b"]), 503)
 
 
-def test_an_adapter_replaced_on_the_way_is_looked_up_again(server):
+@pytest.mark.parametrize("error", [AdapterNotFoundError("gone"), InvalidAdapterError("changed")])
+def test_an_adapter_replaced_on_the_way_is_looked_up_again(server, error):
     async def work(client):
         await client.get("/v1/models/sql")
         # The catalog moves on unseen, and the store knows the old version no more.
         server.catalog.records["sql"] = make_record("sql", version=2)
-        server.engine.errors[0] = AdapterNotFoundError("gone")
+        server.engine.errors[0] = error
         engine_generate = server.engine.generate
 
         async def generate(request):
@@ -364,6 +368,12 @@ def test_an_adapter_unloaded_on_the_way_is_404(server):
         return await client.post("/v1/completions", json={"model": "sql", "prompt": "x"})
 
     error_of(server.call(work), 404)
+
+
+def test_an_adapter_whose_files_are_not_what_was_loaded(server):
+    server.engine.errors[0] = InvalidAdapterError("the files have changed")
+    error = error_of(server.complete(model="sql"), 400)
+    assert (error["param"], error["message"]) == ("model", "the files have changed")
 
 
 def test_unknown_models_asked_at_once_share_a_snapshot(server):

@@ -269,7 +269,7 @@ def test_load_replace_and_unload(app):
     second = make_random_adapter(app.extra_dir / "second", app.model, seed=102, scale=0.4)
     assert app.load("mine", first).status_code == 200
     old = text()
-    assert "exists" in error_of(app.load("mine", second), 400)["message"]
+    assert "loaded already" in error_of(app.load("mine", second), 400)["message"]
     assert text() == old
     assert app.load("mine", second, replace=True).status_code == 200
     assert text() != old
