@@ -138,13 +138,17 @@ class NodeStore:
     async def _follow_catalog(self) -> None:
         """Learn of registrations until cancelled; outlives a catalog that restarts."""
         revision = -1
+        is_answering = True
         while True:
             try:
                 snapshot = await self._catalog.wait_for_change(revision, POLL_S)
             except Exception as error:
-                logger.warning("the adapter catalog did not answer: %r; trying again", error)
+                if is_answering:
+                    logger.warning("the adapter catalog does not answer: %r; trying on", error)
+                is_answering = False
                 await asyncio.sleep(RETRY_S)
                 continue
+            is_answering = True
             self._records = snapshot.records
             # At every answer, since a late lease may have packed what was unloaded before it.
             registered = {record.adapter_id for record in self._records.values()}
