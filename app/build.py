@@ -40,6 +40,8 @@ def build(args: SLoRAArgs) -> Application:
         max_ongoing_requests=MAX_CATALOG_CALLS,
         # The calls that wait in it at a stop are long polls of processes that are gone.
         graceful_shutdown_timeout_s=1.0,
+        # Their access log would be all that the log says.
+        logging_config={"enable_access_log": False},
         ray_actor_options={"num_cpus": CPUS_PER_CATALOG},
     )
     engine = serve.deployment(EngineServer).options(

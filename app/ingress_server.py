@@ -67,8 +67,12 @@ class IngressServer:
             try:
                 answers = self._engine.broadcast("is_alive").results_async(return_exceptions=True)
                 is_ready = True in await asyncio.wait_for(answers, READY_TIMEOUT_S)
+            except TimeoutError:
+                # Replicas are there but full: the call waits behind requests. One that hangs is
+                # found by Serve's own check, which does not wait.
+                is_ready = True
             except Exception:
-                # Whatever keeps the replicas from answering, the service is not ready.
+                # There is no replica.
                 is_ready = False
             self._ready = (is_ready, time.monotonic())
         return is_ready

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,38 @@ def make_adapters(root: Path, model: Path) -> Path:
     return root / "adapters"
 
 
+@contextmanager
+def running_app(base_url: str, root: Path, name: str, route_prefix: str, **settings):
+    """Deploy the application over a tiny model, wait until it serves, delete it at the end."""
+    from ray import serve
+
+    from app.args import SLoRAArgs
+    from app.build import build
+
+    model = make_tiny_model(root)
+    extra_dir = root / "extra"
+    extra_dir.mkdir()
+    args = SLoRAArgs(
+        model=str(model),
+        served_model_name=BASE,
+        adapters_dir=str(make_adapters(root, model)),
+        allowed_adapter_roots=[str(extra_dir)],
+        num_pool_tokens=NUM_POOL_TOKENS,
+        page_tokens=PAGE_TOKENS,
+        cpus_per_replica=0.1,
+        num_threads=1,
+        store_capacity_bytes=2**26,
+        store_extent_bytes=2**24,
+        **settings,
+    )
+    serve.run(build(args), name=name, route_prefix=route_prefix)
+    url = base_url + route_prefix.rstrip("/")
+    app = RunningApp(url, model, root / "adapters", extra_dir, name)
+    app.wait_replicas(args.num_replicas)
+    yield app
+    serve.delete(name)
+
+
 @dataclass
 class RunningApp:
     """What a test does to the application: requests, and a look inside."""
@@ -42,6 +75,7 @@ class RunningApp:
     adapters_dir: Path
     # Another root from which adapters may be loaded.
     extra_dir: Path
+    name: str = "slora"
 
     def complete(self, model=BASE, timeout_s=60.0, **fields):
         body = {"model": model, "prompt": "hello", "max_tokens": 8, "temperature": 0, **fields}
@@ -72,12 +106,19 @@ class RunningApp:
         cards = httpx.get(f"{self.url}/v1/models", timeout=60).json()["data"]
         return [card["id"] for card in cards]
 
+    def is_healthy(self):
+        return httpx.get(f"{self.url}/health", timeout=10).status_code == 200
+
     def stats(self):
         """Counters of every engine replica."""
         return self._engine().broadcast("stats").results(timeout_s=10)
 
     def check_integrity(self):
         self._engine().broadcast("check_integrity").results(timeout_s=10)
+
+    def resident(self):
+        """Ids of the adapters that some engine has in its pool."""
+        return {adapter for stats in self.stats() for adapter in stats["resident_adapters"]}
 
     def finished(self):
         """Requests that each replica has finished."""
@@ -106,7 +147,7 @@ class RunningApp:
     def _engine(self):
         from ray import serve
 
-        return serve.get_deployment_handle("engine", "slora")
+        return serve.get_deployment_handle("engine", self.name)
 
 
 def wait_until(condition, timeout_s):

@@ -16,10 +16,8 @@ from tests.app.serve_app import (
     CONTEXT_LEN,
     NUM_POOL_TOKENS,
     PAGE_TOKENS,
-    RunningApp,
     error_of,
-    make_adapters,
-    make_tiny_model,
+    running_app,
     wait_until,
 )
 from tests.factories import make_random_adapter
@@ -32,37 +30,18 @@ SPILL_QUEUE_LEN = 4
 
 @pytest.fixture(scope="module")
 def app(ray_cluster, tmp_path_factory):
-    from ray import serve
-
-    from app.args import SLoRAArgs
-    from app.build import build
-
     root = tmp_path_factory.mktemp("serve")
-    model = make_tiny_model(root)
-    adapters_dir = make_adapters(root, model)
-    extra_dir = root / "extra"
-    extra_dir.mkdir()
-    args = SLoRAArgs(
-        model=str(model),
-        served_model_name=BASE,
-        adapters_dir=str(adapters_dir),
-        allowed_adapter_roots=[str(extra_dir)],
-        catalog_state_path=str(root / "catalog.json"),
-        num_pool_tokens=NUM_POOL_TOKENS,
-        page_tokens=PAGE_TOKENS,
+    with running_app(
+        ray_cluster,
+        root,
+        "slora",
+        "/",
         num_replicas=NUM_REPLICAS,
-        cpus_per_replica=0.1,
-        num_threads=1,
         spill_queue_len=SPILL_QUEUE_LEN,
-        store_capacity_bytes=2**26,
-        store_extent_bytes=2**24,
         max_body_bytes=2**20,
-    )
-    serve.run(build(args), name="slora", route_prefix="/")
-    app = RunningApp(ray_cluster, model, adapters_dir, extra_dir)
-    app.wait_replicas(NUM_REPLICAS)
-    yield app
-    serve.delete("slora")
+        catalog_state_path=str(root / "catalog.json"),
+    ) as app:
+        yield app
 
 
 @pytest.fixture(autouse=True)
@@ -286,18 +265,19 @@ def test_load_replace_and_unload(app):
 
 def test_a_running_request_outlives_the_unload_of_its_adapter(app):
     path = make_random_adapter(app.extra_dir / "leaving", app.model, seed=103)
+    resident = app.resident()
     assert app.load("leaving", path).status_code == 200
     with app.stream("leaving", max_tokens=1000) as response:
         lines = response.iter_lines()
         next(lines)
+        [adapter_id] = app.resident() - resident
         assert app.unload("leaving").status_code == 200
         error_of(app.complete("leaving"), 404)
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-    resident = [stats["resident_adapters"] for stats in app.stats()]
-    app.wait_idle()
-    assert not any("leaving" in adapters for adapters in resident)
+    # Its pages are freed, not left as a cache.
+    wait_until(lambda: adapter_id not in app.resident(), timeout_s=5)
 
 
 def test_load_while_serving(app):

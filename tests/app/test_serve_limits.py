@@ -1,0 +1,75 @@
+"""One small replica on a real Ray cluster: overload, and the death of each actor."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from tests.app.serve_app import ADAPTERS, BASE, error_of, running_app, wait_until
+from tests.factories import make_random_adapter
+
+pytestmark = pytest.mark.serve
+
+
+@pytest.fixture(scope="module")
+def app(ray_cluster, tmp_path_factory):
+    root = tmp_path_factory.mktemp("serve")
+    with running_app(
+        ray_cluster, root, "small", "/small", max_ongoing_requests=1, max_queued_requests=1
+    ) as app:
+        yield app
+
+
+def test_overload_is_refused_at_once(app):
+    with app.stream() as running:
+        # Kept: httpx closes a response whose iterator is dropped.
+        lines = running.iter_lines()
+        next(lines)
+        waiting = threading.Thread(target=app.complete, kwargs={"max_tokens": 1})
+        waiting.start()
+        time.sleep(0.5)
+        start = time.monotonic()
+        response = app.complete()
+        assert time.monotonic() - start < 1
+        assert "overloaded" in error_of(response, 503)["message"]
+        assert int(response.headers["retry-after"]) > 0
+        # Overload is no illness.
+        assert app.is_healthy()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+    assert app.complete().status_code == 200
+
+
+def test_death_of_the_only_engine(app):
+    [stats] = app.stats()
+    os.kill(stats["engine_pid"], signal.SIGKILL)
+    response = app.complete()
+    error_of(response, 503)
+    assert "retry-after" in response.headers
+    # Requests that come while the replica is replaced wait for it.
+    wait_until(lambda: app.complete(ADAPTERS[0]).status_code == 200, timeout_s=60)
+    assert app.is_healthy()
+
+
+def test_death_of_catalog_and_store(app):
+    path = make_random_adapter(app.extra_dir / "kept", app.model, seed=7)
+    assert app.load("kept", path).status_code == 200
+    text = app.complete("kept").json()["choices"][0]["text"]
+    for actor in ("SERVE_REPLICA::small#catalog#", "adapter-store:small:"):
+        _kill_actor(actor)
+        # Names are resolved here and adapters run from the pool meanwhile.
+        assert app.complete(BASE).status_code == 200
+    wait_until(lambda: app.complete("kept").json()["choices"][0]["text"] == text, timeout_s=30)
+    assert app.unload("kept").status_code == 200
+    assert "kept" not in app.names()
+    assert set(ADAPTERS) <= set(app.names())
+
+
+def _kill_actor(prefix):
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    [actor] = [actor for actor in actors if actor["name"].startswith(prefix)]
+    ray.kill(ray.get_actor(**actor), no_restart=False)
