@@ -247,7 +247,7 @@ def _check_module(
             raise InvalidAdapterError(f"tensor {name} has dtype {tensor.dtype}, not a float type")
         if not torch.isfinite(tensor).all():
             raise InvalidAdapterError(f"tensor {name} holds NaN or infinity")
-        if not torch.isfinite(tensor.to(geometry.dtype)).all():
+        if tensor.dtype != geometry.dtype and not torch.isfinite(tensor.to(geometry.dtype)).all():
             raise InvalidAdapterError(
                 f"tensor {name} holds values too large for the server's {geometry.dtype}"
             )
