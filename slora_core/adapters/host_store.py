@@ -142,12 +142,12 @@ class HostStore:
             ProcessLookupError: no process has this pid.
         """
         with self._changed:
-            entry = self._entries.get(adapter_id)
-            if entry is None or not entry.ready:
-                raise AdapterNotFoundError(f"adapter {adapter_id} is not in the host store")
             if holder_pid in self._watch.dead():
                 # The pid was given to another process before anybody asked `dead_holders`.
                 self._drop_holder(holder_pid)
+            entry = self._entries.get(adapter_id)
+            if entry is None or not entry.ready:
+                raise AdapterNotFoundError(f"adapter {adapter_id} is not in the host store")
             self._watch.add(holder_pid)
             entry.leases[holder_pid] += 1
             self._holders[holder_pid] += 1

@@ -302,6 +302,23 @@ def test_a_holders_death_is_noticed_and_ends_its_leases(store: HostStore) -> Non
     assert store.stats().num_leases == 1 and store.stats().num_holders == 1
 
 
+def test_a_lease_in_a_dead_holders_name_ends_what_it_held(store: HostStore) -> None:
+    for name in ("a", "b"):
+        put(store, name)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    store.lease("a", child.pid)
+    store.lease("b", child.pid)
+    store.remove("b")
+    child.kill()
+    child.wait()
+    with pytest.raises(AdapterNotFoundError):
+        store.lease("b", child.pid)
+    with pytest.raises(ProcessLookupError):
+        store.lease("a", child.pid)
+    store.check_integrity()
+    assert store.stats().num_leases == 0 and store.adapter_ids() == ["a"]
+
+
 def test_a_reader_maps_an_extent_once_and_forgets_dead_ones() -> None:
     reader = SlabReader(GEOMETRY)
     first = HostStore(GEOMETRY, 16 * PAGE, 16 * PAGE)
