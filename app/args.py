@@ -78,8 +78,9 @@ class SLoRAArgs(BaseModel):
     # Requests a replica holds, running and waiting in its engine. Enough that the engine always
     # finds a next request to admit; beyond it they wait in the ingress.
     max_ongoing_requests: int = Field(default=256, ge=1)
-    # Requests that wait in an ingress for a replica; more are refused with 503. -1: no limit.
-    max_queued_requests: int = Field(default=1024, ge=-1)
+    # Requests that wait in an ingress for a replica; more are refused with 503 at once, so that a
+    # client can go elsewhere instead of waiting for its own timeout.
+    max_queued_requests: int = Field(default=1024, ge=1)
     # Seconds between two pieces of a streamed answer after the first. 30 ms is below what a
     # reader notices, and each piece costs about 0.4 ms of Python in the ingress.
     flush_interval_s: float = Field(default=0.03, ge=0.0, le=10.0)

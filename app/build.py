@@ -9,12 +9,11 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from app.adapter_catalog import AdapterCatalogServer
+from app.adapter_catalog import AdapterCatalogServer, adapter_geometry
 from app.affinity_router import AffinityRouter
 from app.args import SLoRAArgs
 from app.engine_server import EngineServer
 from app.ingress_server import IngressServer
-from app.model_source import resolve_model
 
 # Ray only counts CPUs; ingress and catalog wait most of the time.
 CPUS_PER_INGRESS = 0.2
@@ -31,10 +30,17 @@ def build(args: SLoRAArgs) -> Application:
     """The application of these arguments.
 
     The model is fetched here where it must be, so that the progress is seen where the application
-    is started, and so that a wrong model is told before any replica starts.
+    is started.
+
+    Raises:
+        UnsupportedModelError: the model, before any replica starts.
+        ValueError: arguments that do not fit the model or this machine's files.
     """
-    resolve_model(args.model)
     args = with_absolute_paths(args)
+    # Reads the model's config and checks the page size against it.
+    adapter_geometry(args)
+    if args.adapters_dir is not None and not Path(args.adapters_dir).is_dir():
+        raise ValueError(f"adapters_dir: the directory {args.adapters_dir} does not exist")
     catalog = serve.deployment(AdapterCatalogServer).options(
         name="catalog",
         max_ongoing_requests=MAX_CATALOG_CALLS,

@@ -1,33 +1,19 @@
-"""From validated OpenAI requests to generations, and from their text to OpenAI answers.
+"""From validated OpenAI requests to answers that are ready to run, and the list of models.
 
 Owns the checks that need the model: which adapter a name means, what the context holds, which
-token ids exist. It knows nothing of HTTP; `ingress` reads bodies and writes events.
+token ids exist. It knows nothing of HTTP; `ingress` reads bodies and sends the answers.
 """
 
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 
+from app.answers import Answer
 from app.catalog_view import CatalogView
-from app.generation import Engine, Generation, TextPiece, merge
+from app.generation import Engine, Generation
 from app.messages import GenerateRequest
-from app.openai_schemas import (
-    AssistantMessage,
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatCompletionRequest,
-    Completion,
-    CompletionChoice,
-    CompletionRequest,
-    ModelCard,
-    SamplingFields,
-    Usage,
-)
+from app.openai_schemas import ChatCompletionRequest, CompletionRequest, ModelCard
 from slora_core.adapters.catalog import AdapterRecord
 from slora_core.errors import InvalidRequestError
 from slora_core.tokenizer import Tokenizer
@@ -48,92 +34,13 @@ class ModelLimits:
     page_tokens: int
 
     def output_room(self, num_prompt_tokens: int, record: AdapterRecord | None) -> int:
-        """Most output tokens that fit the context and the pool, beside the adapter's pages."""
+        """Most output tokens that fit the context and the pool, beside the adapter's pages.
+
+        At least 1: where not even that fits, the engine refuses with its own numbers.
+        """
         num_adapter_pages = 0 if record is None else record.num_pages
         pool_tokens = (self.num_pages - num_adapter_pages) * self.page_tokens
-        return min(self.context_len, pool_tokens) - num_prompt_tokens
-
-
-class Answer:
-    """The generations of one request and how its answer is written."""
-
-    def __init__(
-        self, request: SamplingFields, generations: list[Generation], answer_id: str
-    ) -> None:
-        self.id = answer_id
-        self.created = int(time.time())
-        self._request = request
-        self._generations = generations
-
-    def pieces(self) -> AsyncGenerator[TextPiece, None]:
-        """Text as it comes; closing it aborts what still runs."""
-        return merge(self._generations)
-
-    async def collect(self) -> Completion | ChatCompletion:
-        """The whole answer at once."""
-        texts = [""] * len(self._generations)
-        reasons: list[str | None] = [None] * len(self._generations)
-        async with aclosing(self.pieces()) as pieces:
-            async for piece in pieces:
-                texts[piece.index] += piece.text
-                reasons[piece.index] = piece.finish_reason
-        model, usage = self._request.model, self._usage()
-        if isinstance(self._request, ChatCompletionRequest):
-            message = AssistantMessage(content=texts[0])
-            choice = ChatChoice(index=0, message=message, finish_reason=reasons[0])
-            return ChatCompletion(
-                id=self.id, created=self.created, model=model, choices=[choice], usage=usage
-            )
-        choices = [
-            CompletionChoice(index=index, text=text, finish_reason=reason)
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return Completion(
-            id=self.id, created=self.created, model=model, choices=choices, usage=usage
-        )
-
-    async def events(self, pieces: AsyncGenerator[TextPiece, None]) -> AsyncGenerator[str, None]:
-        """JSON of each streamed event: one a piece, and the usage at the end where asked for."""
-        is_first = True
-        async for piece in pieces:
-            yield self._event(self._choices(piece, is_first), None)
-            is_first = False
-        if self._request.include_usage:
-            yield self._event([], self._usage())
-
-    def _choices(
-        self, piece: TextPiece, is_first: bool
-    ) -> list[ChatChunkChoice] | list[CompletionChoice]:
-        if not isinstance(self._request, ChatCompletionRequest):
-            return [CompletionChoice(**vars(piece))]
-        delta = {"role": "assistant"} if is_first else {}
-        if is_first or piece.text:
-            delta["content"] = piece.text
-        return [ChatChunkChoice(index=0, delta=delta, finish_reason=piece.finish_reason)]
-
-    def _event(
-        self, choices: list[ChatChunkChoice] | list[CompletionChoice], usage: Usage | None
-    ) -> str:
-        is_chat = isinstance(self._request, ChatCompletionRequest)
-        event_class = ChatCompletionChunk if is_chat else Completion
-        event = event_class.model_construct(
-            id=self.id,
-            created=self.created,
-            model=self._request.model,
-            choices=choices,
-            usage=usage,
-        )
-        exclude = None if self._request.include_usage else {"usage"}
-        return event.model_dump_json(exclude=exclude)
-
-    def _usage(self) -> Usage:
-        num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)
-        num_output = sum(generation.num_output_tokens for generation in self._generations)
-        return Usage(
-            prompt_tokens=num_prompt,
-            completion_tokens=num_output,
-            total_tokens=num_prompt + num_output,
-        )
+        return max(1, min(self.context_len, pool_tokens) - num_prompt_tokens)
 
 
 class CompletionService:
@@ -172,9 +79,10 @@ class CompletionService:
                 prompt_ids = await self._tokenizer.encode_async(prompt)
             else:
                 prompt_ids = self._check_token_ids(prompt)
-            room = self._output_room(len(prompt_ids), request.max_tokens, "prompt", record)
+            self._check_context(len(prompt_ids), "prompt", request.max_tokens, "max_tokens")
             max_tokens = request.max_tokens
             if max_tokens is None:
+                room = self._limits.output_room(len(prompt_ids), record)
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
             params = request.sampling_params(max_tokens, seed + index)
@@ -188,8 +96,10 @@ class CompletionService:
         messages = [message.as_template_input() for message in request.messages]
         prompt_ids = await self._tokenizer.encode_chat(messages)
         limit = request.token_limit
-        room = self._output_room(len(prompt_ids), limit, "messages", record)
-        params = request.sampling_params(room if limit is None else limit, secrets.randbits(62))
+        self._check_context(len(prompt_ids), "messages", limit, request.limit_name)
+        if limit is None:
+            limit = self._limits.output_room(len(prompt_ids), record)
+        params = request.sampling_params(limit, secrets.randbits(62))
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         generate = GenerateRequest(answer_id, prompt_ids, params, record)
         return Answer(request, [self._generation(0, generate)], answer_id)
@@ -246,14 +156,10 @@ class CompletionService:
                 )
         return prompt
 
-    def _output_room(
-        self,
-        num_prompt: int,
-        max_tokens: int | None,
-        prompt_param: str,
-        record: AdapterRecord | None,
-    ) -> int:
-        """Output tokens that fit after the prompt, at least 1; checks the limit that was given."""
+    def _check_context(
+        self, num_prompt: int, prompt_param: str, max_tokens: int | None, limit_param: str
+    ) -> None:
+        """Raises InvalidRequestError where prompt and output do not fit the context."""
         context_len = self._limits.context_len
         if num_prompt == 0:
             raise InvalidRequestError("the prompt has no tokens", prompt_param)
@@ -265,9 +171,7 @@ class CompletionService:
             )
         if max_tokens is not None and num_prompt + max_tokens > context_len:
             raise InvalidRequestError(
-                f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together "
+                f"the prompt has {num_prompt} tokens and {limit_param} is {max_tokens}; together "
                 f"they exceed the context of {context_len} tokens",
-                "max_tokens",
+                limit_param,
             )
-        # Where not even one fits beside the adapter, the engine refuses with its own numbers.
-        return max(1, self._limits.output_room(num_prompt, record))

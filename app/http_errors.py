@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -89,6 +90,9 @@ def api_error(error: Exception, request_id: str = "") -> ApiError:
         return ApiError(error.status_code, error.detail)
     if isinstance(error, OverloadedError):
         return ApiError(503, str(error))
+    if isinstance(error, RayActorError):
+        logger.warning("request %s met an actor that ended: %r", request_id, error)
+        return ApiError(503, "a part of the server is being replaced; try again")
     if isinstance(error, BodyTooLargeError):
         return ApiError(413, str(error))
     for error_type, status, param in STATUS_OF_ERROR:

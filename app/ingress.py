@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from app.completions import Answer, CompletionService
+from app.answers import Answer
+from app.completions import CompletionService
 from app.generation import TextPiece
 from app.http_errors import ApiError, BodyTooLargeError, api_error
 from app.openai_schemas import (

@@ -24,6 +24,7 @@ MAX_STOP_STRINGS = 16
 MAX_PROMPTS = 128
 
 StopString = Annotated[StrictStr, Field(min_length=1)]
+TokenLimit = Annotated[StrictInt, Field(ge=1)]
 StrictFloat = Annotated[FiniteFloat, Field(strict=True)]
 
 
@@ -92,7 +93,7 @@ class CompletionRequest(SamplingFields):
     # One or several prompts, each a text or token ids.
     prompt: list[str | list[int]]
     # None: 16, or what the context leaves if that is less.
-    max_tokens: StrictInt | None = None
+    max_tokens: TokenLimit | None = None
 
     @field_validator("prompt", mode="plain")
     @classmethod
@@ -128,8 +129,8 @@ class ChatMessage(RequestModel):
 class ChatCompletionRequest(SamplingFields):
     messages: list[ChatMessage] = Field(min_length=1)
     # None: whatever the context leaves.
-    max_tokens: StrictInt | None = None
-    max_completion_tokens: StrictInt | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -141,6 +142,11 @@ class ChatCompletionRequest(SamplingFields):
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """Which of its two names the limit was given under."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 class LoadAdapterRequest(RequestModel):

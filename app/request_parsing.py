@@ -168,4 +168,6 @@ def _invalid_request(error: ValidationError) -> InvalidRequestError:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return InvalidRequestError(f"{path} is missing", param)
+    if isinstance(first["input"], bool | int | float | str):
+        message += f", given {json.dumps(first['input'], ensure_ascii=False)[:100]}"
     return InvalidRequestError(f"{path}: {message}" if path else message, param)

@@ -2,6 +2,7 @@ import json
 import logging
 
 import pytest
+from ray.exceptions import ActorDiedError
 from starlette.exceptions import HTTPException
 
 from app.http_errors import BodyTooLargeError, OverloadedError, api_error
@@ -33,6 +34,12 @@ def test_status_and_body(error, status, kind, param):
         "error": {"message": "x", "type": kind, "param": param, "code": status}
     }
     assert ("retry-after" in response.headers) == (status == 503)
+
+
+def test_a_dead_actor_is_no_defect():
+    told = api_error(ActorDiedError())
+    assert told.status == 503
+    assert "try again" in told.message
 
 
 def test_a_defect_is_logged_but_not_told(caplog):

@@ -275,6 +275,11 @@ def test_what_the_model_cannot_take(server, fields, param, numbers):
     assert server.engine.requests == []
 
 
+def test_the_limit_is_named_as_it_was_given(server):
+    error = error_of(server.chat(max_completion_tokens=99), 400)
+    assert error["param"] == "max_completion_tokens"
+
+
 def test_default_length_is_what_fits(server):
     server.complete(prompt="x" * 95)
     assert server.engine.requests[0].params.max_tokens == 1  # The pool holds 96 tokens.

@@ -267,6 +267,11 @@ def test_limit_under_either_name():
     assert "differ" in str(refused("chat", max_tokens=5, max_completion_tokens=6))
 
 
+def test_a_wrong_value_is_told():
+    assert str(refused("chat", max_completion_tokens=0)).endswith("or equal to 1, given 0")
+    assert str(refused("chat", top_k="many")).endswith('given "many"')
+
+
 def test_sampling_params_carry_every_field():
     request = parse(
         "completion",

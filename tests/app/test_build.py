@@ -1,0 +1,52 @@
+import pytest
+
+from app.args import SLoRAArgs
+from app.build import build, with_absolute_paths
+from app.ingress_server import model_limits
+from app.model_source import resolve_model
+from slora_core.errors import UnsupportedModelError
+from tests.factories import make_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("build") / "tiny")
+
+
+def test_an_application_is_built_without_ray(model):
+    assert build(SLoRAArgs(model=str(model))) is not None
+
+
+def test_what_does_not_fit_is_told_before_anything_starts(model, tmp_path):
+    with pytest.raises(ValueError, match="adapters_dir: .*/none"):
+        build(SLoRAArgs(model=str(model), adapters_dir=str(tmp_path / "none")))
+    # A page of one token has 2 x 1 x 2 x 15 elements.
+    odd = make_model(tmp_path / "odd", head_dim=30)
+    with pytest.raises(ValueError, match="page_tokens"):
+        build(SLoRAArgs(model=str(odd), page_tokens=1))
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="/none does not exist"):
+        resolve_model(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UnsupportedModelError, match=r"config\.json"):
+        build(SLoRAArgs(model=str(tmp_path / "empty")))
+
+
+def test_relative_paths_start_where_the_user_is(model, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    args = with_absolute_paths(SLoRAArgs(model="tiny", adapters_dir="a", catalog_state_path="s"))
+    parent = model.parent
+    assert (args.model, args.base_model_name) == (str(model), "tiny")
+    assert (args.adapters_dir, args.catalog_state_path) == (f"{parent}/a", f"{parent}/s")
+    assert args.allowed_adapter_roots == [f"{parent}/a"]
+    hub = with_absolute_paths(SLoRAArgs(model="org/name"))
+    assert (hub.model, hub.base_model_name) == ("org/name", "name")
+
+
+def test_limits_of_model_and_pool(model):
+    limits = model_limits(SLoRAArgs(model=str(model), num_pool_tokens=320, max_model_len=100))
+    assert (limits.context_len, limits.vocab_size, limits.num_pages) == (100, 256, 20)
+    assert limits.eos_token_ids == {2}
+    assert limits.output_room(10, None) == 90
