@@ -21,6 +21,8 @@ def ray_cluster():
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     port = _free_port()
     ray.init(
+        # Never a cluster that happens to run on this machine.
+        address="local",
         num_cpus=4,
         object_store_memory=100 * 2**20,
         include_dashboard=False,
