@@ -9,6 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Torch's threads else spin while they wait for each other: a third busy process on two cores then
+# makes everything ten times slower. Read when torch is imported, which nobody has yet.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(scope="session")
 def ray_cluster():
