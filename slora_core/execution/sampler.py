@@ -35,7 +35,8 @@ def sample(logits: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
     # The first rank whose cumulative probability exceeds the threshold; a kept one, since ranks
     # that were cut add nothing.
     rank = (cumulative <= threshold).sum(dim=-1, keepdim=True)
-    last_kept = (kept > 0).sum(dim=-1, keepdim=True) - 1
+    # Where logits overflowed to NaN no rank is kept; such a row gets any token, and harms no other.
+    last_kept = ((kept > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     sampled = order.gather(1, torch.minimum(rank, last_kept)).squeeze(1)
     return torch.where(sampling.temperature == 0, greedy, sampled)
 

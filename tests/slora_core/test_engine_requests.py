@@ -239,6 +239,32 @@ def test_a_new_version_of_an_adapter_serves_beside_the_old(
     assert engine.generate(entries) == alone
 
 
+def test_an_adapter_that_overflows_hurts_only_its_own_requests(
+    make_engine, model_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    """Finite weights so large that its rows become NaN, in the pages it leaves as in its logits."""
+    path = make_random_adapter(tmp_path, model_dir, rank=4, target_modules=ALL_MODULES, scale=1e30)
+    # Every page is used again soon.
+    engine = make_engine(num_pool_tokens=16 * 20)
+    engine.add_adapter(_pack(engine, adapter_dir))
+    engine.add_adapter(_pack(engine, path, "overflows"))
+    good = [
+        GenerationRequest([9, index + 3] * 9, SamplingParams(max_tokens=20, seed=index), adapter_id)
+        for index in range(3)
+        for adapter_id in (None, "a")
+    ]
+    expected = [engine.generate([entry])[0] for entry in good]
+    bad = [
+        GenerationRequest([4] * 30, SamplingParams(max_tokens=9, temperature=t), "overflows")
+        for t in (0.0, 1.0)
+    ]
+    for _ in range(3):
+        texts = engine.generate([bad[0], *good[:3], bad[1], *good[3:]])
+        assert texts[1:4] + texts[5:] == expected
+        assert engine.generate(good) == expected
+    engine.check_integrity()
+
+
 def test_stats(engine: Engine) -> None:
     assert engine.step() == [] and engine.stats().num_steps == 0
     for name in ("a", "b", "c"):

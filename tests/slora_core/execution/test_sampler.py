@@ -223,6 +223,18 @@ def test_extreme_logits() -> None:
         assert 0 <= third < 8
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_rows_of_nan_or_infinity_get_a_token_and_change_no_other(settings: dict) -> None:
+    logits = _logits(4, seed=6)
+    params = [SamplingParams(**settings, seed=seed) for seed in range(4)]
+    expected = sample(logits, _batch(params)).tolist()
+    logits[1] = torch.nan
+    logits[2, 7] = torch.inf
+    sampled = sample(logits, _batch(params)).tolist()
+    assert [sampled[0], sampled[3]] == [expected[0], expected[3]]
+    assert all(0 <= token < VOCAB for token in sampled)
+
+
 def test_splitmix64_is_the_published_one() -> None:
     generator = SplitMix64(1234567)
     assert [generator.next() for _ in range(3)] == [
