@@ -210,6 +210,13 @@ def test_settings_that_leave_one_token(settings: dict) -> None:
     assert sample(logits, _batch(params)).tolist() == logits.argmax(-1).tolist()
 
 
+def test_min_p_of_one_keeps_every_most_probable_token() -> None:
+    logits = _logits(1)
+    logits[0, [3, 40]] = 9.0
+    params = [SamplingParams(min_p=1.0, seed=seed) for seed in range(100)]
+    assert set(sample(logits.expand(100, -1), _batch(params)).tolist()) == {3, 40}
+
+
 def test_extreme_logits() -> None:
     logits = torch.full((3, 8), -torch.inf)
     logits[0, 5] = 0.0

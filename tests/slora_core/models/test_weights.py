@@ -143,6 +143,8 @@ def test_a_tied_model_may_carry_its_head(tmp_path: Path) -> None:
         ({"model.layers.0.self_attn.q_proj.bias": (64,)}, "", "q_proj.bias"),
         ({Q0: (64, 32)}, "", r"has shape \(64, 32\); the config says \(64, 64\)"),
         ({Q0: (32, 64)}, "", r"has shape \(32, 64\)"),
+        # Transposed: as many elements.
+        ({"model.layers.0.mlp.down_proj.weight": (96, 64)}, "", r"has shape \(96, 64\)"),
         # A shape that would broadcast.
         ({Q0: (1, 64)}, "", r"has shape \(1, 64\)"),
     ],
