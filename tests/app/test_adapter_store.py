@@ -20,6 +20,7 @@ from slora_core.errors import (
     AdapterPathError,
     InvalidAdapterError,
 )
+from tests.app.ray_actors import kill_named_actor
 from tests.factories import make_geometry, make_model, make_random_adapter
 
 pytestmark = pytest.mark.serve
@@ -140,7 +141,7 @@ def test_registrations_survive_the_killed_catalog(catalog, catalog_handle, root)
         await catalog.load("live", str(root / "extra" / "new"))
         await catalog.unload("a3")
         before = await catalog.snapshot()
-        _kill_catalog()
+        kill_named_actor(f"SERVE_REPLICA::{APP}#catalog#")
 
         async def is_back():
             try:
@@ -155,20 +156,6 @@ def test_registrations_survive_the_killed_catalog(catalog, catalog_handle, root)
         await catalog.load("a3", str(root / "adapters" / "a3"))
 
     asyncio.run(scenario())
-
-
-def _kill_catalog() -> None:
-    killed = []
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                title = (path / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"ServeReplica:" + APP.encode() + b":catalog" in title:
-                os.kill(int(path.name), signal.SIGKILL)
-                killed.append(path.name)
-    assert len(killed) == 1, killed
 
 
 def test_the_store_packs_leases_and_follows_the_catalog(catalog, catalog_handle, args, root):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.app.ray_actors import kill_named_actor
 from tests.app.serve_app import ADAPTERS, BASE, error_of, running_app, wait_until
 from tests.factories import make_random_adapter
 
@@ -54,18 +55,10 @@ def test_death_of_catalog_and_store(app):
     assert app.load("kept", path).status_code == 200
     text = app.complete("kept").json()["choices"][0]["text"]
     for actor in ("SERVE_REPLICA::small#catalog#", "adapter-store:small:"):
-        _kill_actor(actor)
+        kill_named_actor(actor)
         # Names are resolved here and adapters run from the pool meanwhile.
         assert app.complete(BASE).status_code == 200
     wait_until(lambda: app.complete("kept").json()["choices"][0]["text"] == text, timeout_s=30)
     assert app.unload("kept").status_code == 200
     assert "kept" not in app.names()
     assert set(ADAPTERS) <= set(app.names())
-
-
-def _kill_actor(prefix):
-    import ray
-
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    [actor] = [actor for actor in actors if actor["name"].startswith(prefix)]
-    ray.kill(ray.get_actor(**actor), no_restart=False)
