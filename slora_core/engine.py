@@ -139,7 +139,9 @@ class Engine:
             self.add_request(request)
             live.append(request)
         while self.has_work:
+            num_steps = self._num_steps
             self.step()
+            assert self._num_steps > num_steps, "requests wait and none can run"
         return [request.output_ids for request in live]
 
     def stats(self) -> EngineStats:
