@@ -19,7 +19,13 @@ from typing import Any
 
 from app.args import SLoRAArgs
 from app.demo_model import DemoModelError
-from benchmarks.local_server import ServerError, config_args, say, serve_until_stopped
+from benchmarks.local_server import (
+    ServerError,
+    config_args,
+    say,
+    serve_until_stopped,
+    stop_on_signals,
+)
 from benchmarks.report import ROOT
 from benchmarks.server_files import (
     adapter_dirs,
@@ -112,12 +118,15 @@ def _store_bytes(needed: int, args: SLoRAArgs) -> int:
 
 def main() -> None:
     args = parse_args()
+    stop_on_signals()
     with tempfile.TemporaryDirectory(prefix="slora-bench-") as scratch:
         say(f"making {args.num_adapter} adapters of setting {args.model_setting}")
         try:
             serve_until_stopped(server_args(args, Path(scratch)), args.port)
         except (ServerError, SLoRAError, DemoModelError, ValueError) as error:
             sys.exit(f"the server did not start: {error}")
+        except KeyboardInterrupt:
+            sys.exit("stopped before it served")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,13 @@ def config_args(**changes: Any) -> SLoRAArgs:
     return SLoRAArgs(**args)
 
 
+def stop_on_signals() -> None:
+    """Have SIGINT and SIGTERM raise KeyboardInterrupt, so that everything made is removed."""
+    # SIGINT too: a shell starts background commands with it ignored, which Python then keeps.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
 def serve_until_stopped(args: SLoRAArgs, port: int) -> None:
     """Serve on `port` until SIGINT or SIGTERM; stdout gets one line when ready.
 
@@ -54,7 +61,6 @@ def serve_until_stopped(args: SLoRAArgs, port: int) -> None:
     import ray
     from ray import serve
 
-    signal.signal(signal.SIGTERM, _interrupt)
     num_cpus = math.ceil(args.num_replicas * args.cpus_per_replica + OTHER_CPUS)
     try:
         say("starting Ray")
@@ -66,8 +72,8 @@ def serve_until_stopped(args: SLoRAArgs, port: int) -> None:
             log_to_driver=False,
             configure_logging=False,
         )
-        # Ray has put its own in place.
-        signal.signal(signal.SIGTERM, _interrupt)
+        # Ray has put a handler of its own in place.
+        stop_on_signals()
         serve.start(http_options={"host": HOST, "port": port}, proxy_location="HeadOnly")
         say("starting the application")
         _start(args)

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import argparse
 
 from app.demo_model import DemoModelError
-from benchmarks.local_server import ServerError, config_args, serve_until_stopped
+from benchmarks.local_server import ServerError, config_args, serve_until_stopped, stop_on_signals
 from slora_core.errors import SLoRAError
 
 
@@ -22,10 +22,13 @@ def main() -> None:
     parser.add_argument("--num-replicas", type=int, default=1)
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
+    stop_on_signals()
     try:
         serve_until_stopped(config_args(num_replicas=options.num_replicas), options.port)
     except (ServerError, SLoRAError, DemoModelError, ValueError) as error:
         sys.exit(f"the server did not start: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped before it served")
 
 
 if __name__ == "__main__":

@@ -133,3 +133,19 @@ def test_a_client_without_its_server_says_so():
     )
     assert client.returncode == 2
     assert "launch_server.py" in client.stderr
+
+
+@pytest.mark.parametrize("delay_s", [2, 8])
+def test_a_start_that_is_interrupted_leaves_nothing(delay_s, tmp_path):
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "launch_server.py", "--port", str(free_port()), "--dummy"],
+        cwd=ROOT / "benchmarks",
+        env={**os.environ, MARK: mark, "TMPDIR": str(tmp_path)},
+        start_new_session=True,
+    )
+    time.sleep(delay_s)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(STOP_TIMEOUT_S)
+    assert wait_for(lambda: not marked_processes(mark), 10), marked_processes(mark)
+    assert list(tmp_path.glob("slora-bench-*")) == []
