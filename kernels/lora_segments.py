@@ -4,8 +4,22 @@ The batch builder makes one `LoraSegments` a step; kernels only read it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+
+
+@dataclass(frozen=True)
+class HostSegment:
+    """One non-empty run of rows that use an adapter, and the adapter's tables as plain numbers."""
+
+    start: int
+    end: int
+    page_ids: list[int]
+    # [layer][module]: rank, offset of A, offset of B.
+    offsets: list[list[list[int]]]
+    # [layer][module]
+    scaling: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -29,3 +43,19 @@ class LoraSegments:
     scaling: torch.Tensor
     # Largest rank of any adapter in `seg_slots`.
     max_rank: int
+
+    @cached_property
+    def on_host(self) -> list[HostSegment]:
+        """The segments with an adapter, for implementations that loop over them; read once."""
+        bounds = self.seg_indptr.tolist()
+        return [
+            HostSegment(
+                start=bounds[s],
+                end=bounds[s + 1],
+                page_ids=self.page_tables[slot].tolist(),
+                offsets=self.offsets[slot].tolist(),
+                scaling=self.scaling[slot].tolist(),
+            )
+            for s, slot in enumerate(self.seg_slots.tolist())
+            if slot >= 0 and bounds[s + 1] > bounds[s]
+        ]

@@ -180,14 +180,13 @@ def lora_shrink(
         len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device
     )
     layer_pool = pool[:, layer]
-    for start, end, slot in _adapter_segments(segments):
-        page_table = segments.page_tables[slot]
-        offsets = segments.offsets[slot, layer].tolist()
+    for segment in segments.on_host:
+        rows = x[segment.start : segment.end]
         for m, module in enumerate(modules):
-            rank, offset_a, _ = offsets[module]
+            rank, offset_a, _ = segment.offsets[layer][module]
             if rank:
-                rows = _stream_rows(layer_pool, page_table, offset_a, rank, in_features)
-                v[m, start:end, :rank] = x[start:end] @ rows.T
+                a = _stream_rows(layer_pool, segment.page_ids, offset_a, rank, in_features)
+                v[m, segment.start : segment.end, :rank] = rows @ a.T
     return v
 
 
@@ -211,51 +210,45 @@ def lora_expand(
             [out_offsets[m], out_offsets[m + 1]).
     """
     layer_pool = pool[:, layer]
-    for start, end, slot in _adapter_segments(segments):
-        page_table = segments.page_tables[slot]
-        offsets = segments.offsets[slot, layer].tolist()
-        scaling = segments.scaling[slot, layer].tolist()
+    for segment in segments.on_host:
+        rows = y[segment.start : segment.end]
         for m, module in enumerate(modules):
-            rank, _, offset_b = offsets[module]
+            rank, _, offset_b = segment.offsets[layer][module]
             if rank:
                 left, right = out_offsets[m], out_offsets[m + 1]
-                rows = _stream_rows(layer_pool, page_table, offset_b, rank, right - left)
-                delta = v[m, start:end, :rank].to(rows.dtype) @ rows
-                y[start:end, left:right].add_(delta, alpha=scaling[module])
+                b = _stream_rows(layer_pool, segment.page_ids, offset_b, rank, right - left)
+                shrunk = v[m, segment.start : segment.end, :rank].to(b.dtype)
+                rows[:, left:right].addmm_(shrunk, b, alpha=segment.scaling[layer][module])
 
 
 def _gather_kv(
     kv_cache: torch.Tensor, layer: int, block_tables: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy the pages of each request: K and V as [requests, tokens, num_kv_heads, head_dim]."""
-    num_requests = block_tables.shape[0]
-    num_kv_heads, head_dim = kv_cache.shape[4:]
+    shape = (block_tables.shape[0], -1, *kv_cache.shape[4:])
+    page_ids = block_tables.flatten()
     kv_layer = kv_cache[:, layer]
-    page_ids = block_tables.long()
-    shape = (num_requests, -1, num_kv_heads, head_dim)
-    return kv_layer[:, 0][page_ids].view(shape), kv_layer[:, 1][page_ids].view(shape)
-
-
-def _adapter_segments(segments: LoraSegments) -> list[tuple[int, int, int]]:
-    """(start, end, slot) of the non-empty segments that use an adapter."""
-    bounds = segments.seg_indptr.tolist()
-    return [
-        (bounds[s], bounds[s + 1], slot)
-        for s, slot in enumerate(segments.seg_slots.tolist())
-        if slot >= 0 and bounds[s + 1] > bounds[s]
-    ]
+    # index_select copies whole pages, which indexing does not.
+    keys = kv_layer[:, 0].index_select(0, page_ids).view(shape)
+    return keys, kv_layer[:, 1].index_select(0, page_ids).view(shape)
 
 
 def _stream_rows(
-    layer_pool: torch.Tensor, page_table: torch.Tensor, offset: int, rank: int, features: int
+    layer_pool: torch.Tensor, page_table: list[int], offset: int, rank: int, features: int
 ) -> torch.Tensor:
-    """Copy `rank` rows of `features` elements from an adapter's stream: [rank, features].
+    """`rank` rows of `features` elements of an adapter's stream: [rank, features], to be read.
 
-    `layer_pool` is one layer of the pool, [num_pages, page_elems].
+    A view where the layer's pages follow one another in memory, else a copy. `layer_pool` is one
+    layer of the pool, [num_pages, page_elems].
     """
     page_elems = layer_pool.shape[1]
     width = -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
     first, last = offset // page_elems, (offset + rank * width - 1) // page_elems
-    stream = layer_pool.index_select(0, page_table[first : last + 1]).view(-1)
+    page_ids = page_table[first : last + 1]
     start = offset - first * page_elems
+    if layer_pool.is_contiguous() and page_ids == list(range(page_ids[0], page_ids[-1] + 1)):
+        start += layer_pool.storage_offset() + page_ids[0] * page_elems
+        return layer_pool.as_strided((rank, features), (width, 1), start)
+    index = torch.tensor(page_ids, device=layer_pool.device)
+    stream = layer_pool.index_select(0, index).view(-1)
     return stream[start : start + rank * width].view(rank, width)[:, :features]

@@ -13,6 +13,9 @@ def pages_for(num_tokens: int, page_tokens: int) -> int:
 def allocate_pool(model: ModelConfig, engine: EngineConfig) -> torch.Tensor:
     """The pool, zeroed: [num_pages, num_layers, page_elems] of the engine's dtype and device.
 
+    On CUDA a page is one block of memory, so that one DMA copies an adapter's run of pages. On
+    the CPU a layer is: adjacent pages of an adapter are then one stream, read where they lie.
+
     Raises:
         ValueError: a page that is no multiple of 64 elements, or a pool of no page.
     """
@@ -21,5 +24,8 @@ def allocate_pool(model: ModelConfig, engine: EngineConfig) -> torch.Tensor:
             f"num_pool_tokens is {engine.num_pool_tokens}, less than one page of "
             f"{engine.page_tokens} tokens"
         )
-    shape = (engine.num_pages, model.num_layers, engine.page_elems(model))
-    return torch.zeros(shape, dtype=engine.dtype, device=engine.device)
+    num_pages, num_layers, page_elems = engine.num_pages, model.num_layers, engine.page_elems(model)
+    if engine.device == "cpu":
+        pool = torch.zeros(num_layers, num_pages, page_elems, dtype=engine.dtype)
+        return pool.transpose(0, 1)
+    return torch.zeros(num_pages, num_layers, page_elems, dtype=engine.dtype, device=engine.device)
