@@ -158,6 +158,29 @@ def test_paged_decode_takes_strided_queries() -> None:
     assert torch.equal(out, reference.paged_decode(q.contiguous(), *args))
 
 
+def test_paged_decode_pads_no_request_far_beyond_its_own_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context_lens = [20] * 31 + [1500]
+    case = make_paged_case(context_lens, num_kv_heads=1, page_tokens=8)
+    gathered = []
+
+    def gather(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = gather_kv(*args)
+        gathered.append(keys.shape[0] * keys.shape[1])
+        return keys, values
+
+    gather_kv = reference._gather_kv
+    monkeypatch.setattr(reference, "_gather_kv", gather)
+    q = _randn(len(context_lens), 2, 16)
+    out = reference.paged_decode(
+        q, case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.3
+    )
+    assert sum(gathered) <= 2 * sum(context_lens)
+    assert_close(out[5:6], _attention64(q[5:6], case, 5, 0.3), torch.float32)
+    assert_close(out[31:], _attention64(q[31:], case, 31, 0.3), torch.float32)
+
+
 # (context length, rows of it that are computed in this step)
 CHUNKS = [
     [(1, 1)],
