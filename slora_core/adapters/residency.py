@@ -1,7 +1,7 @@
 """Which adapters are on the device: slots, pages, reference counts, LRU eviction.
 
 Pure bookkeeping, called by the scheduler. It decides what is copied where and knows no tensors;
-the copies themselves are `AdapterLoad`s in the step plan, made by the executor.
+the copies themselves are `AdapterLoad`s in the step plan, made by the model runner.
 """
 
 from collections import OrderedDict
@@ -42,15 +42,6 @@ class AdapterResidency:
         self.num_evictions = 0
 
     @property
-    def num_resident(self) -> int:
-        return len(self._pinned) + len(self._idle)
-
-    @property
-    def num_idle_pages(self) -> int:
-        """Pages that `make_room` could free."""
-        return sum(len(adapter.page_ids) for adapter in self._idle.values())
-
-    @property
     def num_pinned_pages(self) -> int:
         return sum(len(adapter.page_ids) for adapter in self._pinned.values())
 
@@ -60,15 +51,6 @@ class AdapterResidency:
     def page_ids(self) -> Iterator[int]:
         for adapter in (*self._pinned.values(), *self._idle.values()):
             yield from adapter.page_ids
-
-    def pages_to_load(self, adapter_id: str, num_pages: int) -> int:
-        """Pages that `acquire` would take: 0 where the adapter is resident."""
-        return 0 if adapter_id in self._pinned or adapter_id in self._idle else num_pages
-
-    def idle_pages_besides(self, adapter_id: str | None) -> int:
-        """Pages `make_room` could free without touching `adapter_id`."""
-        own = self._idle.get(adapter_id) if adapter_id is not None else None
-        return self.num_idle_pages - (len(own.page_ids) if own else 0)
 
     def is_pinned(self, adapter_id: str) -> bool:
         return adapter_id in self._pinned

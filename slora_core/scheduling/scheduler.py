@@ -140,7 +140,7 @@ class Scheduler:
             # One preempted by an older request in this loop has left the running set.
             if request.num_uncomputed != 1 or request.request_id not in self._running:
                 continue
-            if self._grow(request, request.num_tokens, plan):
+            if self._grow(request, request.num_tokens):
                 plan.add(request, request.num_tokens)
                 budget -= 1
         return budget
@@ -153,7 +153,7 @@ class Scheduler:
             if request.request_id in plan.scheduled or request.request_id not in self._running:
                 continue
             end = request.num_computed + min(budget, request.num_uncomputed)
-            if self._grow(request, end, plan):
+            if self._grow(request, end):
                 budget -= end - request.num_computed
                 plan.add(request, end)
         return budget
@@ -162,8 +162,7 @@ class Scheduler:
         """Start waiting requests, strictly in order, while each fits to its expected end."""
         while self._waiting and budget and self.num_running < self._config.max_running_requests:
             request = self._waiting[0]
-            end = min(budget, request.num_uncomputed)
-            if not self._fits(request, end):
+            if not self._fits(request):
                 break
             self._waiting.popleft()
             if request.adapter_id is not None:
@@ -173,63 +172,48 @@ class Scheduler:
                 if load is not None:
                     plan.adapter_loads.append(load)
             self._running[request.request_id] = request
-            grown = self._grow(request, end, plan)
+            end = min(budget, request.num_uncomputed)
+            grown = self._grow(request, end)
             assert grown, "_fits counted the pages"
             plan.add(request, end)
             budget -= end
 
-    def _fits(self, request: Request, first_chunk_tokens: int) -> bool:
-        """Whether the head of the queue can start now and, by estimate, run to its end."""
+    def _fits(self, request: Request) -> bool:
+        """Whether the head of the queue will, by estimate, run to its end beside the others."""
         adapter_id = request.adapter_id
-        adapter_pages = to_load = 0
+        new_pinned = 0
         if adapter_id is not None:
             if not self._residency.can_acquire(adapter_id):
                 return False
-            adapter_pages = self._adapter_pages(adapter_id)
-            to_load = self._residency.pages_to_load(adapter_id, adapter_pages)
-            if self._residency.is_pinned(adapter_id):
-                adapter_pages = 0
-        now = to_load + pages_for(first_chunk_tokens, self._config.page_tokens)
-        if now > self._pool.num_free + self._residency.idle_pages_besides(adapter_id):
-            return False
+            if not self._residency.is_pinned(adapter_id):
+                new_pinned = self._adapter_pages(adapter_id)
         if not self._running:
             # Alone it fits to the end: `add` made sure.
             return True
+        # The peak counts what each holds now, so what fits by it can also start now.
         peak = peak_kv_pages([*self._running.values(), request], self._config)
-        return peak + self._residency.num_pinned_pages + adapter_pages <= self._pool.num_pages
+        return peak + self._residency.num_pinned_pages + new_pinned <= self._pool.num_pages
 
-    def _grow(self, request: Request, num_tokens: int, plan: StepPlan) -> bool:
+    def _grow(self, request: Request, num_tokens: int) -> bool:
         """Make the block table cover `num_tokens`, evicting and preempting where it must.
 
-        Only requests younger than `request` and not in the plan are preempted. Where there is
-        none left, a request that could run in a later step keeps its pages and waits (False).
+        The youngest running requests are preempted, at last `request` itself (False). Requests
+        are planned oldest first and only the youngest can be within its prompt, so none that is
+        in the step's plan already is preempted.
         """
         missing = pages_for(num_tokens, self._config.page_tokens) - len(request.page_ids)
-        while missing > 0 and not self._pool.can_allocate(missing):
+        if missing <= 0:
+            return True
+        self._residency.make_room(missing)
+        while not self._pool.can_allocate(missing):
+            youngest = next(reversed(self._running.values()))
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+            # The adapter of the preempted request may be idle now.
             self._residency.make_room(missing)
-            if self._pool.can_allocate(missing):
-                break
-            victim = next(
-                (
-                    other
-                    for other in reversed(self._running.values())
-                    if other.request_id not in plan.scheduled
-                ),
-                request,
-            )
-            if victim is not request:
-                self._preempt(victim)
-            elif self._is_youngest(request):
-                self._preempt(request)
-                return False
-            else:
-                return False
-        if missing > 0:
-            request.page_ids += self._pool.allocate(missing, PageOwner.KV)
+        request.page_ids += self._pool.allocate(missing, PageOwner.KV)
         return True
-
-    def _is_youngest(self, request: Request) -> bool:
-        return next(reversed(self._running.values())) is request and self.num_running > 1
 
     def _preempt(self, request: Request) -> None:
         """Free a running request and put it at the head of the queue, to be recomputed."""
