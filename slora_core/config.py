@@ -70,7 +70,7 @@ class EngineConfig:
     """Settings of one engine.
 
     Raises:
-        ValueError: a size below 1, or both or neither of the pool sizes given.
+        ValueError: a size below 1, or a pool of less than one page.
     """
 
     # Device of weights and pool: "cpu" or "cuda".
@@ -93,12 +93,19 @@ class EngineConfig:
     admission_output_tokens: int | None = 256
 
     def __post_init__(self) -> None:
-        for name in ("page_tokens", "num_pool_tokens", "max_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_running_requests < 1:
+        sizes = {
+            "page_tokens": self.page_tokens,
+            "max_batched_tokens": self.max_batched_tokens,
+            "max_running_requests": self.max_running_requests,
+            "max_model_len": self.max_model_len,
+        }
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.num_pool_tokens < self.page_tokens:
             raise ValueError(
-                f"max_running_requests is {self.max_running_requests}; it must be at least 1"
+                f"num_pool_tokens is {self.num_pool_tokens}; it must be at least page_tokens, "
+                f"{self.page_tokens}"
             )
 
     def page_elems(self, model: ModelConfig) -> int:
@@ -121,10 +128,17 @@ class EngineConfig:
         return self.num_pool_tokens // self.page_tokens
 
     def context_len(self, model: ModelConfig) -> int:
-        """Largest prompt + output, tokens."""
-        if self.max_model_len is None:
-            return model.max_position_embeddings
-        return min(self.max_model_len, model.max_position_embeddings)
+        """Largest prompt + output, tokens.
+
+        Raises:
+            ValueError: max_model_len is more than the model's own limit.
+        """
+        limit = model.max_position_embeddings
+        if self.max_model_len is not None and self.max_model_len > limit:
+            raise ValueError(
+                f"max_model_len is {self.max_model_len}; the model's limit is {limit} tokens"
+            )
+        return self.max_model_len or limit
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,8 @@ def allocate_pool(model: ModelConfig, engine: EngineConfig) -> torch.Tensor:
     the CPU a layer is: adjacent pages of an adapter are then one stream, read where they lie.
 
     Raises:
-        ValueError: a page that is no multiple of 64 elements, or a pool of no page.
+        ValueError: a page that is no multiple of 64 elements.
     """
-    if engine.num_pages < 1:
-        raise ValueError(
-            f"num_pool_tokens is {engine.num_pool_tokens}, less than one page of "
-            f"{engine.page_tokens} tokens"
-        )
     num_pages, num_layers, page_elems = engine.num_pages, model.num_layers, engine.page_elems(model)
     if engine.device == "cpu":
         pool = torch.zeros(num_layers, num_pages, page_elems, dtype=engine.dtype)

@@ -114,9 +114,11 @@ def _rope(config: dict[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
 def _context_limit(config: dict[str, Any]) -> int:
     """Tokens of context: within a sliding window full attention is the same attention."""
     limit = config["max_position_embeddings"]
-    window = config.get("sliding_window")
-    # Qwen configs that do not say have no window; those of Mistral have no such switch.
-    if window and config.get("use_sliding_window", config["model_type"] == "mistral"):
+    is_mistral = config["model_type"] == "mistral"
+    # What transformers takes a config to mean that does not say: Mistral has a window of 4096 and
+    # no switch for it, the others have none.
+    window = config.get("sliding_window", 4096 if is_mistral else None)
+    if window and config.get("use_sliding_window", is_mistral):
         return min(limit, window)
     return limit
 

@@ -58,11 +58,22 @@ def test_sampling_values_at_the_border() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["page_tokens", "num_pool_tokens", "max_batched_tokens", "max_running_requests"]
+    "name",
+    [
+        "page_tokens",
+        "max_batched_tokens",
+        "max_running_requests",
+        "max_model_len",
+    ],
 )
 def test_engine_sizes_below_one(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
         EngineConfig(**{name: 0})
+
+
+def test_pool_of_less_than_a_page() -> None:
+    with pytest.raises(ValueError, match="num_pool_tokens is 15; it must be at least page_tokens"):
+        EngineConfig(page_tokens=16, num_pool_tokens=15)
 
 
 def test_derived_sizes() -> None:
@@ -77,6 +88,11 @@ def test_derived_sizes() -> None:
     assert dims["down_proj"] == (40, 24)
 
 
-@pytest.mark.parametrize("max_model_len,context", [(None, 100), (60, 60), (200, 100)])
+@pytest.mark.parametrize("max_model_len,context", [(None, 100), (60, 60), (100, 100)])
 def test_context_len(max_model_len: int | None, context: int) -> None:
     assert EngineConfig(max_model_len=max_model_len).context_len(MODEL) == context
+
+
+def test_context_beyond_the_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_model_len is 101; the model's limit is 100 tokens"):
+        EngineConfig(max_model_len=101).context_len(MODEL)

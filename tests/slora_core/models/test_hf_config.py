@@ -131,6 +131,7 @@ def test_biases() -> None:
     "changes,context",
     [
         ({"model_type": "mistral", "sliding_window": 4096}, 4096),
+        ({"model_type": "mistral"}, 4096),
         ({"model_type": "mistral", "sliding_window": None}, 131072),
         ({"model_type": "mistral", "sliding_window": 10**6}, 131072),
         # As published for Qwen2.5: a window that is switched off.
