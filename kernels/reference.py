@@ -291,7 +291,7 @@ def _stream_rows(
     page_ids = page_table[first : last + 1]
     start = offset - first * page_elems
     if layer_pool.is_contiguous() and page_ids == list(range(page_ids[0], page_ids[-1] + 1)):
-        start += layer_pool.storage_offset() + page_ids[0] * page_elems
+        start += int(layer_pool.storage_offset()) + page_ids[0] * page_elems
         return layer_pool.as_strided((rank, features), (width, 1), start)
     index = torch.tensor(page_ids, device=layer_pool.device)
     stream = layer_pool.index_select(0, index).view(-1)

@@ -1,6 +1,6 @@
 """The engine: plan, run, commit. Synchronous, in-process, without Ray.
 
-Owns one scheduler, one pool and one model runner. `engine_process` drives it from a queue of
+Owns one scheduler, one pool and one model runner. `engine_main` drives it from a queue of
 messages; tests and offline benchmarks call it directly.
 """
 
@@ -40,6 +40,7 @@ class Engine:
         self.geometry = AdapterGeometry.of(model, config)
         max_slots = min(config.num_pages, MAX_ADAPTER_SLOTS)
         self.runner = ModelRunner(model, config, weights, max_slots)
+        self._host_copies: dict[str, PackedAdapter] = {}
         self._pool = PagePool(config.num_pages)
         self._residency = AdapterResidency(self._pool, max_slots)
         self.scheduler = Scheduler(
@@ -49,7 +50,6 @@ class Engine:
             lambda adapter_id: self._host_copies[adapter_id].layout.num_pages,
             model.eos_token_ids,
         )
-        self._host_copies: dict[str, PackedAdapter] = {}
         self._num_finished = self._num_aborted = self._num_steps = 0
         self._num_prompt_tokens = self._num_output_tokens = 0
 

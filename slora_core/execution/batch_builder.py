@@ -8,6 +8,7 @@ import torch
 
 from kernels.lora_segments import LoraSegments
 from slora_core.adapters.device_tables import DeviceAdapterTables
+from slora_core.memory.sizing import pages_for
 from slora_core.types import (
     AttentionBatch,
     ForwardBatch,
@@ -69,7 +70,9 @@ class BatchBuilder:
 
     def _block_tables(self, chunks: list[ScheduledChunk]) -> torch.Tensor:
         """int32 [len(chunks), widest]: pages of each context, padded with page 0."""
-        tables = [chunk.request.page_ids[: -(-chunk.end // self._page_tokens)] for chunk in chunks]
+        tables = [
+            chunk.request.page_ids[: pages_for(chunk.end, self._page_tokens)] for chunk in chunks
+        ]
         width = max((len(table) for table in tables), default=0)
         padded = [table + [0] * (width - len(table)) for table in tables]
         return self._int32(padded).view(len(chunks), width)
