@@ -184,3 +184,9 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens are cut before one is sampled."""
+        cuts = self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+        return cuts and not self.greedy

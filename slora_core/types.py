@@ -156,6 +156,8 @@ class SamplingBatch:
     seed: torch.Tensor
     # Index of the sampled token in its request's output.
     token_index: torch.Tensor
+    # int64 [F]: rows that sample and whose top_k, top_p or min_p cuts something.
+    filtered_rows: torch.Tensor
     all_greedy: bool
 
 

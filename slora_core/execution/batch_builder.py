@@ -108,6 +108,7 @@ class BatchBuilder:
             top_k=self._int64([p.top_k for p in params]),
             seed=self._int64([p.seed for p in params]),
             token_index=self._int64([len(chunk.request.output_ids) for chunk in chunks]),
+            filtered_rows=self._int64([row for row, p in enumerate(params) if p.filtered]),
             all_greedy=all(p.greedy for p in params),
         )
 

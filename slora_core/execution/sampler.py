@@ -18,27 +18,24 @@ def sample(logits: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
 
     temperature 0 takes the most probable token. Otherwise probabilities softmax(logits /
     temperature) are cut by top_k, then top_p (of what top_k left), then min_p, as in
-    transformers, and the token is the one at which the cumulative probability, in descending
-    order, passes the row's random number.
+    transformers, and the token is the first of the vocabulary at which the cumulative
+    probability passes the row's random number.
     """
     greedy = logits.argmax(dim=-1)
     if sampling.all_greedy:
         return greedy
     temperature = sampling.temperature.clamp(min=1e-6).unsqueeze(1)
-    # Stable, so that the order of ties does not depend on the batch either.
-    probs, order = torch.softmax(logits / temperature, dim=-1).sort(
-        dim=-1, descending=True, stable=True
-    )
-    kept = torch.where(_keep_mask(probs, sampling), probs, 0.0)
-    cumulative = kept.cumsum(dim=-1)
-    threshold = uniform(sampling.seed, sampling.token_index).unsqueeze(1) * cumulative[:, -1:]
-    # The first rank whose cumulative probability exceeds the threshold; a kept one, since ranks
-    # that were cut add nothing.
-    rank = (cumulative <= threshold).sum(dim=-1, keepdim=True)
-    # Where logits overflowed to NaN no rank is kept; such a row gets any token, and harms no other.
-    last_kept = ((kept > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    sampled = order.gather(1, torch.minimum(rank, last_kept)).squeeze(1)
-    return torch.where(sampling.temperature == 0, greedy, sampled)
+    probs = torch.softmax(logits / temperature, dim=-1)
+    if len(sampling.filtered_rows):
+        _filter(probs, sampling)
+    cumulative = probs.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    threshold = uniform(sampling.seed, sampling.token_index).unsqueeze(1) * total
+    # Tokens of probability 0 add nothing and are never the first to pass. Where rounding brings
+    # the threshold up to the total, the last token that adds something is taken. Where logits
+    # overflowed to NaN no comparison holds; such a row gets token 0, and harms no other.
+    passed = torch.minimum((cumulative <= threshold).sum(dim=-1), (cumulative < total).sum(dim=-1))
+    return torch.where(sampling.temperature == 0, greedy, passed)
 
 
 def uniform(seed: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
@@ -48,19 +45,25 @@ def uniform(seed: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
     return _shift_right(_mix(state), 40).float() / 2**24
 
 
-def _keep_mask(probs: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
-    """Which of the descending `probs` survive top_k, top_p and min_p; the first always does."""
-    ranks = torch.arange(probs.shape[1], device=probs.device)
-    top_k = sampling.top_k.unsqueeze(1)
+def _filter(probs: torch.Tensor, sampling: SamplingBatch) -> None:
+    """Zero what top_k, top_p and min_p cut from `filtered_rows` of `probs`, in place.
+
+    Only these rows are sorted: sorting a vocabulary costs more than all the rest.
+    """
+    rows = sampling.filtered_rows
+    # Stable, so that the order of ties does not depend on the batch.
+    ranked, order = probs[rows].sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(ranked.shape[1], device=probs.device)
+    top_k = sampling.top_k[rows].unsqueeze(1)
     keep = (top_k == 0) | (ranks < top_k)
-    left = torch.where(keep, probs, 0.0)
+    left = torch.where(keep, ranked, 0.0)
     cumulative = left.cumsum(dim=-1)
-    top_p = sampling.top_p.unsqueeze(1)
+    top_p = sampling.top_p[rows].unsqueeze(1)
     # At 1 nothing is cut, though rounding may bring the sum to its end early.
     keep &= (cumulative - left < top_p * cumulative[:, -1:]) | (top_p >= 1.0)
-    keep &= probs >= sampling.min_p.unsqueeze(1) * probs[:, :1]
+    keep &= ranked >= sampling.min_p[rows].unsqueeze(1) * ranked[:, :1]
     keep[:, 0] = True
-    return keep
+    probs[rows] = torch.zeros_like(ranked).scatter_(1, order, torch.where(keep, ranked, 0.0))
 
 
 def _mix(z: torch.Tensor) -> torch.Tensor:
