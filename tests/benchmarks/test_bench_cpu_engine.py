@@ -1,15 +1,14 @@
 """The benchmark of the engine reports on equal texts and refuses to on different ones."""
 
 import pytest
-import torch
 
-from benchmarks.bench_cpu_engine import Candidate, run, table
-from benchmarks.hf_reference import BASE, OutputsDifferError, Reference, Stream, check_equal
+from benchmarks.bench_cpu_engine import Candidate, Stream, run, table
 from slora_core.config import EngineConfig
 from tests.factories import make_model, make_random_adapter
+from tests.oracle import GreedyOracle, TextsDifferError
 
 NUM_TOKENS = 6
-STREAMS = [Stream(("a", BASE, "b")[i % 3], [5 + i, 9, 40 + i]) for i in range(5)]
+STREAMS = [Stream([5 + i, 9, 40 + i], ("a", None, "b")[i % 3]) for i in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +28,9 @@ def files(tmp_path_factory):
 
 def bench(model, adapters, our_adapters):
     config = EngineConfig(num_pool_tokens=1024)
-    reference, candidate = Reference(model, adapters), Candidate(model, our_adapters, config)
-    return run(reference, candidate, STREAMS, NUM_TOKENS, 1, say=lambda line: None)
+    oracle = GreedyOracle(model, adapters, ignore_eos=True)
+    candidate = Candidate(model, our_adapters, config)
+    return run(oracle, candidate, STREAMS, NUM_TOKENS, 1, say=lambda line: None)
 
 
 def test_rows_and_ratios(files):
@@ -45,26 +45,17 @@ def test_rows_and_ratios(files):
 
 def test_no_report_where_texts_differ(files):
     model, (adapters, others) = files
-    with pytest.raises(OutputsDifferError, match="token"):
+    with pytest.raises(TextsDifferError, match="token"):
         bench(model, adapters, others)
 
 
-class Logits:
-    """Token 1 leads by a margin."""
-
-    def __init__(self, margin):
-        self.values = torch.tensor([0.0, 1.0, 1.0 - margin])
-
-    def next_logits(self, model, token_ids):
-        assert (model, token_ids) == ("a", [7, 8, 1])
-        return self.values
-
-
-def test_only_a_near_tie_is_forgiven():
-    stream = Stream("a", [7, 8])
-    assert check_equal(Logits(0.0), stream, [1, 2], [1, 2])
-    assert not check_equal(Logits(5e-5), stream, [1, 2, 5], [1, 1, 6])
-    with pytest.raises(OutputsDifferError, match="token 1 is 2"):
-        check_equal(Logits(2e-4), stream, [1, 2, 5], [1, 1, 6])
-    with pytest.raises(OutputsDifferError, match="1 tokens here"):
-        check_equal(Logits(0.0), stream, [1], [1, 1])
+def test_streams_go_on_past_the_end_of_sequence_token(files, tmp_path):
+    model, (adapters, _) = files
+    prompt = STREAMS[0].prompt_ids
+    end = GreedyOracle(model, adapters).generate(prompt, 1, "a")
+    ending = make_model(tmp_path / "model", eos_token_id=end[0])
+    assert GreedyOracle(ending, adapters).generate(prompt, NUM_TOKENS, "a") == end
+    oracle = GreedyOracle(ending, adapters, ignore_eos=True)
+    text = oracle.generate(prompt, NUM_TOKENS, "a")
+    assert len(text) == NUM_TOKENS and text[:1] == end
+    assert oracle.generate_anew(prompt, NUM_TOKENS, "a") == text
