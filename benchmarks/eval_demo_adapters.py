@@ -7,7 +7,6 @@ the demo tasks, not the server: an adapter is called by its name in `model`, dec
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from benchmarks.demo_tasks import (
     held_out_examples,
     messages,
 )
+from benchmarks.report import provenance
 from benchmarks.tasks.base import Example
 
 
@@ -167,14 +167,13 @@ def main() -> None:
     except EvaluationError as error:
         sys.exit(f"error: {error}")
     print_table(rows)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     report = {
         "url": args.url,
         "base_model": args.base_model,
         "concurrency": args.concurrency,
-        "commit": git.stdout.strip() or None,
         "wall_s": round(time.monotonic() - started, 1),
         "rows": rows,
+        **provenance(),
     }
     print(json.dumps(report))
 

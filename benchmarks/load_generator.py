@@ -1,7 +1,7 @@
 """An open-loop HTTP client: sends requests when they are due, streams the answers, keeps times.
 
 It never waits for an answer before it sends the next request. It knows the OpenAI API's streams
-and nothing of traces or models; `report` makes figures of what it records.
+and nothing of traces or models; `load_summary` makes figures of what it records.
 """
 
 import asyncio

@@ -24,7 +24,8 @@ import httpx
 from tqdm import tqdm
 
 from benchmarks.load_generator import LoadGenerator, LoadLimits, PlannedRequest, RequestRecord
-from benchmarks.report import DEFAULT_SLO_S, provenance, summarize, table
+from benchmarks.load_summary import DEFAULT_SLO_S, summarize, table
+from benchmarks.report import provenance
 from benchmarks.server_files import numbered_order
 from benchmarks.settings import SETTINGS, Setting
 from benchmarks.trace import POPULARITIES, TraceConfig, TraceRequest, make_trace

@@ -9,9 +9,7 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
-import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from typing import Any
 
 from app.demo_model import ensure_demo_model
 from benchmarks.demo_tasks import TASKS, check, held_out_examples, messages, training_examples
+from benchmarks.report import provenance
 from benchmarks.tasks.base import Example
 
 BASE_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -233,21 +232,6 @@ def run_task(name: str, recipe: Recipe, args: argparse.Namespace) -> dict[str, A
     }
 
 
-def environment(device: str) -> dict[str, Any]:
-    import peft
-    import torch
-    import transformers
-
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "commit": git.stdout.strip() or None,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=sorted(RECIPES), default=list(RECIPES))
@@ -282,7 +266,7 @@ def main() -> None:
             f"| {row['adapter_accuracy']:.1%} | {row['num_held_out']} "
             f"| {row['weights_bytes'] / 1e6:.2f} | {row['wall_s']:.0f} |"
         )
-    print(json.dumps({"seed": args.seed, **environment(args.device), "rows": rows}))
+    print(json.dumps({"seed": args.seed, "device": args.device, "rows": rows, **provenance()}))
 
 
 if __name__ == "__main__":
