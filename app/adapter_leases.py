@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from slora_core.adapters.catalog import AdapterRecord
 from slora_core.adapters.host_store import AdapterLocation
-from slora_core.errors import EngineDeadError
+from slora_core.errors import EngineDeadError, StoreGoneError
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,22 @@ class AdapterLeases:
     async def hold(self, record: AdapterRecord) -> AsyncIterator[AdapterLocation]:
         """Keep the adapter leased for one request.
 
+        A StoreGoneError of the caller has the location replaced for those that come after it.
+
         Raises:
-            AdapterNotFoundError, StoreFullError: as the store has it.
+            AdapterNotFoundError, StoreFullError, StoreGoneError: as the store has it.
         """
         entry = self._entries.setdefault(record.adapter_id, _Entry())
         entry.num_users += 1
+        if entry.lease is None or _has_failed(entry.lease):
+            entry.lease = asyncio.create_task(self._acquire(entry, record))
+        lease = entry.lease
         try:
-            if entry.lease is None or _has_failed(entry.lease):
-                entry.lease = asyncio.create_task(self._acquire(entry, record))
-            yield await asyncio.shield(entry.lease)
+            yield await asyncio.shield(lease)
+        except StoreGoneError:
+            if entry.lease is lease and not _has_failed(lease):
+                entry.lease = asyncio.create_task(self._replace(entry, record))
+            raise
         finally:
             entry.num_users -= 1
             if entry.num_users == 0:
@@ -78,11 +85,18 @@ class AdapterLeases:
         async with entry.lock:
             return await self._store.lease(record, self._holder_pid)
 
+    async def _replace(self, entry: _Entry, record: AdapterRecord) -> AdapterLocation:
+        """A new lease instead of one whose store ended before the engine had opened it."""
+        async with entry.lock:
+            await self._end_lease(record.adapter_id)
+            return await self._store.lease(record, self._holder_pid)
+
     async def _release(self, adapter_id: str, entry: _Entry) -> None:
         if entry.lease is not None:
             await asyncio.wait({entry.lease})
         async with entry.lock:
-            if entry.num_users > 0:
+            # A lease that is still asked for has a release of its own, which waits for it.
+            if entry.num_users > 0 or (entry.lease is not None and not entry.lease.done()):
                 return
             lease, entry.lease = entry.lease, None
             try:
@@ -98,6 +112,9 @@ class AdapterLeases:
             await self._engine.release_adapter_source(adapter_id)
         except EngineDeadError:
             logger.debug("the engine is dead and reads nothing any more")
+        await self._end_lease(adapter_id)
+
+    async def _end_lease(self, adapter_id: str) -> None:
         try:
             await self._store.release(adapter_id, self._holder_pid)
         except Exception:

@@ -22,6 +22,7 @@ from slora_core.errors import (
     InvalidRequestError,
     SLoRAError,
     StoreFullError,
+    StoreGoneError,
 )
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (AdapterPathError, 403, "lora_path"),
     (AdapterNotFoundError, 404, "model"),
     (StoreFullError, 503, None),
+    (StoreGoneError, 503, None),
     (EngineDeadError, 503, None),
 )
 

@@ -91,6 +91,10 @@ class Engine:
             )
         self._host_copies[adapter.adapter_id] = adapter
 
+    def has_adapter(self, adapter_id: str) -> bool:
+        """Whether an adapter's host pages are known: added, and not released since."""
+        return adapter_id in self._host_copies
+
     def release_adapter(self, adapter_id: str) -> None:
         """Forget an adapter's host pages, which no request uses; its pool pages stay a cache."""
         self._host_copies.pop(adapter_id, None)

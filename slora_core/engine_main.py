@@ -102,7 +102,8 @@ class EngineLoop:
     def _add(self, message: AddRequest) -> None:
         location = message.adapter
         try:
-            if location is not None:
+            # Known pages are under a lease still, whatever became of the store of this location.
+            if location is not None and not self._engine.has_adapter(location.adapter_id):
                 self._engine.add_adapter(self._slabs.open(location))
             self._engine.add_request(
                 Request(

@@ -43,6 +43,10 @@ class StoreFullError(SLoRAError):
     """The host store has no room for an adapter beside those under a lease, or none at all."""
 
 
+class StoreGoneError(SLoRAError):
+    """The adapter store, or the one that gave a location, has ended; it is made anew in seconds."""
+
+
 class UnsupportedModelError(SLoRAError):
     """A base model whose architecture or options the engine does not implement."""
 

@@ -13,11 +13,7 @@ from dataclasses import dataclass
 from slora_core.adapters.host_store import AdapterLocation
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
 from slora_core.adapters.slab import ExtentId, header, view_pages
-from slora_core.errors import SLoRAError
-
-
-class SlabGoneError(SLoRAError):
-    """The extent of a location is not there (any more): its store died. Lease again."""
+from slora_core.errors import StoreGoneError
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class SlabReader:
         The view may be used until the lease is released.
 
         Raises:
-            SlabGoneError: the store that gave the location is gone.
+            StoreGoneError: the store that gave the location has ended; lease again.
         """
         with self._lock:
             mapping = self._mappings.get(location.extent)
@@ -81,7 +77,7 @@ def _map_extent(extent: ExtentId, nbytes: int) -> _Mapping:
         # Whatever the descriptor is by now, opening must not wait for it.
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise SlabGoneError(f"cannot open slab {path}: {error.strerror}") from None
+        raise StoreGoneError(f"cannot open slab {path}: {error.strerror}") from None
     try:
         status = os.fstat(fd)
         start = header(extent.token)
@@ -90,7 +86,7 @@ def _map_extent(extent: ExtentId, nbytes: int) -> _Mapping:
             or status.st_size != nbytes
             or os.pread(fd, len(start), 0) != start
         ):
-            raise SlabGoneError(f"{path} is not slab {extent.token} any more")
+            raise StoreGoneError(f"{path} is not slab {extent.token} any more")
         # Writable, since CUDA registers nothing else and torch has no read-only tensors.
         return _Mapping(mmap.mmap(fd, nbytes), status.st_ino)
     finally:

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from app.adapter_leases import AdapterLeases
-from slora_core.errors import EngineDeadError, StoreFullError
+from slora_core.errors import EngineDeadError, StoreFullError, StoreGoneError
 from tests.app.fakes import make_record
 
 PID = 77
@@ -56,10 +56,12 @@ def run(work, **fake):
     return asyncio.run(main())
 
 
-async def use(leases, name="a", hold_s=0.0):
+async def use(leases, name="a", hold_s=0.0, error=None):
     async with leases.hold(make_record(name)) as location:
         assert location == f"location of {name}-v1"
         await asyncio.sleep(hold_s)
+        if error is not None:
+            raise error
 
 
 def test_one_lease_for_requests_at_once():
@@ -100,6 +102,19 @@ def test_a_refused_lease_fails_its_requests_and_is_asked_again():
     assert run(work) == ["lease", "let go", "release"]
 
 
+def test_a_location_that_leads_nowhere_is_replaced():
+    async def work(both, leases):
+        async with leases.hold(make_record("a")):
+            results = await asyncio.gather(
+                *(use(leases, error=StoreGoneError("gone")) for _ in range(2)),
+                return_exceptions=True,
+            )
+            assert [type(result) for result in results] == [StoreGoneError] * 2
+            await use(leases)
+
+    assert run(work) == ["lease", "release", "lease", "let go", "release"]
+
+
 def test_a_dead_engine_does_not_keep_the_lease():
     async def work(both, leases):
         both.engine_error = EngineDeadError("dead")
@@ -114,7 +129,8 @@ def test_random_requests(seed):
 
     async def request(leases):
         await asyncio.sleep(rng.random() * 0.05)
-        task = asyncio.create_task(use(leases, rng.choice("abc"), rng.random() * 0.01))
+        error = StoreGoneError("gone") if rng.random() < 0.2 else None
+        task = asyncio.create_task(use(leases, rng.choice("abc"), rng.random() * 0.01, error))
         if rng.random() < 0.3:
             await asyncio.sleep(rng.random() * 0.01)
             task.cancel()

@@ -20,6 +20,7 @@ from slora_core import errors
         (errors.AdapterPathError("x"), 403, "PermissionDeniedError", "lora_path"),
         (errors.AdapterNotFoundError("x"), 404, "NotFoundError", "model"),
         (errors.StoreFullError("x"), 503, "ServiceUnavailableError", None),
+        (errors.StoreGoneError("x"), 503, "ServiceUnavailableError", None),
         (errors.EngineDeadError("x"), 503, "ServiceUnavailableError", None),
         (OverloadedError("x"), 503, "ServiceUnavailableError", None),
         (BodyTooLargeError("x"), 413, "RequestTooLargeError", None),

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from tests.app.ray_actors import kill_named_actor
 from tests.app.serve_app import (
     ADAPTERS,
     ALL_MODULES,
@@ -277,6 +278,31 @@ def test_a_running_request_outlives_the_unload_of_its_adapter(app):
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     # Its pages are freed, not left as a cache.
     wait_until(lambda: adapter_id not in app.resident(), timeout_s=5)
+
+
+def test_a_busy_adapter_outlives_its_store(app):
+    """Its lease never goes back, while the engine maps the new store's memory for others."""
+    hot, *others = ADAPTERS
+    stop = threading.Event()
+    statuses = set()
+
+    def ask(max_tokens):
+        while not stop.is_set():
+            answer = app.complete(hot, max_tokens=max_tokens, ignore_eos=True)
+            statuses.add(answer.status_code)
+
+    with ThreadPoolExecutor(SPILL_QUEUE_LEN - 1) as pool:
+        # Of different lengths, so that they never all end at once.
+        for max_tokens in (310, 530, 970):
+            pool.submit(ask, max_tokens)
+        try:
+            wait_until(lambda: sum(stats["num_running"] for stats in app.stats()) > 1, timeout_s=10)
+            kill_named_actor("adapter-store:slora:")
+            for name in [*others, hot]:
+                statuses.add(app.complete(name, max_tokens=1).status_code)
+        finally:
+            stop.set()
+    assert statuses == {200}
 
 
 def test_load_while_serving(app):

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from slora_core.adapters.host_store import HostStore
+from slora_core.adapters.host_store import AdapterLocation, HostStore
 from slora_core.adapters.peft_weights import load_packed_adapter, read_peft_adapter
 from slora_core.config import EngineConfig, SamplingParams
 from slora_core.engine import Engine, GenerationRequest
 from slora_core.engine_messages import EngineSpec
 from slora_core.engine_process import AsyncEngine
-from slora_core.errors import EngineDeadError, InvalidRequestError
+from slora_core.errors import EngineDeadError, InvalidRequestError, StoreGoneError
 from slora_core.types import FinishReason
-from tests.factories import make_adapter, make_model
+from tests.factories import make_adapter, make_geometry, make_model, make_random_adapter
 
 CONFIG = EngineConfig(num_pool_tokens=1024, page_tokens=8, max_batched_tokens=64)
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -121,6 +121,41 @@ def test_adapter_comes_from_the_shared_slab(
     )
     assert tokens == expected != base
     assert adapter_pages == 0
+
+
+def test_a_used_adapter_is_served_after_its_store_ended(model_dir: Path, tmp_path: Path) -> None:
+    geometry = make_geometry(model_dir, page_tokens=CONFIG.page_tokens)
+    adapters = [
+        read_peft_adapter(make_random_adapter(tmp_path / str(i), model_dir, seed=i), geometry)
+        for i in range(2)
+    ]
+    (hot, _), (other, _) = adapters
+    stores = [HostStore(geometry, 1 << 24, 1 << 22) for _ in range(2)]
+    for store in stores:
+        for summary, weights in adapters:
+            store.put(summary.adapter_id, summary.layout, weights)
+
+    async def main() -> None:
+        async with running(model_dir) as engine:
+
+            async def ask(request_id: str, location: AdapterLocation) -> None:
+                async for _ in engine.generate(request_id, PROMPT, GREEDY, location):
+                    pass
+
+            location = stores[0].lease(hot.adapter_id, os.getpid())
+            stream = engine.generate("endless", PROMPT, ENDLESS, location)
+            await anext(stream)
+            stores[0].close()
+            # Has the reader forget the first store's memory.
+            await ask("other", stores[1].lease(other.adapter_id, os.getpid()))
+            await ask("hot", location)
+            await stream.aclose()
+            await engine.release_adapter_source(hot.adapter_id)
+            with pytest.raises(StoreGoneError):
+                await ask("late", location)
+
+    asyncio.run(main())
+    stores[1].close()
 
 
 def test_refused_request_raises_and_costs_others_nothing(model_dir: Path) -> None:

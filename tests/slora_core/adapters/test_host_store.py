@@ -26,8 +26,8 @@ from slora_core.adapters.page_layout import (
     plan_layout,
 )
 from slora_core.adapters.slab import HEADER_BYTES
-from slora_core.adapters.slab_reader import SlabGoneError, SlabReader
-from slora_core.errors import AdapterNotFoundError, StoreFullError
+from slora_core.adapters.slab_reader import SlabReader
+from slora_core.errors import AdapterNotFoundError, StoreFullError, StoreGoneError
 
 PAGE = mmap.PAGESIZE
 DIMS = ((64, 64),) + ((64, 32),) * 2 + ((64, 64),) + ((64, 128),) * 2 + ((128, 64),)
@@ -337,10 +337,10 @@ def test_a_reader_maps_an_extent_once_and_forgets_dead_ones() -> None:
     assert reader.num_mapped == 1
     # The old view is still whole, and a late reader of the old location is not fooled.
     assert torch.equal(view, pack_adapter(GEOMETRY, *make_weights(1, 1)))
-    with pytest.raises(SlabGoneError, match="is not slab"):
+    with pytest.raises(StoreGoneError, match="is not slab"):
         SlabReader(GEOMETRY).open(old)
     second.close()
-    with pytest.raises(SlabGoneError, match="cannot open"):
+    with pytest.raises(StoreGoneError, match="cannot open"):
         SlabReader(GEOMETRY).open(new)
 
 
@@ -401,7 +401,7 @@ def test_nothing_remains_after_a_kill() -> None:
     process.wait()
     process.stdout.close()
     assert torch.equal(pages, expected)
-    with pytest.raises(SlabGoneError):
+    with pytest.raises(StoreGoneError):
         SlabReader(GEOMETRY).open(location)
     reader.close()
     del pages
