@@ -56,10 +56,6 @@ class AdapterCatalogServer:
         """Drop a registration; raises as `AdapterCatalog.unload`."""
         return await self._change(lambda: self._catalog.unload(name))
 
-    async def report_pool(self, num_pages: int) -> None:
-        """Learn how many pages an engine's pool has."""
-        await asyncio.to_thread(self._catalog.report_pool, num_pages)
-
     async def _change(self, change: Callable[[], T]) -> T:
         """Run a change in a thread and wake the polls, also where the caller has left."""
         task = asyncio.create_task(asyncio.to_thread(change))
@@ -92,9 +88,6 @@ class CatalogClient:
     async def unload(self, name: str) -> None:
         await typed(self._handle.unload.remote(name))
 
-    async def report_pool(self, num_pages: int) -> None:
-        await typed(self._handle.report_pool.remote(num_pages))
-
 
 def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:
     """The geometry of adapters for the model and engine of these arguments."""
@@ -114,7 +107,11 @@ def default_state_path() -> Path:
 
 def _open_catalog(args: SLoRAArgs, state_path: str | Path) -> AdapterCatalog:
     catalog = AdapterCatalog(
-        adapter_geometry(args), args.adapter_roots, state_path, {args.base_model_name}
+        adapter_geometry(args),
+        args.engine_config().num_pages,
+        args.adapter_roots,
+        state_path,
+        {args.base_model_name},
     )
     if args.adapters_dir is not None:
         catalog.scan(args.adapters_dir)

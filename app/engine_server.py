@@ -43,7 +43,6 @@ class EngineServer:
         catalog_client = CatalogClient(catalog)
         self._leases = AdapterLeases(StoreClient(args), self._engine, info.pid)
         self._pid = info.pid
-        await catalog_client.report_pool(info.num_pages)
         view = CatalogView(catalog_client, on_gone=self._drop_adapters)
         self._following = asyncio.create_task(view.follow())
 

@@ -50,25 +50,28 @@ class CatalogSnapshot:
 class AdapterCatalog:
     """Registered adapters by name.
 
+    An adapter must leave room for a request in an engine's pool of `num_pool_pages`.
     `allowed_roots` are the directories that adapters may come from. `reserved_names` cannot be
     given to an adapter (the base model's name). Every change raises `revision` and is written to
     `state_path`, from which a new catalog takes up where this one ended; registrations whose
-    files have changed since are checked again, and dropped with a warning if that fails.
+    files have changed since are checked again, and dropped with a warning if that fails or if
+    the pool is too small for them now.
     """
 
     def __init__(
         self,
         geometry: AdapterGeometry,
+        num_pool_pages: int,
         allowed_roots: Iterable[str | Path],
         state_path: str | Path | None = None,
         reserved_names: Collection[str] = (),
     ) -> None:
         self._geometry = geometry
+        self._num_pool_pages = num_pool_pages
         self._roots = [Path(os.path.realpath(root)) for root in allowed_roots]
         self._state_path = None if state_path is None else Path(state_path)
         self._reserved = frozenset(reserved_names)
         self._lock = threading.RLock()
-        self._min_pool_pages: int | None = None
         # The clock keeps revisions apart from those of a catalog whose state was lost.
         self._state = CatalogState(revision=time.time_ns() // 1_000_000)
         if self._state_path is not None:
@@ -125,7 +128,7 @@ class AdapterCatalog:
         Raises:
             AdapterExistsError: the name is taken and `replace` is off.
             AdapterPathError: the path, symbolic links followed, is in no allowed root.
-            AdapterTooLargeError: more pages than the smallest pool has beside one KV page.
+            AdapterTooLargeError: more pages than the pool has beside one KV page.
             InvalidAdapterError: the name's syntax, or the files.
         """
         return self._load(name, path, replace, persist=True)
@@ -146,18 +149,6 @@ class AdapterCatalog:
             self._state.unloaded.add(name)
             self._changed()
             return record
-
-    def report_pool(self, num_pages: int) -> None:
-        """Learn the size of one engine's pool; adapters must fit the smallest reported."""
-        with self._lock:
-            if self._min_pool_pages is not None and num_pages >= self._min_pool_pages:
-                return
-            self._min_pool_pages = num_pages
-            for record in self._state.records.values():
-                try:
-                    self._check_size(record.name, record.num_pages)
-                except AdapterTooLargeError as error:
-                    logger.warning("requests for a registered adapter will fail: %s", error)
 
     def _load(self, name: str, path: str | Path, replace_old: bool, persist: bool) -> AdapterRecord:
         check_name(name, self._reserved)
@@ -223,8 +214,8 @@ class AdapterCatalog:
             )
 
     def _check_size(self, name: str, num_pages: int) -> None:
-        pool = self._min_pool_pages
-        if pool is not None and num_pages >= pool:
+        pool = self._num_pool_pages
+        if num_pages >= pool:
             page_mib = self._geometry.page_bytes / _MIB
             raise AdapterTooLargeError(
                 f"adapter {name!r} takes {num_pages} pages ({num_pages * page_mib:.2f} MiB) and a "
@@ -257,6 +248,8 @@ class AdapterCatalog:
                 stamp = files_stamp(directory)
                 if stamp is None or stamp != saved.stamps.get(record.name):
                     self._register(self._inspect(record.name, directory), stamp)
+                else:
+                    self._check_size(record.name, record.num_pages)
             except SLoRAError as error:
                 logger.warning("adapter %s is not registered any more: %s", record.name, error)
                 del saved.records[record.name]

@@ -27,7 +27,7 @@ class LocalCatalog:
     """The real catalog, served by a poll instead of Serve."""
 
     def __init__(self, geometry, root):
-        self.catalog = AdapterCatalog(geometry, [root])
+        self.catalog = AdapterCatalog(geometry, 1000, [root])
         self.is_down = False
 
     async def wait_for_change(self, revision, timeout_s):
