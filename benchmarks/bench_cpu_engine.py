@@ -3,6 +3,7 @@
 `python -m benchmarks.bench_cpu_engine`: one stream of the base model, one stream of an adapter
 (beside PEFT), and many streams over all adapters and the base. Every text is first compared with
 the one that transformers and PEFT give, token for token; where they differ there is no report.
+With `--check` the exit status is 1 where the engine is slower than it must be.
 """
 
 import argparse
@@ -11,48 +12,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from app.demo_model import ensure_demo_model
-from benchmarks.demo_tasks import TASKS, held_out_examples, messages
 from benchmarks.report import ROOT, provenance
-from slora_core.adapters.peft_weights import load_packed_adapter
-from slora_core.config import EngineConfig, SamplingParams
-from slora_core.engine import Engine, GenerationRequest
-from tests.oracle import GreedyOracle, TextsDifferError, assert_same_greedy, comparisons
+from benchmarks.streams import Candidate, Stream, compare, one_of_each, task_streams
+from slora_core.config import EngineConfig
+from tests.oracle import GreedyOracle, TextsDifferError, comparisons
 
-
-@dataclass(frozen=True)
-class Stream:
-    """One request of the benchmark; `adapter` None is the base model."""
-
-    prompt_ids: list[int]
-    adapter: str | None
-
-
-class Candidate:
-    """This repository's engine, in this process."""
-
-    def __init__(
-        self, model_dir: Path, adapter_dirs: dict[str, Path], config: EngineConfig
-    ) -> None:
-        self._engine = Engine.from_pretrained(model_dir, config)
-        self._adapter_ids: dict[str | None, str | None] = {None: None}
-        for name, path in adapter_dirs.items():
-            packed = load_packed_adapter(path, self._engine.geometry)
-            self._engine.add_adapter(packed)
-            self._adapter_ids[name] = packed.adapter_id
-
-    def generate(self, streams: Sequence[Stream], num_tokens: int) -> list[list[int]]:
-        """Run all streams at once."""
-        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-        return self._engine.generate(
-            [GenerationRequest(s.prompt_ids, params, self._adapter_ids[s.adapter]) for s in streams]
-        )
+# Names of the ratios that `--check` looks at, what they are in words, and their least values.
+LIMITS = (
+    ("base_to_transformers", "one base stream to transformers", 1.0),
+    ("mixed_to_one_stream", "all mixed streams to one base stream", 4.0),
+)
 
 
 def run(
@@ -65,64 +40,67 @@ def run(
 ) -> dict[str, Any]:
     """Check the streams' texts, then measure; rows of tokens a second and what they are ratios of.
 
-    The first stream of the base model and the first of an adapter are also run alone.
-
     Raises:
         TextsDifferError: a text is not that of transformers.
     """
     say(f"comparing {len(streams)} streams of {num_tokens} tokens with transformers")
+    one_by_one = _measure_one_by_one(oracle, streams, num_tokens)
+    num_forgiven_before = comparisons.num_forgiven
+    compare(oracle, candidate, streams, num_tokens)
+    num_near_ties = comparisons.num_forgiven - num_forgiven_before
+    say(f"measuring, {repeats} times each in turn")
+    rates = _measure_in_turn(_cases(oracle, candidate, streams, num_tokens), num_tokens, repeats)
+    ratios = _ratios(*rates.values())
+    rates[f"transformers and PEFT, mixed, {len(streams)} streams one by one"] = one_by_one
+    return {
+        "tokens_per_s": {name: round(rate, 2) for name, rate in rates.items()},
+        "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "num_near_ties": num_near_ties,
+    }
+
+
+def _measure_one_by_one(oracle: GreedyOracle, streams: Sequence[Stream], num_tokens: int) -> float:
+    """Tokens a second of transformers and PEFT; the oracle keeps the texts for comparing."""
     for stream in {stream.adapter: stream for stream in streams}.values():
         # Adapters load when they are first asked for, which is not to be measured.
         oracle.logits(stream.prompt_ids, stream.adapter)
     started = time.perf_counter()
     for stream in streams:
         oracle.generate(stream.prompt_ids, num_tokens, stream.adapter)
-    one_by_one = len(streams) * num_tokens / (time.perf_counter() - started)
-    base = next(stream for stream in streams if stream.adapter is None)
-    adapter = next(stream for stream in streams if stream.adapter is not None)
-    num_forgiven_before = comparisons.num_forgiven
-    for batch in (streams, [base], [adapter]):
-        for stream, text in zip(batch, candidate.generate(batch, num_tokens), strict=True):
-            expected = oracle.generate(stream.prompt_ids, num_tokens, stream.adapter)
-            assert_same_greedy(oracle, stream.prompt_ids, text, expected, stream.adapter)
+    return len(streams) * num_tokens / (time.perf_counter() - started)
 
-    say(f"measuring, {repeats} times each in turn")
-    rates = _measure_in_turn(
-        {
-            "transformers, base, 1 stream": (
-                1,
-                lambda: oracle.generate_anew(base.prompt_ids, num_tokens),
-            ),
-            "engine, base, 1 stream": (1, lambda: candidate.generate([base], num_tokens)),
-            "PEFT, adapter, 1 stream": (
-                1,
-                lambda: oracle.generate_anew(adapter.prompt_ids, num_tokens, adapter.adapter),
-            ),
-            "engine, adapter, 1 stream": (1, lambda: candidate.generate([adapter], num_tokens)),
-            f"engine, mixed, {len(streams)} streams": (
-                len(streams),
-                lambda: candidate.generate(streams, num_tokens),
-            ),
-        },
-        num_tokens,
-        repeats,
-    )
-    hf_base, our_base, hf_adapter, our_adapter, mixed = rates.values()
+
+def _cases(
+    oracle: GreedyOracle, candidate: Candidate, streams: Sequence[Stream], num_tokens: int
+) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """What is measured by name: how many streams, and a call that runs them."""
+    base, adapter = one_of_each(streams)
+
+    def alone(stream: Stream) -> Callable[[], Any]:
+        return lambda: oracle.generate_anew(stream.prompt_ids, num_tokens, stream.adapter)
+
+    def together(batch: Sequence[Stream]) -> Callable[[], Any]:
+        return lambda: candidate.generate(batch, num_tokens)
+
     return {
-        "tokens_per_s": {
-            **{name: round(rate, 2) for name, rate in rates.items()},
-            f"transformers and PEFT, mixed, {len(streams)} streams one by one": round(
-                one_by_one, 2
-            ),
-        },
-        "ratios": {
-            "base_to_transformers": round(our_base / hf_base, 3),
-            "adapter_to_peft": round(our_adapter / hf_adapter, 3),
-            "adapter_to_base": round(our_adapter / our_base, 3),
-            "mixed_to_one_stream": round(mixed / our_base, 3),
-            "mixed_to_transformers_one_stream": round(mixed / hf_base, 3),
-        },
-        "num_near_ties": comparisons.num_forgiven - num_forgiven_before,
+        "transformers, base, 1 stream": (1, alone(base)),
+        "engine, base, 1 stream": (1, together([base])),
+        "PEFT, adapter, 1 stream": (1, alone(adapter)),
+        "engine, adapter, 1 stream": (1, together([adapter])),
+        f"engine, mixed, {len(streams)} streams": (len(streams), together(streams)),
+    }
+
+
+def _ratios(
+    hf_base: float, our_base: float, hf_adapter: float, our_adapter: float, mixed: float
+) -> dict[str, float]:
+    """What the rates of `_cases`, in its order, are of each other."""
+    return {
+        "base_to_transformers": our_base / hf_base,
+        "adapter_to_peft": our_adapter / hf_adapter,
+        "adapter_to_base": our_adapter / our_base,
+        "mixed_to_one_stream": mixed / our_base,
+        "mixed_to_transformers_one_stream": mixed / hf_base,
     }
 
 
@@ -151,24 +129,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{result['num_near_ties']} near ties forgiven"])
 
 
-def task_streams(model_dir: Path, adapter_names: Sequence[str], num_streams: int) -> list[Stream]:
-    """Held-out questions of the demo's tasks, base and adapters in turn."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    tasks = list(TASKS)
-    adapters = [None, *adapter_names]
-    streams = []
-    for index in range(num_streams):
-        adapter = adapters[index % len(adapters)]
-        # An adapter that has no task here, or the base, is asked the tasks in turn.
-        task = adapter if adapter in TASKS else tasks[index % len(tasks)]
-        example = held_out_examples(task, index + 1)[index]
-        prompt_ids = tokenizer.apply_chat_template(
-            messages(example), add_generation_prompt=True, return_dict=False
-        )
-        streams.append(Stream(prompt_ids, adapter))
-    return streams
+def below_limits(ratios: dict[str, float]) -> str | None:
+    """Both ratios that `--check` looks at beside their limits; None where they are kept."""
+    if all(ratios[name] >= limit for name, _, limit in LIMITS):
+        return None
+    return "too slow: " + ", ".join(
+        f"{words} is {ratios[name]:g}x (at least {limit:g}x)" for name, words, limit in LIMITS
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -179,6 +146,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-tokens", type=int, default=64, help="output tokens a stream")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    limits = "; ".join(f"{words}: {limit:g}x" for _, words, limit in LIMITS)
+    parser.add_argument("--check", action="store_true", help=f"exit 1 below the limits ({limits})")
     return parser.parse_args()
 
 
@@ -219,6 +188,8 @@ def main() -> None:
     }
     print(table(result))
     print(json.dumps({"benchmark": "cpu_engine", **result, **settings, **provenance()}))
+    if args.check and (problem := below_limits(result["ratios"])):
+        sys.exit(problem)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """The benchmark of the engine reports on equal texts and refuses to on different ones."""
 
+import json
+import sys
+
 import pytest
 
-from benchmarks.bench_cpu_engine import Candidate, Stream, run, table
+from benchmarks import bench_cpu_engine
+from benchmarks.bench_cpu_engine import below_limits, run, table
+from benchmarks.streams import Candidate, Stream
 from slora_core.config import EngineConfig
 from tests.factories import make_model, make_random_adapter
 from tests.oracle import GreedyOracle, TextsDifferError
@@ -18,7 +23,9 @@ def files(tmp_path_factory):
     # Two of each name, so that an engine can be given the wrong ones.
     adapters = [
         {
-            name: make_random_adapter(root / f"{name}{turn}", model, seed=10 * turn + i, rank=4 + i)
+            name: make_random_adapter(
+                root / str(turn) / name, model, seed=10 * turn + i, rank=4 + i
+            )
             for i, name in enumerate("ab")
         }
         for turn in range(2)
@@ -59,3 +66,49 @@ def test_streams_go_on_past_the_end_of_sequence_token(files, tmp_path):
     text = oracle.generate(prompt, NUM_TOKENS, "a")
     assert len(text) == NUM_TOKENS and text[:1] == end
     assert oracle.generate_anew(prompt, NUM_TOKENS, "a") == text
+
+
+def run_main(files, monkeypatch, *options):
+    model, (adapters, _) = files
+    monkeypatch.setattr(bench_cpu_engine, "task_streams", lambda *args: STREAMS)
+    paths = ["--model", str(model), "--adapters", str(adapters["a"].parent)]
+    sizes = ["--num-streams", "5", "--num-tokens", str(NUM_TOKENS), "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_cpu_engine", *paths, *sizes, *options])
+    bench_cpu_engine.main()
+
+
+def with_limits(monkeypatch, factor):
+    limits = [(name, words, limit * factor) for name, words, limit in bench_cpu_engine.LIMITS]
+    monkeypatch.setattr(bench_cpu_engine, "LIMITS", limits)
+
+
+def test_check_passes_above_the_limits(files, monkeypatch, capsys):
+    with_limits(monkeypatch, 0.001)
+    run_main(files, monkeypatch, "--check")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "cpu_engine"
+
+
+def test_check_fails_below_the_limits_and_still_reports(files, monkeypatch, capsys):
+    with_limits(monkeypatch, 1000)
+    with pytest.raises(SystemExit, match=r"\(at least 1000x\), .* \(at least 4000x\)"):
+        run_main(files, monkeypatch, "--check")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "cpu_engine"
+    run_main(files, monkeypatch)
+
+
+@pytest.mark.parametrize(("base", "mixed"), [(0.999, 5.0), (1.2, 3.999)])
+def test_one_ratio_below_its_limit_is_too_slow(base, mixed):
+    assert below_limits({"base_to_transformers": 1.0, "mixed_to_one_stream": 4.0}) is None
+    message = below_limits({"base_to_transformers": base, "mixed_to_one_stream": mixed})
+    assert f"is {base:g}x (at least 1x)" in message
+    assert f"is {mixed:g}x (at least 4x)" in message
+
+
+def test_different_texts_leave_no_report(files, monkeypatch, capsys):
+    others = files[1][1]
+    monkeypatch.setattr(
+        bench_cpu_engine, "Candidate", lambda model, _, config: Candidate(model, others, config)
+    )
+    with pytest.raises(SystemExit, match="no report: a: token"):
+        run_main(files, monkeypatch)
+    assert capsys.readouterr().out == ""
