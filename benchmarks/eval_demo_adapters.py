@@ -9,6 +9,7 @@ import asyncio
 import json
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,14 @@ class Question:
     task_name: str
     model: str
     example: Example
+
+
+@dataclass
+class Tally:
+    """What became of the questions of one task, asked of one model."""
+
+    num_right: int = 0
+    num_tokens: int = 0
 
 
 class EvaluationError(RuntimeError):
@@ -76,31 +85,57 @@ async def evaluate(
 ) -> list[dict[str, Any]]:
     """Ask every example of base and adapter, at most `concurrency` at a time; a row a task.
 
-    All models' questions are mixed, so a batch in the server holds several adapters.
-
     Raises:
         EvaluationError: the server lacks a model, or answers a question with an error.
     """
     missing = {base_model, *task_names} - await list_models(client)
     if missing:
         raise EvaluationError(f"the server does not serve: {', '.join(sorted(missing))}")
+    questions = make_questions(task_names, base_model, examples_per_task)
+    tallies = await ask_all(client, questions, concurrency)
+    return [
+        {
+            "task": name,
+            "num_held_out": examples_per_task,
+            "base_accuracy": tallies[name, base_model].num_right / examples_per_task,
+            "adapter_accuracy": tallies[name, name].num_right / examples_per_task,
+            "base_tokens": tallies[name, base_model].num_tokens,
+            "adapter_tokens": tallies[name, name].num_tokens,
+        }
+        for name in task_names
+    ]
+
+
+def make_questions(
+    task_names: list[str], base_model: str, examples_per_task: int
+) -> list[Question]:
+    """All models' questions mixed, so that a batch in the server holds several adapters."""
     per_task = {name: held_out_examples(name, examples_per_task) for name in task_names}
-    questions = [
+    return [
         Question(name, model, per_task[name][index])
         for index in range(examples_per_task)
         for name in task_names
         for model in (base_model, name)
     ]
-    num_right: dict[tuple[str, str], int] = {}
-    num_tokens: dict[tuple[str, str], int] = {}
+
+
+async def ask_all(
+    client: httpx.AsyncClient, questions: list[Question], concurrency: int
+) -> dict[tuple[str, str], Tally]:
+    """Ask everything, `concurrency` at a time; a tally by task and model.
+
+    Raises:
+        EvaluationError: the server answers a question with an error; the rest is not asked.
+    """
+    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
     limit = asyncio.Semaphore(concurrency)
 
     async def run(question: Question) -> None:
         async with limit:
-            is_right, tokens = await ask(client, question)
-        key = (question.task_name, question.model)
-        num_right[key] = num_right.get(key, 0) + is_right
-        num_tokens[key] = num_tokens.get(key, 0) + tokens
+            is_right, num_tokens = await ask(client, question)
+        tally = tallies[question.task_name, question.model]
+        tally.num_right += is_right
+        tally.num_tokens += num_tokens
         bar.update()
 
     with tqdm(total=len(questions), desc="asking held-out examples", unit="request") as bar:
@@ -113,17 +148,7 @@ async def evaluate(
             raise errors.exceptions[0] from None
         except* httpx.HTTPError as errors:
             raise EvaluationError(f"request failed: {errors.exceptions[0]!r}") from None
-    return [
-        {
-            "task": name,
-            "num_held_out": examples_per_task,
-            "base_accuracy": num_right[name, base_model] / examples_per_task,
-            "adapter_accuracy": num_right[name, name] / examples_per_task,
-            "base_tokens": num_tokens[name, base_model],
-            "adapter_tokens": num_tokens[name, name],
-        }
-        for name in task_names
-    ]
+    return tallies
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -12,60 +12,18 @@ import os
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from app.demo_model import ensure_demo_model
-from benchmarks.demo_tasks import TASKS, check, held_out_examples, messages, training_examples
+from benchmarks.demo_recipes import RECIPES, Recipe
+from benchmarks.demo_tasks import held_out_examples, messages, training_examples
+from benchmarks.local_accuracy import measure
 from benchmarks.report import provenance
 from benchmarks.tasks.base import Example
 
 BASE_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one adapter is shaped and trained. Together they cover what a server must take."""
-
-    rank: int
-    alpha: int
-    target_modules: tuple[str, ...]
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
-    learning_rate: float = 1e-3
-    steps: int = 600
-    batch_size: int = 32
-    num_examples: int = 16_000
-
-
-RECIPES = {
-    "date-iso": Recipe(4, 8, ATTENTION, steps=1500, batch_size=64, num_examples=24_000),
-    "ticket-route": Recipe(
-        8,
-        16,
-        ("up_proj", "down_proj"),
-        use_rslora=True,
-        learning_rate=5e-4,
-        steps=250,
-        batch_size=16,
-    ),
-    "order-json": Recipe(64, 64, ("q_proj", "v_proj")),
-    "shop-sql": Recipe(16, 32, ATTENTION + MLP, learning_rate=5e-4, steps=320, batch_size=16),
-    # Values get twice the rank, queries and keys of the first ten layers half of it.
-    "measure-kv": Recipe(
-        8,
-        16,
-        (*ATTENTION, "down_proj"),
-        rank_pattern={"v_proj": 16, r"layers\.[0-9]\.self_attn\.(q|k)_proj": 4},
-        alpha_pattern={"v_proj": 16},
-        steps=600,
-        batch_size=16,
-    ),
-}
 
 
 def encode(tokenizer: Any, example: Example) -> tuple[list[int], int]:
@@ -150,41 +108,11 @@ def write_adapter(model: Any, adapter_dir: Path) -> None:
     weights_path.chmod(0o644)
 
 
-def generate_answers(
-    model: Any, tokenizer: Any, examples: list[Example], max_new_tokens: int
-) -> list[str]:
-    """Answer each example by greedy generation, in batches."""
-    import torch
-
-    model.eval()
-    answers: list[str] = []
-    for start in range(0, len(examples), 64):
-        prompts = [
-            tokenizer.apply_chat_template(messages(e), tokenize=False, add_generation_prompt=True)
-            for e in examples[start : start + 64]
-        ]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-        with torch.inference_mode():
-            outputs = model.generate(
-                **inputs.to(model.device), do_sample=False, max_new_tokens=max_new_tokens
-            )
-        new_ids = outputs[:, inputs["input_ids"].shape[1] :]
-        answers += tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-    return answers
-
-
-def measure(model: Any, tokenizer: Any, name: str, examples: list[Example]) -> tuple[float, str]:
-    """Return the share of right answers, and the first answer as a sample."""
-    answers = generate_answers(model, tokenizer, examples, TASKS[name].max_answer_tokens)
-    num_right = sum(check(name, *pair) for pair in zip(answers, examples, strict=True))
-    return num_right / len(examples), answers[0]
-
-
 def run_task(name: str, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """Train one adapter in this process and measure it; return its row of the report."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     # One process a task; more threads each would only fight over the cores.
@@ -203,17 +131,7 @@ def run_task(name: str, recipe: Recipe, args: argparse.Namespace) -> dict[str, A
 
     base = load_base()
     base_accuracy, base_sample = measure(base, tokenizer, name, examples)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=list(recipe.target_modules),
-        use_rslora=recipe.use_rslora,
-        rank_pattern=dict(recipe.rank_pattern),
-        alpha_pattern=dict(recipe.alpha_pattern),
-        lora_dropout=0.0,
-    )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, recipe.lora_config())
     last_loss = train(model, tokenizer, name, recipe, args.seed)
     adapter_dir = args.out / name
     write_adapter(model, adapter_dir)
@@ -249,10 +167,7 @@ def main() -> None:
     ensure_demo_model()
     recipes = {name: RECIPES[name] for name in args.tasks}
     if args.steps is not None:
-        recipes = {
-            name: Recipe(**{**asdict(recipe), "steps": args.steps})
-            for name, recipe in recipes.items()
-        }
+        recipes = {name: replace(recipe, steps=args.steps) for name, recipe in recipes.items()}
     # Spawned, because CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
