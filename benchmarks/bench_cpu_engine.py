@@ -7,7 +7,6 @@ With `--check` the exit status is 1 where the engine is slower than it must be.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -18,12 +17,13 @@ from typing import Any
 import torch
 
 from app.demo_model import ensure_demo_model
-from benchmarks.report import ROOT, provenance
+from benchmarks.demo_tasks import HELD_OUT_SEED
+from benchmarks.report import ROOT, add_output_option, make_row, publish
 from benchmarks.streams import Candidate, Stream, compare, one_of_each, task_streams
 from slora_core.config import EngineConfig
 from tests.oracle import GreedyOracle, TextsDifferError, comparisons
 
-# Names of the ratios that `--check` looks at, what they are in words, and their least values.
+# Ratios that `--check` looks at: name, words, least value; the last is for the default 16 streams.
 LIMITS = (
     ("base_to_transformers", "one base stream to transformers", 1.0),
     ("mixed_to_one_stream", "all mixed streams to one base stream", 4.0),
@@ -148,6 +148,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     limits = "; ".join(f"{words}: {limit:g}x" for _, words, limit in LIMITS)
     parser.add_argument("--check", action="store_true", help=f"exit 1 below the limits ({limits})")
+    add_output_option(parser)
     return parser.parse_args()
 
 
@@ -176,18 +177,20 @@ def main() -> None:
         )
     except TextsDifferError as error:
         sys.exit(f"no report: {error}")
+    # Over the number of cores: something else ran beside the benchmark.
+    result["load_average"] = os.getloadavg()[0]
     settings = {
+        "model": model_dir.name,
         "num_streams": args.num_streams,
         "num_tokens": args.num_tokens,
         "repeats": args.repeats,
         "threads": args.threads,
         "adapters": list(adapter_dirs),
         "dtype": "float32",
-        # Over the number of cores: something else ran beside the benchmark.
-        "load_average": os.getloadavg()[0],
     }
     print(table(result))
-    print(json.dumps({"benchmark": "cpu_engine", **result, **settings, **provenance()}))
+    # The prompts are the first held-out examples; nothing else is random.
+    publish(make_row("cpu_engine", result, settings, HELD_OUT_SEED), args.output)
     if args.check and (problem := below_limits(result["ratios"])):
         sys.exit(problem)
 

@@ -6,7 +6,6 @@ the demo tasks, not the server: an adapter is called by its name in `model`, dec
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections import defaultdict
@@ -18,12 +17,13 @@ from tqdm import tqdm
 
 from benchmarks.demo_tasks import (
     DEFAULT_HELD_OUT_COUNT,
+    HELD_OUT_SEED,
     TASKS,
     check,
     held_out_examples,
     messages,
 )
-from benchmarks.report import provenance
+from benchmarks.report import add_output_option, make_row, publish
 from benchmarks.tasks.base import Example
 
 
@@ -170,6 +170,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--examples-per-task", type=int, default=DEFAULT_HELD_OUT_COUNT)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--timeout-s", type=float, default=600.0, help="for one request")
+    add_output_option(parser)
     return parser.parse_args()
 
 
@@ -192,15 +193,13 @@ def main() -> None:
     except EvaluationError as error:
         sys.exit(f"error: {error}")
     print_table(rows)
-    report = {
-        "url": args.url,
+    figures = {"wall_s": round(time.monotonic() - started, 1), "rows": rows}
+    config = {
         "base_model": args.base_model,
+        "examples_per_task": args.examples_per_task,
         "concurrency": args.concurrency,
-        "wall_s": round(time.monotonic() - started, 1),
-        "rows": rows,
-        **provenance(),
     }
-    print(json.dumps(report))
+    publish(make_row("demo_accuracy", figures, config, HELD_OUT_SEED), args.output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Where a benchmark's figures come from: commit, versions, processor, cards.
+"""A benchmark's row: its figures and where they come from, as a line of JSON.
 
-Every benchmark's line of JSON carries it. Standard library only, so that it works wherever one
-runs, from a copy of the files without their history too.
+It knows no benchmark. Standard library only, so that it works wherever one runs, from a copy of
+the files without their history too.
 """
 
+import argparse
+import json
 import os
 import platform
 import subprocess
@@ -15,6 +17,29 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "ray", "peft", "triton")
 
 
+def make_row(
+    benchmark: str, figures: dict[str, Any], config: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """What a run gave, with all that is needed to run it again."""
+    return {"benchmark": benchmark, **figures, "config": config, "seed": seed, **provenance()}
+
+
+def add_output_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, help="file to which the row is added: benchmarks/results/NAME.jsonl"
+    )
+
+
+def publish(row: dict[str, Any], output: Path | None) -> None:
+    """Print a row, the last line of a benchmark's stdout, and add it to its results if wanted."""
+    line = json.dumps(row)
+    print(line)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a") as file:
+            file.write(line + "\n")
+
+
 def provenance() -> dict[str, Any]:
     """Commit, versions and host of this process, without importing what it names.
 
@@ -22,7 +47,9 @@ def provenance() -> dict[str, Any]:
     """
     told = os.environ.get("SLORA_COMMIT")
     commit = told or _git("rev-parse", "--short=12", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    # Rows that earlier runs added change no figure.
+    paths = ("--", ".", ":!benchmarks/results")
+    changes = _git("status", "--porcelain", "--untracked-files=no", *paths)
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

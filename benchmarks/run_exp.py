@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from types import TracebackType
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.load_generator import LoadGenerator, LoadLimits, PlannedRequest, RequestRecord
 from benchmarks.load_summary import DEFAULT_SLO_S, summarize, table
-from benchmarks.report import provenance
+from benchmarks.report import add_output_option, make_row, publish
 from benchmarks.server_files import numbered_order
 from benchmarks.settings import SETTINGS, Setting
 from benchmarks.trace import POPULARITIES, TraceConfig, TraceRequest, make_trace
@@ -55,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slo", type=float, default=DEFAULT_SLO_S, help="first token, seconds")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a request may take")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--output", type=Path, help="file to which the line of JSON is added")
+    add_output_option(parser)
     return parser.parse_args(argv)
 
 
@@ -171,16 +170,14 @@ def row(
     args: argparse.Namespace, config: TraceConfig, num_served: int, records: list[RequestRecord]
 ) -> dict[str, Any]:
     """Everything that the JSON line has."""
-    return {
-        "benchmark": "serving",
+    settings = {
         "model_setting": args.model_setting,
         "dummy": args.dummy,
         "debug": args.debug,
         "num_adapters_served": num_served,
-        **summarize(records, args.slo),
         "trace": asdict(config),
-        **provenance(),
     }
+    return make_row("serving", summarize(records, args.slo), settings, config.seed)
 
 
 def main() -> None:
@@ -198,11 +195,7 @@ def main() -> None:
     print(table(result))
     for record in [r for r in records if r.error is not None][:3]:
         print(f"  {record.error}: {record.model}: {record.error_detail}")
-    line = json.dumps(result)
-    print(line)
-    if args.output is not None:
-        with args.output.open("a") as file:
-            file.write(line + "\n")
+    publish(result, args.output)
     sys.exit(EXIT_LOST if result["num_errors"] else 0)
 
 

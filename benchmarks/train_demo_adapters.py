@@ -6,7 +6,6 @@ again by PEFT as any user would, asked the held-out examples in fp32.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -20,7 +19,7 @@ from app.demo_model import ensure_demo_model
 from benchmarks.demo_recipes import RECIPES, Recipe
 from benchmarks.demo_tasks import held_out_examples, messages, training_examples
 from benchmarks.local_accuracy import measure
-from benchmarks.report import provenance
+from benchmarks.report import add_output_option, make_row, publish
 from benchmarks.tasks.base import Example
 
 BASE_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -159,6 +158,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="instead of each recipe's own, for a try")
     parser.add_argument("--jobs", type=int, default=1, help="tasks trained at once (default 1)")
     parser.add_argument("--device", default="cuda")
+    add_output_option(parser)
     return parser.parse_args()
 
 
@@ -181,7 +181,8 @@ def main() -> None:
             f"| {row['adapter_accuracy']:.1%} | {row['num_held_out']} "
             f"| {row['weights_bytes'] / 1e6:.2f} | {row['wall_s']:.0f} |"
         )
-    print(json.dumps({"seed": args.seed, "device": args.device, "rows": rows, **provenance()}))
+    config = {"device": args.device, "jobs": args.jobs}
+    publish(make_row("demo_training", {"rows": rows}, config, args.seed), args.output)
 
 
 if __name__ == "__main__":

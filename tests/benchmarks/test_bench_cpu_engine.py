@@ -82,10 +82,14 @@ def with_limits(monkeypatch, factor):
     monkeypatch.setattr(bench_cpu_engine, "LIMITS", limits)
 
 
-def test_check_passes_above_the_limits(files, monkeypatch, capsys):
+def test_check_passes_above_the_limits(files, monkeypatch, capsys, tmp_path):
     with_limits(monkeypatch, 0.001)
-    run_main(files, monkeypatch, "--check")
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "cpu_engine"
+    run_main(files, monkeypatch, "--check", "--output", str(tmp_path / "rows.jsonl"))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "rows.jsonl").read_text() == line + "\n"
+    row = json.loads(line)
+    assert {"ratios", "seed", "commit", "versions", "cpu"} <= set(row)
+    assert row["config"]["num_streams"] == 5
 
 
 def test_check_fails_below_the_limits_and_still_reports(files, monkeypatch, capsys):

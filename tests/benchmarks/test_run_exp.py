@@ -130,7 +130,7 @@ def test_row_and_progress():
     args = parse_args(["--debug"])
     result = row(args, trace_config(args, 3), 3, [record, failed])
     assert (result["num_answered"], result["num_errors"]) == (1, 1)
-    assert result["trace"]["seed"] == 42
+    assert result["seed"] == result["config"]["trace"]["seed"] == 42
     json.dumps(result, allow_nan=False)
 
 

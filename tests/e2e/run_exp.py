@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +22,8 @@ import openai
 from tqdm import tqdm
 
 from app.args import DEMO_MODEL_NAME
-from benchmarks.demo_tasks import TASKS, check, held_out_examples, messages
-from benchmarks.report import provenance
+from benchmarks.demo_tasks import HELD_OUT_SEED, TASKS, check, held_out_examples, messages
+from benchmarks.report import add_output_option, make_row, publish
 from benchmarks.tasks.base import Example
 
 # Adapters were seen at 97.5% and more on 40 examples a task, the base at 0% on 10; the limits leave
@@ -148,6 +147,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=40, help="a task, asked of its adapter")
     parser.add_argument("--base-examples", type=int, default=10, help="a task, asked of the base")
     parser.add_argument("--concurrency", type=int, default=16)
+    add_output_option(parser)
     options = parser.parse_args()
     questions = make_questions(options.examples, options.base_examples)
     started = time.monotonic()
@@ -160,18 +160,20 @@ def main() -> None:
     print(f"{len(questions)} answers in {wall_s:.1f} s")
     for problem in problems[:10]:
         print(f"  wrong: {problem}")
-    summary = {
-        "benchmark": "e2e_answers",
+    figures = {
         "accuracy": result,
         "num_questions": len(questions),
         "num_answered": sum(question.answer is not None for question in questions),
         "num_output_tokens": sum(question.num_tokens for question in questions),
         "wall_s": round(wall_s, 3),
         "problems": problems,
-        "config": {name: value for name, value in vars(options).items() if name != "url"},
-        **provenance(),
     }
-    print(json.dumps(summary))
+    config = {
+        "examples": options.examples,
+        "base_examples": options.base_examples,
+        "concurrency": options.concurrency,
+    }
+    publish(make_row("e2e_answers", figures, config, HELD_OUT_SEED), options.output)
     sys.exit(1 if problems else 0)
 
 

@@ -108,7 +108,7 @@ def test_the_commands_of_s_lora(dummy, tmp_path):
         scratch = scratch_of(url)
         assert scratch.is_dir()
     assert not scratch.exists()
-    assert result["num_adapters_served"] == 100
+    assert result["config"]["num_adapters_served"] == 100
     assert result["num_requests"] == result["num_answered"] == 8
     assert result["num_aborted"] == result["num_errors"] == 0
     assert result["num_models"] > 4
