@@ -112,7 +112,8 @@ def parse_body(model: type[Model], body: bytes) -> Model:
 
 def _parse_json(body: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(body, parse_constant=_refuse_constant)
+        # Not json.loads(body), which takes UTF-16 and halves of surrogate pairs too.
+        fields = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
         # An escaped half of a surrogate pair parses, but no tokenizer takes it.
         if rb"\ud" in body.lower():
             json.dumps(fields, ensure_ascii=False).encode()

@@ -131,12 +131,36 @@ def test_number_beyond_every_float():
     assert caught.value.param == "temperature"
 
 
-def test_half_a_surrogate_pair():
-    for body in (b'{"model": "m", "prompt": "\\ud83d"}', b'{"model": "\\uD83D", "prompt": "x"}'):
-        with pytest.raises(InvalidRequestError, match="surrogate"):
-            parse_body(CompletionRequest, body)
+@pytest.mark.parametrize("half", [b"\\ud83d", b"\\uDC4B", b"\xed\xa0\x80"])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("completion", b'{"model": "m", "prompt": "HALF"}'),
+        ("completion", b'{"model": "HALF", "prompt": "x"}'),
+        ("completion", b'{"model": "m", "prompt": "x", "stop": ["HALF"]}'),
+        ("completion", b'{"model": "m", "prompt": "x", "HALF": 1}'),
+        ("chat", b'{"model": "m", "messages": [{"role": "user", "content": "HALF"}]}'),
+        ("load", b'{"lora_name": "a", "lora_path": "/HALF"}'),
+        ("unload", b'{"lora_name": "HALF"}'),
+    ],
+)
+def test_half_a_surrogate_pair(kind, body, half):
+    with pytest.raises(InvalidRequestError, match="not valid JSON") as caught:
+        parse_body(MODELS[kind][0], body.replace(b"HALF", half))
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-32-be", "latin-1"])
+def test_a_body_is_utf_8(encoding):
+    body = '{"model": "m", "prompt": "é\\ud83d"}'.encode(encoding)
+    with pytest.raises(InvalidRequestError, match="not valid JSON"):
+        parse_body(CompletionRequest, body)
+
+
+def test_a_whole_surrogate_pair_and_a_byte_order_mark():
     body = b'{"model": "m", "prompt": "\\ud83d\\udc4b"}'
-    assert parse_body(CompletionRequest, body).prompt == ["👋"]
+    for mark in (b"", b"\xef\xbb\xbf"):
+        assert parse_body(CompletionRequest, mark + body).prompt == ["👋"]
 
 
 @pytest.mark.parametrize(
