@@ -1,12 +1,13 @@
 """Store leases of one engine replica: held while an adapter has running requests.
 
 Owns the count of requests for each adapter and the order of what ends a lease: the engine lets go
-of the host pages first, then the store gets its lease back. It knows no HTTP and no tokens.
+of the host pages first, and of its copy where the adapter was unloaded; then the store gets its
+lease back. It knows no HTTP and no tokens.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,6 +32,8 @@ class AdapterReader(Protocol):
 
     async def release_adapter_source(self, adapter_id: str) -> None: ...
 
+    def drop_adapter(self, adapter_id: str) -> None: ...
+
 
 @dataclass
 class _Entry:
@@ -42,12 +45,22 @@ class _Entry:
 
 
 class AdapterLeases:
-    """Leases in the name of `holder_pid`, the engine process that maps the store's memory."""
+    """Leases in the name of `holder_pid`, the engine process that maps the store's memory.
 
-    def __init__(self, store: Store, engine: AdapterReader, holder_pid: int) -> None:
+    `is_registered` tells whether any name means an adapter (still).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        engine: AdapterReader,
+        holder_pid: int,
+        is_registered: Callable[[str], bool],
+    ) -> None:
         self._store = store
         self._engine = engine
         self._holder_pid = holder_pid
+        self._is_registered = is_registered
         self._entries: dict[str, _Entry] = {}
         self._releases: set[asyncio.Task[None]] = set()
 
@@ -112,6 +125,9 @@ class AdapterLeases:
             await self._engine.release_adapter_source(adapter_id)
         except EngineDeadError:
             logger.debug("the engine is dead and reads nothing any more")
+        if not self._is_registered(adapter_id):
+            # When it was unloaded, the engine may have had none of it yet: its requests waited.
+            self._engine.drop_adapter(adapter_id)
         await self._end_lease(adapter_id)
 
     async def _end_lease(self, adapter_id: str) -> None:

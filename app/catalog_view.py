@@ -35,12 +35,13 @@ class CatalogView:
     """
 
     def __init__(
-        self, catalog: CatalogReader, on_gone: Callable[[set[str]], None] | None = None
+        self, catalog: CatalogReader, on_gone: Callable[[frozenset[str]], None] | None = None
     ) -> None:
         self._catalog = catalog
         self._on_gone = on_gone
         self._revision = -1
         self._records: Mapping[str, AdapterRecord] = {}
+        self._adapter_ids: frozenset[str] = frozenset()
         self._refreshing = asyncio.Lock()
         # When the last refresh that has ended began.
         self._refreshed_at = -1.0
@@ -48,6 +49,10 @@ class CatalogView:
     @property
     def records(self) -> Mapping[str, AdapterRecord]:
         return self._records
+
+    def has_id(self, adapter_id: str) -> bool:
+        """Whether any name means the adapter."""
+        return adapter_id in self._adapter_ids
 
     async def find(self, name: str) -> AdapterRecord:
         """The adapter a name means; a name unknown here is looked up in the catalog.
@@ -80,9 +85,10 @@ class CatalogView:
                 await asyncio.sleep(RETRY_S)
 
     def _apply(self, snapshot: CatalogSnapshot) -> None:
-        old_ids = {record.adapter_id for record in self._records.values()}
+        old_ids = self._adapter_ids
         self._records = snapshot.records
+        self._adapter_ids = frozenset(record.adapter_id for record in self._records.values())
         self._revision = snapshot.revision
-        gone = old_ids - {record.adapter_id for record in self._records.values()}
+        gone = old_ids - self._adapter_ids
         if gone and self._on_gone is not None:
             self._on_gone(gone)

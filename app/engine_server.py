@@ -40,10 +40,10 @@ class EngineServer:
         self._engine = AsyncEngine(engine_spec(args))
         info = await self._engine.start()
         logger.info("engine process %s has %s pages", info.pid, info.num_pages)
-        catalog_client = CatalogClient(catalog)
-        self._leases = AdapterLeases(StoreClient(args), self._engine, info.pid)
         self._pid = info.pid
-        view = CatalogView(catalog_client, on_gone=self._drop_adapters)
+        view = CatalogView(CatalogClient(catalog), on_gone=self._drop_adapters)
+        await view.refresh()
+        self._leases = AdapterLeases(StoreClient(args), self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
@@ -96,7 +96,7 @@ class EngineServer:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
         return str(serve.get_replica_context().rank.rank)
 
-    def _drop_adapters(self, adapter_ids: set[str]) -> None:
+    def _drop_adapters(self, adapter_ids: frozenset[str]) -> None:
         for adapter_id in adapter_ids:
             self._engine.drop_adapter(adapter_id)
 

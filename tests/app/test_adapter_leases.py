@@ -16,6 +16,7 @@ class FakeStoreAndEngine:
     def __init__(self, delay_s=0.005):
         self.delay_s = delay_s
         self.leased = set()
+        self.unloaded = set()
         self.log = []
         self.error = None
         self.engine_error = None
@@ -36,6 +37,12 @@ class FakeStoreAndEngine:
         if self.engine_error is not None:
             raise self.engine_error
 
+    def drop_adapter(self, adapter_id):
+        self.log.append("drop")
+
+    def is_registered(self, adapter_id):
+        return adapter_id not in self.unloaded
+
     async def release(self, adapter_id, holder_pid):
         assert holder_pid == PID
         await asyncio.sleep(self.delay_s)
@@ -46,7 +53,7 @@ class FakeStoreAndEngine:
 def run(work, **fake):
     async def main():
         both = FakeStoreAndEngine(**fake)
-        leases = AdapterLeases(both, both, PID)
+        leases = AdapterLeases(both, both, PID, both.is_registered)
         await work(both, leases)
         await leases.drain()
         assert both.leased == set()
@@ -113,6 +120,18 @@ def test_a_location_that_leads_nowhere_is_replaced():
             await use(leases)
 
     assert run(work) == ["lease", "release", "lease", "let go", "release"]
+
+
+def test_an_adapter_unloaded_while_requests_hold_it_is_dropped_after_the_last():
+    async def work(both, leases):
+        async with leases.hold(make_record("a")):
+            waiting = asyncio.create_task(use(leases, hold_s=0.02))
+            await asyncio.sleep(0.01)
+            both.unloaded.add("a-v1")
+        assert both.log == ["lease"]
+        await waiting
+
+    assert run(work) == ["lease", "let go", "drop", "release"]
 
 
 def test_a_dead_engine_does_not_keep_the_lease():

@@ -31,6 +31,7 @@ def test_it_follows_the_catalog_and_tells_what_is_gone():
         assert set(view.records) == {"a", "b"}
         await catalog.load("a", "/new", replace=True)
         await asyncio.sleep(0.05)
+        assert view.has_id("a-v2") and not view.has_id("a-v1")
         await catalog.unload("b")
         await asyncio.sleep(0.05)
         following.cancel()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -37,6 +38,23 @@ def test_overload_is_refused_at_once(app):
         assert "overloaded" in error_of(response, 503)["message"]
         assert int(response.headers["retry-after"]) > 0
     assert app.complete().status_code == 200
+
+
+def test_unload_frees_an_adapter_that_a_waiting_request_uses_once_more(app):
+    path = make_random_adapter(app.extra_dir / "leaving", app.model, seed=8)
+    resident = app.resident()
+    assert app.load("leaving", path).status_code == 200
+    with ThreadPoolExecutor(1) as pool, app.stream("leaving") as running:
+        lines = running.iter_lines()
+        next(lines)
+        waiting = pool.submit(app.complete, "leaving")
+        # Its name is looked up before it waits for room in the engine.
+        time.sleep(0.5)
+        assert app.unload("leaving").status_code == 200
+        assert not waiting.done()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert waiting.result().status_code == 200
+    wait_until(lambda: app.resident() <= resident, timeout_s=5)
 
 
 def test_death_of_the_only_engine(app):
