@@ -71,6 +71,7 @@ class CompletionService:
             AdapterNotFoundError: no model has this name.
         """
         record = await self._resolve(request.model)
+        self._check_token_ids(request.stop_token_ids, "stop_token_ids")
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         seed = secrets.randbits(62)
         generations = []
@@ -78,7 +79,8 @@ class CompletionService:
             if isinstance(prompt, str):
                 prompt_ids = await self._tokenizer.encode_async(prompt)
             else:
-                prompt_ids = self._check_token_ids(prompt)
+                self._check_token_ids(prompt, "prompt")
+                prompt_ids = prompt
             self._check_context(len(prompt_ids), "prompt", request.max_tokens, "max_tokens")
             max_tokens = request.max_tokens
             if max_tokens is None:
@@ -93,6 +95,7 @@ class CompletionService:
     async def chat(self, request: ChatCompletionRequest) -> Answer:
         """Check and prepare a chat request; raises as `complete`."""
         record = await self._resolve(request.model)
+        self._check_token_ids(request.stop_token_ids, "stop_token_ids")
         messages = [message.as_template_input() for message in request.messages]
         prompt_ids = await self._tokenizer.encode_chat(messages)
         limit = request.token_limit
@@ -146,15 +149,14 @@ class CompletionService:
             self._limits.eos_token_ids.__contains__,
         )
 
-    def _check_token_ids(self, prompt: list[int]) -> list[int]:
-        for token_id in prompt:
+    def _check_token_ids(self, token_ids: list[int], param: str) -> None:
+        for token_id in token_ids:
             if not 0 <= token_id < self._limits.vocab_size:
                 raise InvalidRequestError(
-                    f"the prompt has token id {token_id}; the model's are 0 to "
+                    f"{param} has token id {token_id}; the model's are 0 to "
                     f"{self._limits.vocab_size - 1}",
-                    "prompt",
+                    param,
                 )
-        return prompt
 
     def _check_context(
         self, num_prompt: int, prompt_param: str, max_tokens: int | None, limit_param: str

@@ -22,6 +22,8 @@ from slora_core.config import SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_PROMPTS = 128
+# The engine looks each new token up among them.
+MAX_STOP_TOKEN_IDS = 128
 
 StopString = Annotated[StrictStr, Field(min_length=1)]
 TokenLimit = Annotated[StrictInt, Field(ge=1)]
@@ -52,7 +54,7 @@ class SamplingFields(RequestModel):
     top_k: StrictInt = 0
     min_p: StrictFloat = 0.0
     ignore_eos: StrictBool = False
-    stop_token_ids: list[StrictInt] = []
+    stop_token_ids: list[StrictInt] = Field(default=[], max_length=MAX_STOP_TOKEN_IDS)
 
     @field_validator("stop", mode="before")
     @classmethod

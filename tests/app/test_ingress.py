@@ -264,6 +264,8 @@ def test_unknown_model(server):
         ({"prompt": "x" * 100}, "prompt", ["100"]),
         ({"prompt": [VOCAB_SIZE]}, "prompt", [str(VOCAB_SIZE)]),
         ({"prompt": [-1]}, "prompt", ["-1"]),
+        ({"stop_token_ids": [5, VOCAB_SIZE]}, "stop_token_ids", [str(VOCAB_SIZE)]),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", ["-1"]),
         ({"max_tokens": 0}, "max_tokens", ["0"]),
         ({"temperature": -1}, "temperature", ["-1"]),
     ],
@@ -273,6 +275,11 @@ def test_what_the_model_cannot_take(server, fields, param, numbers):
     assert error["param"] == param
     assert all(number in error["message"] for number in numbers)
     assert server.engine.requests == []
+
+
+def test_stop_token_ids_of_a_chat(server):
+    error = error_of(server.chat(stop_token_ids=[VOCAB_SIZE]), 400)
+    assert error["param"] == "stop_token_ids"
 
 
 def test_the_limit_is_named_as_it_was_given(server):

@@ -106,6 +106,7 @@ def test_missing_field_is_named(kind, name):
         ("stop", {}),
         ("stop_token_ids", [True]),
         ("stop_token_ids", 7),
+        ("stop_token_ids", [5] * 129),
         ("stream", "yes"),
         ("stream", 1),
         ("ignore_eos", 1),
