@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 
 from slora_core.errors import (
     AdapterExistsError,
+    AdapterNameError,
     AdapterNotFoundError,
     AdapterPathError,
     EngineDeadError,
@@ -44,6 +45,7 @@ TYPE_OF_STATUS = {
 STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (InvalidRequestError, 400, None),
     (InvalidAdapterError, 400, "lora_path"),
+    (AdapterNameError, 400, "lora_name"),
     (AdapterExistsError, 400, "lora_name"),
     (AdapterPathError, 403, "lora_path"),
     (AdapterNotFoundError, 404, "model"),

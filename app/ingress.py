@@ -31,7 +31,7 @@ from app.openai_schemas import (
 )
 from app.request_parsing import parse_body
 from slora_core.adapters.catalog import AdapterRecord
-from slora_core.errors import AdapterExistsError, AdapterNotFoundError
+from slora_core.errors import AdapterNotFoundError
 
 Result = TypeVar("Result")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -79,8 +79,6 @@ class Ingress:
 
     async def load_adapter(self, request: Request) -> Response:
         body = parse_body(LoadAdapterRequest, await self._body(request))
-        if body.lora_name == self._service.base_model_name:
-            raise AdapterExistsError(f"{body.lora_name!r} is the name of the base model")
         record = await self._catalog.load(body.lora_name, body.lora_path, body.load_inplace)
         # So that a request that follows this answer finds the adapter here.
         await self._service.catalog.refresh()

@@ -152,21 +152,15 @@ class ChatCompletionRequest(SamplingFields):
 
 
 class LoadAdapterRequest(RequestModel):
-    lora_name: StrictStr = Field(min_length=1, max_length=256)
+    # Which names there are, the catalog says.
+    lora_name: StrictStr
     lora_path: StrictStr = Field(min_length=1)
     # Replace the adapter that has this name.
     load_inplace: StrictBool = False
 
-    @field_validator("lora_name")
-    @classmethod
-    def _printable(cls, value: str) -> str:
-        if not value.isprintable() or value != value.strip():
-            raise ValueError("must be printable, with no space at either end")
-        return value
-
 
 class UnloadAdapterRequest(RequestModel):
-    lora_name: StrictStr = Field(min_length=1)
+    lora_name: StrictStr
 
 
 class Usage(BaseModel):

@@ -23,6 +23,10 @@ class InvalidAdapterError(SLoRAError):
     """An adapter whose files are unsupported, damaged or do not fit the base model."""
 
 
+class AdapterNameError(SLoRAError):
+    """A name that no adapter can have: its syntax, or the base model's own."""
+
+
 class AdapterTooLargeError(InvalidAdapterError):
     """An adapter that needs more pages than the unified pool has."""
 

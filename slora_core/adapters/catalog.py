@@ -126,10 +126,11 @@ class AdapterCatalog:
         A relative path is looked up under the allowed roots. Whatever fails, an old version stays.
 
         Raises:
+            AdapterNameError: no adapter can have this name.
             AdapterExistsError: the name is taken and `replace` is off.
             AdapterPathError: the path, symbolic links followed, is in no allowed root.
             AdapterTooLargeError: more pages than the pool has beside one KV page.
-            InvalidAdapterError: the name's syntax, or the files.
+            InvalidAdapterError: the files.
         """
         return self._load(name, path, replace, persist=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slora_core.adapters.peft_config import CONFIG_FILE
 from slora_core.adapters.peft_weights import WEIGHTS_FILE
-from slora_core.errors import AdapterPathError, InvalidAdapterError
+from slora_core.errors import AdapterNameError, AdapterPathError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 # How much of a user's text an error repeats.
@@ -17,14 +17,14 @@ _MAX_NAMES_SHOWN = 8
 
 
 def check_name(name: str, reserved: Collection[str]) -> None:
-    """Raises `InvalidAdapterError` for bad syntax or a reserved name (the base model's)."""
+    """Raises `AdapterNameError` for bad syntax or a reserved name (the base model's)."""
     if not _NAME.fullmatch(name):
-        raise InvalidAdapterError(
+        raise AdapterNameError(
             f"adapter name {name[:_MAX_SHOWN]!r} is not 1 to 128 letters, digits and ._:/@+- that "
             "start with a letter or digit"
         )
     if name in reserved:
-        raise InvalidAdapterError(f"adapter name {name!r} is the base model's name")
+        raise AdapterNameError(f"adapter name {name!r} is the base model's name")
 
 
 def confined_path(path: str | Path, roots: Sequence[Path]) -> Path:

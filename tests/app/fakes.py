@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from app.messages import TokenChunk
 from slora_core.adapters.catalog import AdapterRecord, CatalogSnapshot
+from slora_core.adapters.catalog_checks import check_name
 from slora_core.errors import AdapterExistsError, AdapterNotFoundError
 from tests.tiny_tokenizer import byte_ids
 
@@ -44,6 +45,7 @@ class FakeCatalog:
         return await self.snapshot()
 
     async def load(self, name, path, replace):
+        check_name(name, {"base"})
         if name in self.records and not replace:
             raise AdapterExistsError(f"{name!r} exists")
         version = self.records[name].version + 1 if name in self.records else 1

@@ -16,6 +16,7 @@ from slora_core import errors
         (errors.InvalidRequestError("x"), 400, "BadRequestError", None),
         (errors.InvalidAdapterError("x"), 400, "BadRequestError", "lora_path"),
         (errors.AdapterTooLargeError("x"), 400, "BadRequestError", "lora_path"),
+        (errors.AdapterNameError("x"), 400, "BadRequestError", "lora_name"),
         (errors.AdapterExistsError("x"), 400, "BadRequestError", "lora_name"),
         (errors.AdapterPathError("x"), 403, "PermissionDeniedError", "lora_path"),
         (errors.AdapterNotFoundError("x"), 404, "NotFoundError", "model"),

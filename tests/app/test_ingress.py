@@ -240,10 +240,11 @@ def test_load_is_seen_at_once(server):
     error_of(server.call(work), 404)
 
 
-def test_an_adapter_cannot_take_the_base_models_name(server):
-    body = {"lora_name": "base", "lora_path": "/x", "load_inplace": True}
+@pytest.mark.parametrize("name", ["base", "", " a", "a\n", "ä", "x" * 129])
+def test_a_name_that_no_adapter_can_have(server, name):
+    body = {"lora_name": name, "lora_path": "/x", "load_inplace": True}
     error = error_of(server.post("/v1/load_lora_adapter", body), 400)
-    assert error["param"] == "lora_name"
+    assert error["param"] == "lora_name" and "adapter name" in error["message"]
 
 
 def test_unload_of_an_unknown_adapter(server):

@@ -314,8 +314,3 @@ def test_sampling_params_carry_every_field():
     assert (params.seed, params.ignore_eos, params.max_tokens) == (-3, True, 9)
     assert (params.stop_token_ids, params.stop) == ((5,), ("x",))
     assert parse("chat").sampling_params(1, seed=7).seed == 7
-
-
-@pytest.mark.parametrize("name", ["", " a", "a\n", "x" * 257])
-def test_wrong_adapter_name(name):
-    assert refused("load", lora_name=name).param == "lora_name"

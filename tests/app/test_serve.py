@@ -206,6 +206,8 @@ def test_bad_adapters(app):
     def adapter(name, **fields):
         return make_random_adapter(app.extra_dir / name, app.model, **fields)
 
+    for name in (BASE, "a b"):
+        assert error_of(app.load(name, adapter("good")), 400)["param"] == "lora_name"
     dora = adapter("dora", use_dora=True)
     assert "use_dora" in error_of(app.load("bad", dora), 400)["message"]
     bias = adapter("bias", bias="all")

@@ -13,6 +13,7 @@ from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import inspect_peft_adapter
 from slora_core.errors import (
     AdapterExistsError,
+    AdapterNameError,
     AdapterNotFoundError,
     AdapterPathError,
     AdapterTooLargeError,
@@ -108,7 +109,7 @@ def test_a_failed_replacement_keeps_the_old_version(make, add) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "-a", "a b", "a\n", "é", "a" * 129, "base", "a\0"])
 def test_names_that_are_refused(make, add, name: str) -> None:
-    with pytest.raises(InvalidAdapterError, match="adapter name"):
+    with pytest.raises(AdapterNameError, match="adapter name"):
         make(reserved_names=["base"]).load(name, add("x"))
 
 
