@@ -85,6 +85,9 @@ class CatalogView:
                 await asyncio.sleep(RETRY_S)
 
     def _apply(self, snapshot: CatalogSnapshot) -> None:
+        if snapshot.revision < self._revision:
+            # A refresh and the long poll at once; the other one's answer was newer.
+            return
         old_ids = self._adapter_ids
         self._records = snapshot.records
         self._adapter_ids = frozenset(record.adapter_id for record in self._records.values())

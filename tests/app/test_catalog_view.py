@@ -41,6 +41,32 @@ def test_it_follows_the_catalog_and_tells_what_is_gone():
     asyncio.run(run())
 
 
+def test_it_never_goes_back_in_time():
+    async def run():
+        catalog = FakeCatalog("a")
+        snapshot, is_sent = catalog.snapshot, asyncio.Event()
+
+        async def late_snapshot():
+            old = await snapshot()
+            await is_sent.wait()
+            return old
+
+        catalog.snapshot = late_snapshot
+        view = CatalogView(catalog)
+        refreshing = asyncio.create_task(view.refresh())
+        await asyncio.sleep(0.05)
+        catalog.snapshot = snapshot
+        await catalog.load("b", "/b", replace=False)
+        following = asyncio.create_task(view.follow())
+        await asyncio.sleep(0.05)
+        is_sent.set()
+        await refreshing
+        following.cancel()
+        assert set(view.records) == {"a", "b"}
+
+    asyncio.run(run())
+
+
 def test_it_outlives_a_catalog_that_fails(monkeypatch):
     monkeypatch.setattr("app.catalog_view.RETRY_S", 0.01)
 
