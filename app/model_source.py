@@ -9,8 +9,9 @@ from pathlib import Path
 from app.demo_model import ensure_demo_model
 from slora_core.errors import UnsupportedModelError
 
-# Weights, configs, tokenizers and templates; never pickled weights.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+# Weights as the engine reads them, configs, tokenizers and templates. Some repositories hold the
+# weights a second time, as consolidated.safetensors or pickled.
+HUB_PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
 def resolve_model(model: str | None) -> Path:

@@ -3,7 +3,6 @@ import pytest
 from app.args import SLoRAArgs
 from app.build import build, with_absolute_paths
 from app.ingress_server import model_limits
-from app.model_source import resolve_model
 from slora_core.errors import UnsupportedModelError
 from tests.factories import make_model
 
@@ -28,7 +27,7 @@ def test_what_does_not_fit_is_told_before_anything_starts(model, tmp_path):
 
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(UnsupportedModelError, match="/none does not exist"):
-        resolve_model(str(tmp_path / "none"))
+        build(SLoRAArgs(model=str(tmp_path / "none")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UnsupportedModelError, match=r"config\.json"):
         build(SLoRAArgs(model=str(tmp_path / "empty")))
