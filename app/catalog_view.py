@@ -1,14 +1,15 @@
 """A local copy of the adapter catalog, kept fresh by its long poll.
 
-Owns one process's view of which name means which adapter. It changes nothing in the catalog; the
-ingress resolves names with it and the replica learns from it which adapters are gone.
+Owns the following of the catalog and one process's view of which name means which adapter. It
+changes nothing in the catalog; the ingress resolves names with it, the replica learns from it
+which adapters are gone, and the node's store follows the catalog with it.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from slora_core.adapters.catalog import AdapterRecord, CatalogSnapshot
 from slora_core.errors import AdapterNotFoundError
@@ -21,11 +22,35 @@ RETRY_S = 1.0
 
 
 class CatalogReader(Protocol):
-    """What the view needs of the catalog."""
+    """What following and the view need of the catalog."""
 
     async def snapshot(self) -> CatalogSnapshot: ...
 
     async def wait_for_change(self, revision: int, timeout_s: float) -> CatalogSnapshot: ...
+
+
+async def follow_catalog(
+    catalog: CatalogReader, on_snapshot: Callable[[CatalogSnapshot], None]
+) -> NoReturn:
+    """Hand over every answer of the long poll, one at least every `POLL_S`, until cancelled.
+
+    It outlives a catalog that restarts; where `on_snapshot` raises, the snapshot comes once more.
+    """
+    revision = -1
+    is_going = True
+    while True:
+        try:
+            snapshot = await catalog.wait_for_change(revision, POLL_S)
+            on_snapshot(snapshot)
+        except Exception:
+            # Told once for a catalog that is away for a while.
+            if is_going:
+                logger.warning("the adapter catalog is not followed; trying on", exc_info=True)
+            is_going = False
+            await asyncio.sleep(RETRY_S)
+        else:
+            is_going = True
+            revision = snapshot.revision
 
 
 class CatalogView:
@@ -76,13 +101,8 @@ class CatalogView:
                 self._refreshed_at = began_at
 
     async def follow(self) -> None:
-        """Keep the copy fresh until cancelled; outlives a catalog that restarts."""
-        while True:
-            try:
-                self._apply(await self._catalog.wait_for_change(self._revision, POLL_S))
-            except Exception:
-                logger.warning("the adapter catalog did not answer; trying again", exc_info=True)
-                await asyncio.sleep(RETRY_S)
+        """Keep the copy fresh until cancelled."""
+        await follow_catalog(self._catalog, self._apply)
 
     def _apply(self, snapshot: CatalogSnapshot) -> None:
         if snapshot.revision < self._revision:

@@ -7,8 +7,8 @@ Owns when adapters are read, packed and removed, and when the store has no more 
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
+from app.catalog_view import CatalogReader, follow_catalog
 from slora_core.adapters.catalog import AdapterRecord, CatalogSnapshot
 from slora_core.adapters.holder_watch import HolderWatch
 from slora_core.adapters.host_store import AdapterLocation, HostStore, StoreStats
@@ -17,17 +17,8 @@ from slora_core.errors import AdapterNotFoundError, InvalidAdapterError, SLoRAEr
 
 logger = logging.getLogger(__name__)
 
-# Seconds a long poll waits in the catalog, and the pause after a failed one.
-POLL_S = 10.0
-RETRY_S = 1.0
 # How often a lease may find its adapter evicted again by others before it gives up.
 MAX_LEASE_ATTEMPTS = 5
-
-
-class CatalogReader(Protocol):
-    """What the store needs of the catalog."""
-
-    async def wait_for_change(self, revision: int, timeout_s: float) -> CatalogSnapshot: ...
 
 
 class NodeStore:
@@ -52,6 +43,7 @@ class NodeStore:
         self._client_ended: dict[int, asyncio.Event] = {}
         self._packing: dict[str, asyncio.Task[None]] = {}
         self._records: Mapping[str, AdapterRecord] = {}
+        self._revision = -1
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._end_timer: asyncio.TimerHandle | None = None
@@ -61,7 +53,7 @@ class NodeStore:
         loop.add_reader(self._store.holder_fileno(), self._end_leases_of_the_dead)
         loop.add_reader(self._clients.fileno(), self._forget_dead_clients)
         self._tasks = [
-            asyncio.create_task(self._follow_catalog()),
+            asyncio.create_task(follow_catalog(self._catalog, self._take_snapshot)),
             asyncio.create_task(self._pack_registered()),
         ]
         # Nobody may ever attach: whoever made the store may be dead by now.
@@ -135,28 +127,15 @@ class NodeStore:
             )
         self._store.put(record.adapter_id, summary.layout, weights, evict)
 
-    async def _follow_catalog(self) -> None:
-        """Learn of registrations until cancelled; outlives a catalog that restarts."""
-        revision = -1
-        is_answering = True
-        while True:
-            try:
-                snapshot = await self._catalog.wait_for_change(revision, POLL_S)
-            except Exception as error:
-                if is_answering:
-                    logger.warning("the adapter catalog does not answer: %r; trying on", error)
-                is_answering = False
-                await asyncio.sleep(RETRY_S)
-                continue
-            is_answering = True
-            self._records = snapshot.records
-            # At every answer, since a late lease may have packed what was unloaded before it.
-            registered = {record.adapter_id for record in self._records.values()}
-            for adapter_id in set(self._store.adapter_ids()) - registered:
-                self._store.remove(adapter_id)
-            if snapshot.revision != revision:
-                revision = snapshot.revision
-                self._news.set()
+    def _take_snapshot(self, snapshot: CatalogSnapshot) -> None:
+        self._records = snapshot.records
+        if snapshot.revision != self._revision:
+            self._revision = snapshot.revision
+            self._news.set()
+        # At every answer, since a late lease may have packed what was unloaded before it.
+        registered = {record.adapter_id for record in self._records.values()}
+        for adapter_id in set(self._store.adapter_ids()) - registered:
+            self._store.remove(adapter_id)
 
     async def _pack_registered(self) -> None:
         """Pack registered adapters ahead of requests, while there is free room, until cancelled."""
@@ -179,6 +158,9 @@ class NodeStore:
                 raise
             except SLoRAError as error:
                 logger.warning("adapter %s is not packed: %s", missing.name, error)
+            except Exception:
+                # A disk that fails or no memory is no reason to give the others up.
+                logger.exception("adapter %s is not packed", missing.name)
         logger.info("the host store has %s", self._store.stats())
 
     def _next_missing(self, tried: set[str]) -> AdapterRecord | None:

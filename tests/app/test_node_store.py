@@ -206,8 +206,50 @@ def test_a_broken_adapter_does_not_stop_the_others(run) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("error", [OSError("I/O error"), MemoryError()])
+def test_an_adapter_that_cannot_be_read_does_not_stop_the_others(run, monkeypatch, error) -> None:
+    original = node_store.read_peft_adapter
+
+    def read(path, geometry):
+        if Path(path).name == "broken":
+            raise error
+        return original(path, geometry)
+
+    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+
+    async def scenario(world):
+        world.add("broken")
+        good = world.add("good", seed=2)
+        await world.until(lambda: world.host.adapter_ids() == [good.adapter_id])
+        later = world.add("later", seed=3)
+        await world.until(lambda: later.adapter_id in world.host)
+
+    run(scenario)
+
+
+def test_a_failed_removal_is_tried_again(run, monkeypatch) -> None:
+    monkeypatch.setattr("app.catalog_view.RETRY_S", 0.01)
+
+    async def scenario(world):
+        record = world.add("a")
+        await world.until(lambda: record.adapter_id in world.host)
+        remove, errors = world.host.remove, [OSError("no memory")]
+
+        def failing(adapter_id):
+            if errors:
+                raise errors.pop()
+            return remove(adapter_id)
+
+        monkeypatch.setattr(world.host, "remove", failing)
+        world.catalog.catalog.unload("a")
+        await world.until(lambda: record.adapter_id not in world.host)
+        assert errors == []
+
+    run(scenario)
+
+
 def test_the_catalog_may_be_away_for_a_while(run, monkeypatch) -> None:
-    monkeypatch.setattr(node_store, "RETRY_S", 0.01)
+    monkeypatch.setattr("app.catalog_view.RETRY_S", 0.01)
 
     async def scenario(world):
         world.catalog.is_down = True
