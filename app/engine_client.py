@@ -4,6 +4,7 @@ Owns what becomes of a replica that fails: a request that has no token yet is se
 another replica. It knows nothing of text or HTTP.
 """
 
+import itertools
 import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -17,19 +18,16 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
-from app.http_errors import OverloadedError
 from app.messages import GenerateRequest, TokenChunk
-from slora_core.errors import EngineDeadError
+from slora_core.errors import EngineDeadError, OverloadedError
 
 logger = logging.getLogger(__name__)
 
-# How the end of a replica shows at a handle.
-REPLICA_ERRORS = (
-    RayActorError,
-    grpc.aio.AioRpcError,
-    ReplicaUnavailableError,
-    DeploymentUnavailableError,
-)
+# How the end of a replica shows at a handle. Of gRPC's statuses, Serve itself makes UNAVAILABLE a
+# RayActorError in most places; CANCELLED is what a stopping replica's server ends a call with. Any
+# other, such as a message over the size limit, would meet the next replica just so.
+REPLICA_ERRORS = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
+REPLICA_STATUSES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 NUM_ATTEMPTS = 2
 
 
@@ -38,6 +36,7 @@ class EngineClient:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self._attempt_ids = itertools.count()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Chunks of one request, the last with a finish reason; closing it aborts the request.
@@ -69,10 +68,12 @@ class EngineClient:
 
     async def _stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """One attempt; what Ray raises becomes a typed error."""
+        # The attempt before may still run where the connection broke: its id must not come again.
+        request_id = f"{request.request_id}.{next(self._attempt_ids)}"
         adapter_id = request.record.adapter_id if request.record is not None else ""
         # By value, over gRPC: several times cheaper a chunk than Ray's object references.
         handle = self._handle.options(stream=True, session_id=adapter_id, _by_reference=False)
-        responses = handle.generate.remote(request)
+        responses = handle.generate.remote(replace(request, request_id=request_id))
         has_ended = False
         try:
             async for chunk in responses:
@@ -80,8 +81,10 @@ class EngineClient:
                 yield chunk
             if not has_ended:
                 raise EngineDeadError("the engine replica stopped before the request ended")
-        except REPLICA_ERRORS as error:
+        except (*REPLICA_ERRORS, grpc.aio.AioRpcError) as error:
             has_ended = True
+            if isinstance(error, grpc.aio.AioRpcError) and error.code() not in REPLICA_STATUSES:
+                raise
             logger.warning("request %s lost its replica: %s", request.request_id, error)
             raise EngineDeadError("the engine replica ended before the request did") from error
         except BackPressureError as error:

@@ -21,6 +21,7 @@ from slora_core.errors import (
     EngineDeadError,
     InvalidAdapterError,
     InvalidRequestError,
+    OverloadedError,
     SLoRAError,
     StoreFullError,
     StoreGoneError,
@@ -51,12 +52,9 @@ STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (AdapterNotFoundError, 404, "model"),
     (StoreFullError, 503, None),
     (StoreGoneError, 503, None),
+    (OverloadedError, 503, None),
     (EngineDeadError, 503, None),
 )
-
-
-class OverloadedError(SLoRAError):
-    """Every replica is full and so is the queue before them."""
 
 
 class BodyTooLargeError(SLoRAError):
@@ -92,8 +90,6 @@ def api_error(error: Exception, request_id: str = "") -> ApiError:
     """What the client of this request is told; a defect is logged with its traceback."""
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail)
-    if isinstance(error, OverloadedError):
-        return ApiError(503, str(error))
     if isinstance(error, RayActorError):
         logger.warning("request %s met an actor that ended: %r", request_id, error)
         return ApiError(503, "a part of the server is being replaced; try again")

@@ -55,5 +55,9 @@ class UnsupportedModelError(SLoRAError):
     """A base model whose architecture or options the engine does not implement."""
 
 
+class OverloadedError(SLoRAError):
+    """Every engine is full and so is the queue before them."""
+
+
 class EngineDeadError(SLoRAError):
     """The engine process ended; every request it held has failed."""

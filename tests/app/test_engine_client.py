@@ -1,14 +1,15 @@
 import asyncio
 
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorUnavailableError
 from ray.serve.exceptions import BackPressureError
 
 from app.engine_client import EngineClient
-from app.http_errors import OverloadedError
 from app.messages import GenerateRequest, TokenChunk
 from slora_core.config import SamplingParams
-from slora_core.errors import EngineDeadError, InvalidRequestError
+from slora_core.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from tests.app.fakes import make_record
 
 
@@ -60,6 +61,13 @@ DEAD = TokenChunk(error=EngineDeadError("dead"), replica_id="replica-1")
 UNAVAILABLE = ActorUnavailableError("gone", b"x" * 16)
 
 
+def grpc_error(status):
+    return AioRpcError(status, Metadata(), Metadata(), details="told by gRPC")
+
+
+CANCELLED = grpc_error(StatusCode.CANCELLED)
+
+
 def generate(handle, num=None):
     async def run():
         chunks = EngineClient(handle).generate(REQUEST)
@@ -87,12 +95,34 @@ def test_leaving_early_cancels():
     assert handle.num_cancelled == 1
 
 
-@pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE, None])
+@pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE, CANCELLED, None])
 def test_a_request_without_token_is_sent_once_more(failure):
     handle = FakeHandle([failure] if failure else [], [LAST])
     assert generate(handle) == [LAST]
     expected = "replica-1" if failure is DEAD else None
     assert handle.requests[1].avoid_replica == expected
+    first, second = (request.request_id for request in handle.requests)
+    assert first != second and first.startswith("r.") and second.startswith("r.")
+
+
+def test_attempts_of_one_request_never_share_an_id():
+    handle = FakeHandle([LAST], [LAST])
+
+    async def run():
+        client = EngineClient(handle)
+        for _ in range(2):
+            assert [chunk async for chunk in client.generate(REQUEST)] == [LAST]
+
+    asyncio.run(run())
+    assert len({request.request_id for request in handle.requests}) == 2
+
+
+@pytest.mark.parametrize("status", [StatusCode.RESOURCE_EXHAUSTED, StatusCode.UNKNOWN])
+def test_a_call_that_fails_for_itself_is_no_dead_replica(status):
+    handle = FakeHandle([grpc_error(status)], [LAST])
+    with pytest.raises(AioRpcError):
+        generate(handle)
+    assert len(handle.requests) == 1
 
 
 @pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE])

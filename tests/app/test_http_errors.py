@@ -5,7 +5,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 from starlette.exceptions import HTTPException
 
-from app.http_errors import BodyTooLargeError, OverloadedError, api_error
+from app.http_errors import BodyTooLargeError, api_error
 from slora_core import errors
 
 
@@ -23,7 +23,7 @@ from slora_core import errors
         (errors.StoreFullError("x"), 503, "ServiceUnavailableError", None),
         (errors.StoreGoneError("x"), 503, "ServiceUnavailableError", None),
         (errors.EngineDeadError("x"), 503, "ServiceUnavailableError", None),
-        (OverloadedError("x"), 503, "ServiceUnavailableError", None),
+        (errors.OverloadedError("x"), 503, "ServiceUnavailableError", None),
         (BodyTooLargeError("x"), 413, "RequestTooLargeError", None),
         (HTTPException(405, "x"), 405, "MethodNotAllowedError", None),
         (HTTPException(418, "x"), 418, "I'maTeapot", None),
