@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -151,6 +151,8 @@ def _answering_errors(handler: Handler) -> Handler:
     async def answer(request: Request) -> Response:
         try:
             return await handler(request)
+        except ClientDisconnect:
+            return CLIENT_LEFT
         except Exception as error:
             return api_error(error, uuid.uuid4().hex).response()
 

@@ -404,14 +404,13 @@ def test_health(server):
     error_of(server.get("/health"), 503)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_before_the_first_token(server, stream):
-    server.engine.delay_s = 5.0
-    body = json.dumps({"model": "base", "prompt": "hi", "stream": stream}).encode()
+def statuses_when_leaving(server, body, is_whole=True):
+    """Send a body and disconnect; the statuses of what is answered nevertheless."""
     incoming = [
-        {"type": "http.request", "body": body, "more_body": False},
+        {"type": "http.request", "body": body, "more_body": not is_whole},
         {"type": "http.disconnect"},
     ]
+    statuses = []
 
     async def receive():
         if len(incoming) == 1:
@@ -419,7 +418,8 @@ def test_a_client_that_leaves_before_the_first_token(server, stream):
         return incoming.pop(0) if incoming else await asyncio.sleep(100)
 
     async def send(message):
-        pass
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
 
     scope = {
         "type": "http",
@@ -430,7 +430,21 @@ def test_a_client_that_leaves_before_the_first_token(server, stream):
         "headers": [],
     }
     asyncio.run(asyncio.wait_for(server.make_app()(scope, receive, send), timeout=2))
+    return statuses
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_first_token(server, stream):
+    server.engine.delay_s = 5.0
+    body = json.dumps({"model": "base", "prompt": "hi", "stream": stream}).encode()
+    assert statuses_when_leaving(server, body) == [499]
     assert server.engine.num_closed_early == 1
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_defect(server, caplog):
+    assert statuses_when_leaving(server, b'{"model": ', is_whole=False) == [499]
+    assert caplog.records == []
+    assert server.engine.requests == []
 
 
 def test_openai_client(server):
