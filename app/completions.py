@@ -79,9 +79,9 @@ class CompletionService:
             if isinstance(prompt, str):
                 prompt_ids = await self._tokenizer.encode_async(prompt)
             else:
-                self._check_token_ids(prompt, "prompt")
                 prompt_ids = prompt
             self._check_context(len(prompt_ids), "prompt", request.max_tokens, "max_tokens")
+            self._check_token_ids(prompt_ids, "prompt")
             max_tokens = request.max_tokens
             if max_tokens is None:
                 room = self._limits.output_room(len(prompt_ids), record)

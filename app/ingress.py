@@ -29,7 +29,7 @@ from app.openai_schemas import (
     ModelList,
     UnloadAdapterRequest,
 )
-from app.request_parsing import parse_body
+from app.request_parsing import Model, parse_body
 from slora_core.adapters.catalog import AdapterRecord
 from slora_core.errors import AdapterNotFoundError
 
@@ -38,6 +38,9 @@ Handler = Callable[[Request], Awaitable[Response]]
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 # 499 is nginx's status for a client that left; it is logged, nobody reads it.
 CLIENT_LEFT = Response(status_code=499)
+
+# Bodies from this size on are parsed on a thread: smaller ones take a millisecond or two.
+LARGE_BODY_BYTES = 2**16
 
 
 class CatalogAdmin(Protocol):
@@ -64,11 +67,11 @@ class Ingress:
         self._max_body_bytes = max_body_bytes
 
     async def completions(self, request: Request) -> Response:
-        body = parse_body(CompletionRequest, await self._body(request))
+        body = await self._parse(CompletionRequest, request)
         return await self._answer(request, await self._service.complete(body), body.stream)
 
     async def chat_completions(self, request: Request) -> Response:
-        body = parse_body(ChatCompletionRequest, await self._body(request))
+        body = await self._parse(ChatCompletionRequest, request)
         return await self._answer(request, await self._service.chat(body), body.stream)
 
     async def list_models(self, request: Request) -> Response:
@@ -78,14 +81,14 @@ class Ingress:
         return _json(await self._service.model_card(request.path_params["name"]))
 
     async def load_adapter(self, request: Request) -> Response:
-        body = parse_body(LoadAdapterRequest, await self._body(request))
+        body = await self._parse(LoadAdapterRequest, request)
         record = await self._catalog.load(body.lora_name, body.lora_path, body.load_inplace)
         # So that a request that follows this answer finds the adapter here.
         await self._service.catalog.refresh()
         return _json(self._service.adapter_card(record))
 
     async def unload_adapter(self, request: Request) -> Response:
-        body = parse_body(UnloadAdapterRequest, await self._body(request))
+        body = await self._parse(UnloadAdapterRequest, request)
         try:
             await self._catalog.unload(body.lora_name)
         except AdapterNotFoundError as error:
@@ -97,6 +100,12 @@ class Ingress:
         if await self._is_ready():
             return JSONResponse({"status": "ok"})
         return ApiError(503, "no engine replica answers").response()
+
+    async def _parse(self, model: type[Model], request: Request) -> Model:
+        body = await self._body(request)
+        if len(body) < LARGE_BODY_BYTES:
+            return parse_body(model, body)
+        return await asyncio.to_thread(parse_body, model, body)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._max_body_bytes

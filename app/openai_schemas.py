@@ -22,6 +22,8 @@ from slora_core.config import SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_PROMPTS = 128
+# Messages of a chat, and parts of one: each costs the ingress microseconds before it is a token.
+MAX_MESSAGES = 2048
 # The engine looks each new token up among them.
 MAX_STOP_TOKEN_IDS = 128
 
@@ -116,9 +118,12 @@ class TextPart(RequestModel):
     text: StrictStr
 
 
+TextParts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[TextPart]
+    content: StrictStr | TextParts
 
     def as_template_input(self) -> dict[str, str]:
         """Role and plain text; `developer` is OpenAI's newer word for `system`."""
@@ -129,7 +134,7 @@ class ChatMessage(RequestModel):
 
 
 class ChatCompletionRequest(SamplingFields):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     # None: whatever the context leaves.
     max_tokens: TokenLimit | None = None
     max_completion_tokens: TokenLimit | None = None

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from app.openai_schemas import (
+    MAX_MESSAGES,
     ChatCompletionRequest,
     CompletionRequest,
     LoadAdapterRequest,
@@ -18,6 +19,10 @@ from app.openai_schemas import (
     UnloadAdapterRequest,
 )
 from slora_core.errors import InvalidRequestError
+
+# Fields of any object in a body. Pydantic notes an error for each that is unknown, which takes a
+# second and more where a body is full of them.
+MAX_FIELDS = 1024
 
 Model = TypeVar("Model", bound=RequestModel)
 IsNeutral = Callable[[Any], bool]
@@ -113,7 +118,8 @@ def parse_body(model: type[Model], body: bytes) -> Model:
 def _parse_json(body: bytes) -> dict[str, Any]:
     try:
         # Not json.loads(body), which takes UTF-16 and halves of surrogate pairs too.
-        fields = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        text = body.decode("utf-8-sig")
+        fields = json.loads(text, parse_constant=_refuse_constant, object_hook=_refuse_wide)
         # An escaped half of a surrogate pair parses, but no tokenizer takes it.
         if rb"\ud" in body.lower():
             json.dumps(fields, ensure_ascii=False).encode()
@@ -121,6 +127,12 @@ def _parse_json(body: bytes) -> dict[str, Any]:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object")
+    return fields
+
+
+def _refuse_wide(fields: dict[str, Any]) -> dict[str, Any]:
+    if len(fields) > MAX_FIELDS:
+        raise InvalidRequestError(f"an object has {len(fields)} fields, more than {MAX_FIELDS}")
     return fields
 
 
@@ -144,7 +156,8 @@ def _drop_neutral(
 
 
 def _drop_neutral_of_messages(messages: Any) -> Any:
-    if not isinstance(messages, list):
+    if not isinstance(messages, list) or len(messages) > MAX_MESSAGES:
+        # The model says what is wrong.
         return messages
     return [
         _drop_neutral(message, _NEUTRAL_MESSAGE, f"messages[{index}].")

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import threading
 from contextlib import asynccontextmanager, nullcontext
 
 import httpx
@@ -9,6 +10,7 @@ import pytest
 from app.catalog_view import CatalogView
 from app.completions import CompletionService, ModelLimits
 from app.ingress import Ingress, api_app
+from app.request_parsing import parse_body
 from slora_core.errors import (
     AdapterNotFoundError,
     EngineDeadError,
@@ -304,6 +306,21 @@ def test_malformed_bodies(server):
 
     for response in server.call(work):
         assert error_of(response, 400)["type"] == "BadRequestError"
+
+
+def test_a_large_body_is_parsed_beside_the_event_loop(server, monkeypatch):
+    threads = []
+
+    def parse(model, body):
+        threads.append(threading.current_thread())
+        return parse_body(model, body)
+
+    monkeypatch.setattr("app.ingress.parse_body", parse)
+    monkeypatch.setattr("app.ingress.LARGE_BODY_BYTES", 1000)
+    assert server.complete().status_code == 200
+    error_of(server.complete(prompt="x" * 1000), 400)
+    small, large = threads
+    assert small is threading.main_thread() and large is not small
 
 
 def test_body_over_the_limit(server):

@@ -257,12 +257,34 @@ def test_wrong_prompt(prompt):
         [{"role": "user", "content": "x", "colour": "red"}],
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [{"role": "user", "content": ""}] * 2049,
+        [{"role": "user", "content": [{"type": "text", "text": ""}] * 2049}],
     ],
 )
 def test_wrong_messages(messages):
     error = refused("chat", messages=messages)
     assert error.param == "messages"
     assert "messages" in str(error)
+
+
+def test_many_messages_and_parts_are_taken():
+    message = {"role": "user", "content": [{"type": "text", "text": "x"}] * 2048}
+    request = parse("chat", messages=[message, *CHAT["messages"] * 2047])
+    assert len(request.messages) == 2048
+
+
+@pytest.mark.parametrize(
+    "messages", [[{}] * 2048, [{"role": "user", "content": [{}] * 2048}], [{}] * 100_000]
+)
+def test_the_first_of_many_errors_is_all_that_is_looked_for(messages):
+    assert refused("chat", messages=messages).__cause__.error_count() <= 3
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_an_object_with_very_many_fields(kind):
+    wide = {f"f{i}": 1 for i in range(2000)}
+    for fields in (wide, {"stream_options": wide}, {"metadata": {"a": wide}}):
+        assert "has 20" in str(refused(kind, **fields))
 
 
 def test_unsupported_message_field_is_named():
