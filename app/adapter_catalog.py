@@ -6,19 +6,19 @@ Owns the long poll and where the catalog's state lies; which adapters are regist
 
 import asyncio
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.experimental import internal_kv
 
 from app.args import SLoRAArgs
 from app.model_source import resolve_model
 from app.remote_errors import typed
 from slora_core.adapters.catalog import AdapterCatalog, AdapterRecord, CatalogSnapshot
+from slora_core.adapters.catalog_state import StateFile
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.models.hf_config import load_model_config
 
@@ -26,14 +26,17 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Of this project's names in Ray: the state here, the store actors.
+NAMESPACE = "slora"
+
 
 class AdapterCatalogServer:
     """The one replica of the catalog. Files are read in threads, so that polls are not held up."""
 
     async def __init__(self, args: SLoRAArgs) -> None:  # type: ignore[misc]
-        state_path = args.catalog_state_path or default_state_path()
+        app_name = serve.get_replica_context().app_name
         self._changed = asyncio.Event()
-        self._catalog = await asyncio.to_thread(_open_catalog, args, state_path)
+        self._catalog = await asyncio.to_thread(_open_catalog, args, app_name)
 
     async def snapshot(self) -> CatalogSnapshot:
         return self._catalog.snapshot()
@@ -94,23 +97,33 @@ def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:
     return AdapterGeometry.of(load_model_config(resolve_model(args.model)), args.engine_config())
 
 
-def default_state_path() -> Path:
-    """A file of this application on this Ray cluster, so that a new cluster starts afresh.
+class ClusterState:
+    """An application's entry in Ray's own key-value store, as `StateStore`.
 
-    It lies on the catalog's node: a catalog that is restarted on another one loses it.
+    It is found from every node and ends with the cluster, so that a catalog that dies takes up
+    where it was, a new cluster starts afresh and nothing has to be cleaned up.
     """
-    session = ray.get_runtime_context().get_session_name()
-    app_name = serve.get_replica_context().app_name
-    directory = Path(tempfile.gettempdir()) / f"slora-catalog-{os.getuid()}"
-    return directory / f"{session}-{app_name}.json"
+
+    def __init__(self, app_name: str) -> None:
+        self._key = f"catalog:{app_name}"
+
+    def read(self) -> bytes | None:
+        return internal_kv._internal_kv_get(self._key, namespace=NAMESPACE)
+
+    def write(self, data: bytes) -> None:
+        try:
+            internal_kv._internal_kv_put(self._key, data, overwrite=True, namespace=NAMESPACE)
+        except RayError as error:
+            raise OSError(f"Ray's key-value store: {error}") from error
 
 
-def _open_catalog(args: SLoRAArgs, state_path: str | Path) -> AdapterCatalog:
+def _open_catalog(args: SLoRAArgs, app_name: str) -> AdapterCatalog:
+    path = args.catalog_state_path
     catalog = AdapterCatalog(
         adapter_geometry(args),
         args.engine_config().num_pages,
         args.adapter_roots,
-        state_path,
+        ClusterState(app_name) if path is None else StateFile(Path(path)),
         {args.base_model_name},
     )
     if args.adapters_dir is not None:

@@ -18,7 +18,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from app.adapter_catalog import CatalogClient, adapter_geometry
+from app.adapter_catalog import NAMESPACE, CatalogClient, adapter_geometry
 from app.args import SLoRAArgs
 from app.node_store import NodeStore
 from app.remote_errors import typed
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-NAMESPACE = "slora"
 CATALOG_DEPLOYMENT = "catalog"
 # How long a store outlives its last client, seconds: longer than Serve takes to replace a replica.
 GRACE_S = 30.0

@@ -33,8 +33,8 @@ class SLoRAArgs(BaseModel):
     # Directories beside `adapters_dir` from which /v1/load_lora_adapter may read. Nothing else is
     # readable through it, so that a client cannot probe the server's files.
     allowed_adapter_roots: list[str] = []
-    # File that remembers adapters loaded while serving. None: a temporary file of this Ray cluster,
-    # so that a catalog that dies takes up where it was, and a new cluster starts afresh.
+    # File that remembers adapters loaded while serving. None: the Ray cluster itself does, so that
+    # a catalog that dies takes up where it was, and a new cluster starts afresh.
     catalog_state_path: str | None = None
 
     # Device of weights and pool. The CPU serves the demo and tests.

@@ -18,9 +18,10 @@ from slora_core.adapters.catalog_state import (
     AdapterRecord,
     CatalogState,
     FilesStamp,
+    StateStore,
+    decode_state,
+    encode_state,
     files_stamp,
-    read_state,
-    write_state,
 )
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import inspect_peft_adapter
@@ -53,7 +54,7 @@ class AdapterCatalog:
     An adapter must leave room for a request in an engine's pool of `num_pool_pages`.
     `allowed_roots` are the directories that adapters may come from. `reserved_names` cannot be
     given to an adapter (the base model's name). Every change raises `revision` and is written to
-    `state_path`, from which a new catalog takes up where this one ended; registrations whose
+    `store`, from which a new catalog takes up where this one ended; registrations whose
     files have changed since are checked again, and dropped with a warning if that fails or if
     the pool is too small for them now.
     """
@@ -63,19 +64,20 @@ class AdapterCatalog:
         geometry: AdapterGeometry,
         num_pool_pages: int,
         allowed_roots: Iterable[str | Path],
-        state_path: str | Path | None = None,
+        store: StateStore | None = None,
         reserved_names: Collection[str] = (),
     ) -> None:
         self._geometry = geometry
         self._num_pool_pages = num_pool_pages
         self._roots = [Path(os.path.realpath(root)) for root in allowed_roots]
-        self._state_path = None if state_path is None else Path(state_path)
+        self._store = store
         self._reserved = frozenset(reserved_names)
         self._lock = threading.RLock()
         # The clock keeps revisions apart from those of a catalog whose state was lost.
         self._state = CatalogState(revision=time.time_ns() // 1_000_000)
-        if self._state_path is not None:
-            self._restore(read_state(self._state_path, geometry))
+        saved = None if store is None else store.read()
+        if saved is not None:
+            self._restore(decode_state(saved, geometry))
 
     @property
     def revision(self) -> int:
@@ -229,13 +231,13 @@ class AdapterCatalog:
             self._write()
 
     def _write(self) -> None:
-        if self._state_path is None:
+        if self._store is None:
             return
         try:
-            write_state(self._state_path, self._state, self._geometry)
+            self._store.write(encode_state(self._state, self._geometry))
         except OSError as error:
             # The registration itself holds; it will only not outlive this process.
-            logger.error("cannot write the catalog's state to %s: %s", self._state_path, error)
+            logger.error("cannot write the catalog's state: %s", error)
 
     def _restore(self, saved: CatalogState | None) -> None:
         """Take over a saved state; what changed meanwhile is checked again or dropped."""

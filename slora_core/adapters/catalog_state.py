@@ -1,4 +1,4 @@
-"""What the adapter catalog remembers, and its JSON file.
+"""What the adapter catalog remembers, its JSON form, and the file that may hold it.
 
 It decides nothing: `catalog` owns the state and says when it is written.
 """
@@ -11,6 +11,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_config import CONFIG_FILE
@@ -57,6 +58,42 @@ class CatalogState:
     unloaded: set[str] = field(default_factory=set)
 
 
+class StateStore(Protocol):
+    """Where a catalog's state outlives the catalog: one document, replaced whole."""
+
+    def read(self) -> bytes | None:
+        """What was written last, None where nothing was."""
+
+    def write(self, data: bytes) -> None:
+        """Raises OSError where it cannot be written; what was there stays."""
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """A file as `StateStore`."""
+
+    path: Path
+
+    def read(self) -> bytes | None:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, data: bytes) -> None:
+        """Replace the file at once, so that a reader or a crash never sees half of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+            os.replace(temporary, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
 def geometry_key(geometry: AdapterGeometry) -> str:
     """Short name of a geometry, equal for equal ones."""
     return hashlib.sha256(repr(geometry).encode()).hexdigest()[:12]
@@ -74,12 +111,7 @@ def files_stamp(directory: str | Path) -> FilesStamp:
     return tuple(stamp)
 
 
-def write_state(path: Path, state: CatalogState, geometry: AdapterGeometry) -> None:
-    """Replace the file at once, so that a reader or a crash never sees half of it.
-
-    Raises:
-        OSError: the file cannot be written; the old one is left as it was.
-    """
+def encode_state(state: CatalogState, geometry: AdapterGeometry) -> bytes:
     content = {
         "format": _FORMAT,
         "geometry": geometry_key(geometry),
@@ -89,26 +121,17 @@ def write_state(path: Path, state: CatalogState, geometry: AdapterGeometry) -> N
         "versions": state.versions,
         "unloaded": sorted(state.unloaded),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(fd, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    return json.dumps(content, indent=1).encode()
 
 
-def read_state(path: Path, geometry: AdapterGeometry) -> CatalogState | None:
-    """The state that was written, or None where there is none or it is damaged.
+def decode_state(data: bytes, geometry: AdapterGeometry) -> CatalogState | None:
+    """The state that was encoded, or None where it is damaged.
 
     Sizes depend on the geometry: where it was another one, the stamps are left out, so that
     every adapter counts as changed.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}, not {_FORMAT}")
         records = [AdapterRecord(**record) for record in content["records"]]
@@ -120,8 +143,6 @@ def read_state(path: Path, geometry: AdapterGeometry) -> CatalogState | None:
             versions={name: int(version) for name, version in content["versions"].items()},
             unloaded=set(content["unloaded"]),
         )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("the catalog's state in %s is ignored: %r", path, error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("the catalog's state is damaged and ignored: %r", error)
         return None

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,8 @@ def test_the_long_poll_returns_at_a_change_or_in_time(catalog) -> None:
 
 
 def test_registrations_survive_the_killed_catalog(catalog, catalog_handle, root) -> None:
+    import ray
+
     async def scenario():
         await catalog.load("live", str(root / "extra" / "new"))
         await catalog.unload("a3")
@@ -152,6 +155,8 @@ def test_registrations_survive_the_killed_catalog(catalog, catalog_handle, root)
         await _until(is_back)
         after = await catalog.snapshot()
         assert after.records == before.records and after.revision > before.revision
+        session = ray.get_runtime_context().get_session_name()
+        assert not list(Path(tempfile.gettempdir()).glob(f"slora*/{session}*"))
         await catalog.unload("live")
         await catalog.load("a3", str(root / "adapters" / "a3"))
 
@@ -243,7 +248,8 @@ def test_a_killed_holders_leases_end(catalog, args) -> None:
 def test_the_store_ends_itself_when_nobody_uses_it(catalog, args) -> None:
     import ray
 
-    from app.adapter_store import NAMESPACE, StoreSpec, get_or_create_store
+    from app.adapter_catalog import NAMESPACE
+    from app.adapter_store import StoreSpec, get_or_create_store
 
     spec = replace(StoreSpec.of(args, APP), grace_s=0.5)
     client = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

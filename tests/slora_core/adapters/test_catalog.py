@@ -1,6 +1,5 @@
 """Registrations: versions, refusals, confinement to the roots, and what survives a restart."""
 
-import json
 import os
 import shutil
 import threading
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slora_core.adapters.catalog import AdapterCatalog
+from slora_core.adapters.catalog_state import StateFile
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import inspect_peft_adapter
 from slora_core.errors import (
@@ -51,7 +51,7 @@ def make(geometry: AdapterGeometry, root: Path, tmp_path: Path):
             "geometry": geometry,
             "num_pool_pages": 1000,
             "allowed_roots": [root],
-            "state_path": tmp_path / "s" / "state",
+            "store": StateFile(tmp_path / "s" / "state"),
         }
         | options
     )
@@ -137,7 +137,7 @@ def test_paths_are_confined_to_the_roots(make, add, root, tmp_path, model_dir) -
     with pytest.raises(InvalidAdapterError, match="not a directory"):
         catalog.load("c", "nowhere")
     with pytest.raises(AdapterPathError, match="none are configured"):
-        make(allowed_roots=[], state_path=None).load("a", inside)
+        make(allowed_roots=[], store=None).load("a", inside)
 
 
 def test_an_adapter_too_large_for_the_pool(make, add, geometry) -> None:
@@ -266,7 +266,7 @@ def test_the_state_file_is_replaced_whole(make, add, tmp_path, monkeypatch, capl
     catalog.load("a", add("a"))
     state = tmp_path / "s" / "state"
     before = state.read_bytes()
-    monkeypatch.setattr(json, "dump", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     catalog.load("b", add("b"))
     assert "disk full" in caplog.text
     assert state.read_bytes() == before and os.listdir(state.parent) == ["state"]
