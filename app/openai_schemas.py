@@ -118,18 +118,23 @@ class TextPart(RequestModel):
     text: StrictStr
 
 
-TextParts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
-
-
 class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | TextParts
+    # A text is a list of one part.
+    content: list[TextPart] = Field(max_length=MAX_MESSAGES, fail_fast=True)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _content_as_parts(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [{"type": "text", "text": value}]
+        if not isinstance(value, list):
+            raise ValueError("must be a string or a list of text parts")
+        return value
 
     def as_template_input(self) -> dict[str, str]:
         """Role and plain text; `developer` is OpenAI's newer word for `system`."""
         role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
         return {"role": role, "content": "".join(part.text for part in self.content)}
 
 

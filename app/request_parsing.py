@@ -171,10 +171,7 @@ def _invalid_request(error: ValidationError) -> InvalidRequestError:
     """The first problem, told with the field's path; `param` is the top-level field."""
     first = error.errors(include_url=False)[0]
     path = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}"
-        for part in first["loc"]
-        # Pydantic names the branches of a union in the path; they are no fields.
-        if not (isinstance(part, str) and (part.startswith("list[") or part == "str"))
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
     ).removeprefix(".")
     param = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "extra_forbidden":

@@ -267,6 +267,34 @@ def test_wrong_messages(messages):
     assert "messages" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"str": 1}, "unknown field str", "str"),
+        ({"list[TextPart]": 1}, "unknown field list[TextPart]", "list[TextPart]"),
+        ({"messages": [{"role": "user", "content": "", "str": 1}]}, "messages[0].str", "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "str": 1}]}]},
+            "unknown field messages[0].content[0].str",
+            "messages",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text is missing",
+            "messages",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content: must be a string or a list of text parts, given 5",
+            "messages",
+        ),
+    ],
+)
+def test_the_path_of_a_wrong_field(fields, message, param):
+    error = refused("chat", **fields)
+    assert message in str(error) and error.param == param
+
+
 def test_many_messages_and_parts_are_taken():
     message = {"role": "user", "content": [{"type": "text", "text": "x"}] * 2048}
     request = parse("chat", messages=[message, *CHAT["messages"] * 2047])
