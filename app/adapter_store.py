@@ -25,7 +25,7 @@ from app.remote_errors import typed
 from slora_core.adapters.catalog import AdapterRecord
 from slora_core.adapters.host_store import AdapterLocation, HostStore, StoreStats
 from slora_core.adapters.page_layout import AdapterGeometry
-from slora_core.errors import StoreFullError
+from slora_core.errors import StoreGoneError
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,8 @@ class StoreClient:
 
         Raises:
             InvalidAdapterError: the adapter's files changed since it was registered.
-            StoreFullError: no room beside what is leased, or the store does not come back.
+            StoreFullError: no room beside what is leased.
+            StoreGoneError: the store ended and does not come back.
         """
         location: AdapterLocation = await self._call(
             lambda store: store.lease.remote(record, holder_pid)
@@ -189,7 +190,7 @@ class StoreClient:
                 logger.warning("the adapter store did not answer: %r; trying again", error)
                 self._handle = None
                 await asyncio.sleep(RETRY_S * attempt)
-        raise StoreFullError("the node's adapter store does not come back; try again later")
+        raise StoreGoneError("the node's adapter store does not come back; try again later")
 
     async def _connect(self) -> Any:
         async with self._connecting:

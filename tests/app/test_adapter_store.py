@@ -20,7 +20,9 @@ from slora_core.errors import (
     AdapterNotFoundError,
     AdapterPathError,
     InvalidAdapterError,
+    StoreGoneError,
 )
+from tests.app.fakes import make_record
 from tests.app.ray_actors import kill_named_actor
 from tests.factories import make_geometry, make_model, make_random_adapter
 
@@ -218,6 +220,39 @@ def test_a_killed_store_comes_back_and_leases_go_on(catalog, args, root) -> None
         # Killed while idle: it comes back by itself.
         os.kill(new.extent.pid, signal.SIGKILL)
         await _until(lambda: _holds(store, 4))
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_store_that_does_not_come_back(args, monkeypatch) -> None:
+    from ray.exceptions import ActorDiedError
+
+    from app import adapter_store
+
+    class Method:
+        def __init__(self, error=None):
+            self.error = error
+            self.num_calls = 0
+
+        async def remote(self, *_):
+            self.num_calls += 1
+            if self.error is None:
+                await asyncio.Event().wait()
+            raise self.error
+
+    class DeadStore:
+        attach = Method()
+        lease = Method(ActorDiedError())
+
+    monkeypatch.setattr(adapter_store, "get_or_create_store", lambda spec: DeadStore)
+    monkeypatch.setattr(adapter_store, "RETRY_S", 0.001)
+
+    async def scenario():
+        store = adapter_store.StoreClient(args, APP)
+        with pytest.raises(StoreGoneError, match="does not come back"):
+            await store.lease(make_record("a"), ME)
+        assert DeadStore.lease.num_calls == adapter_store.MAX_CALL_ATTEMPTS
         await store.close()
 
     asyncio.run(scenario())
