@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 # Of this project's names in Ray: the state here, the store actors.
 NAMESPACE = "slora"
+CATALOG_DEPLOYMENT = "catalog"
 
 
 class AdapterCatalogServer:

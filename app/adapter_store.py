@@ -18,7 +18,12 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from app.adapter_catalog import NAMESPACE, CatalogClient, adapter_geometry
+from app.adapter_catalog import (
+    CATALOG_DEPLOYMENT,
+    NAMESPACE,
+    CatalogClient,
+    adapter_geometry,
+)
 from app.args import SLoRAArgs
 from app.node_store import NodeStore
 from app.remote_errors import typed
@@ -31,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CATALOG_DEPLOYMENT = "catalog"
 # How long a store outlives its last client, seconds: longer than Serve takes to replace a replica.
 GRACE_S = 30.0
 # A store that was killed is restarted by Ray, or made anew by its clients, in about 2 s.

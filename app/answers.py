@@ -74,7 +74,10 @@ class Answer:
         self, piece: TextPiece, is_first: bool
     ) -> list[ChatChunkChoice] | list[CompletionChoice]:
         if not isinstance(self._request, ChatCompletionRequest):
-            return [CompletionChoice(**vars(piece))]
+            choice = CompletionChoice(
+                index=piece.index, text=piece.text, finish_reason=piece.finish_reason
+            )
+            return [choice]
         delta = {"role": "assistant"} if is_first else {}
         if is_first or piece.text:
             delta["content"] = piece.text

@@ -9,7 +9,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from app.adapter_catalog import AdapterCatalogServer, adapter_geometry
+from app.adapter_catalog import CATALOG_DEPLOYMENT, AdapterCatalogServer, adapter_geometry
 from app.affinity_router import AffinityRouter
 from app.args import SLoRAArgs
 from app.engine_server import EngineServer
@@ -42,7 +42,7 @@ def build(args: SLoRAArgs) -> Application:
     if args.adapters_dir is not None and not Path(args.adapters_dir).is_dir():
         raise ValueError(f"adapters_dir: the directory {args.adapters_dir} does not exist")
     catalog = serve.deployment(AdapterCatalogServer).options(
-        name="catalog",
+        name=CATALOG_DEPLOYMENT,
         max_ongoing_requests=MAX_CATALOG_CALLS,
         # The calls that wait in it at a stop are long polls of processes that are gone.
         graceful_shutdown_timeout_s=1.0,

@@ -1,7 +1,7 @@
 """Typed errors to HTTP statuses and OpenAI's error body.
 
-Owns the only table of statuses. It knows no requests; the ingress calls it for every error, and
-what is not in the table is logged in full and answered without its text.
+Owns the status of each error. It knows no requests; the ingress calls it for every error that a
+request meets, and one that it does not know is logged in full and answered without its text.
 """
 
 import logging
@@ -42,9 +42,15 @@ TYPE_OF_STATUS = {
     503: "ServiceUnavailableError",
 }
 
+
+class BodyTooLargeError(SLoRAError):
+    """A request body beyond the limit."""
+
+
 # Class to (status, param); the first that matches counts.
 STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (InvalidRequestError, 400, None),
+    (BodyTooLargeError, 413, None),
     (InvalidAdapterError, 400, "lora_path"),
     (AdapterNameError, 400, "lora_name"),
     (AdapterExistsError, 400, "lora_name"),
@@ -55,10 +61,6 @@ STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (OverloadedError, 503, None),
     (EngineDeadError, 503, None),
 )
-
-
-class BodyTooLargeError(SLoRAError):
-    """A request body beyond the limit."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,6 @@ def api_error(error: Exception, request_id: str = "") -> ApiError:
     if isinstance(error, RayActorError):
         logger.warning("request %s met an actor that ended: %r", request_id, error)
         return ApiError(503, "a part of the server is being replaced; try again")
-    if isinstance(error, BodyTooLargeError):
-        return ApiError(413, str(error))
     for error_type, status, param in STATUS_OF_ERROR:
         if isinstance(error, error_type):
             return ApiError(status, str(error), getattr(error, "param", None) or param)

@@ -28,7 +28,7 @@ class TokenChunk:
     """Tokens since the last chunk; the last chunk of a request has a finish reason or an error."""
 
     token_ids: list[int] = field(default_factory=list)
-    # "stop" or "length".
+    # A value of `FinishReason`: "stop", "length" or "abort".
     finish_reason: str | None = None
     # Data rather than raised: a raised error costs the traceback's pickling and loses its type.
     error: SLoRAError | None = None

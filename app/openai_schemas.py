@@ -84,7 +84,7 @@ class SamplingFields(RequestModel):
             temperature=self.temperature,
             top_p=self.top_p,
             # -1 is how other servers say "all".
-            top_k=max(self.top_k, 0) if self.top_k == -1 else self.top_k,
+            top_k=0 if self.top_k == -1 else self.top_k,
             min_p=self.min_p,
             seed=seed if self.seed is None else self.seed,
             ignore_eos=self.ignore_eos,

@@ -162,11 +162,3 @@ def wait_until(condition, timeout_s):
             problem = error
         assert time.monotonic() < deadline, f"not within {timeout_s} s; last error: {problem!r}"
         time.sleep(0.1)
-
-
-def error_of(response, status):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
-    return error

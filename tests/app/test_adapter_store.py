@@ -60,16 +60,16 @@ def args(root: Path):
 def catalog_handle(ray_cluster, args):
     from ray import serve
 
-    from app.adapter_catalog import AdapterCatalogServer
+    from app.adapter_catalog import CATALOG_DEPLOYMENT, AdapterCatalogServer
 
     deployment = serve.deployment(AdapterCatalogServer).options(
-        name="catalog",
+        name=CATALOG_DEPLOYMENT,
         max_ongoing_requests=100,
         graceful_shutdown_timeout_s=0.5,
         ray_actor_options={"num_cpus": 0.1},
     )
     serve.run(deployment.bind(args), name=APP, route_prefix=None)
-    yield serve.get_deployment_handle("catalog", APP)
+    yield serve.get_deployment_handle(CATALOG_DEPLOYMENT, APP)
     serve.delete(APP)
 
 

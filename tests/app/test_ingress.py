@@ -18,6 +18,7 @@ from slora_core.errors import (
     InvalidRequestError,
 )
 from slora_core.tokenizer import Tokenizer
+from tests.app.api_errors import error_of
 from tests.app.fakes import FakeCatalog, FakeEngine, make_record
 from tests.tiny_tokenizer import VOCAB_SIZE, byte_ids, make_tokenizer
 
@@ -99,14 +100,6 @@ def events_of(response):
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert lines.pop() == "[DONE]"
     return [json.loads(line) for line in lines]
-
-
-def error_of(response, status):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
-    return error
 
 
 def test_completion(server):

@@ -364,3 +364,4 @@ def test_sampling_params_carry_every_field():
     assert (params.seed, params.ignore_eos, params.max_tokens) == (-3, True, 9)
     assert (params.stop_token_ids, params.stop) == ((5,), ("x",))
     assert parse("chat").sampling_params(1, seed=7).seed == 7
+    assert parse("chat", top_k=-1).sampling_params(1, seed=7).top_k == 0

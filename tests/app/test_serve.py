@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from tests.app.api_errors import error_of
 from tests.app.ray_actors import kill_named_actor
 from tests.app.serve_app import (
     ADAPTERS,
@@ -18,7 +19,6 @@ from tests.app.serve_app import (
     CONTEXT_LEN,
     NUM_POOL_TOKENS,
     PAGE_TOKENS,
-    error_of,
     running_app,
     wait_until,
 )

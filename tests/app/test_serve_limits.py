@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.app.api_errors import error_of
 from tests.app.ray_actors import kill_named_actor
-from tests.app.serve_app import ADAPTERS, BASE, error_of, running_app, wait_until
+from tests.app.serve_app import ADAPTERS, BASE, running_app, wait_until
 from tests.factories import make_random_adapter
 
 pytestmark = pytest.mark.serve
