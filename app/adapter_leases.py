@@ -89,11 +89,6 @@ class AdapterLeases:
             if entry.num_users == 0:
                 self._start(self._release(record.adapter_id, entry))
 
-    async def drain(self) -> None:
-        """Wait until every lease that no request holds was given back."""
-        while self._releases:
-            await asyncio.gather(*self._releases)
-
     async def _acquire(self, entry: _Entry, record: AdapterRecord) -> AdapterLocation:
         async with entry.lock:
             return await self._store.lease(record, self._holder_pid)

@@ -40,11 +40,6 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._hf_tokenizer = hf_tokenizer
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self._hf_tokenizer.eos_token_id
 
     @property
     def has_chat_template(self) -> bool:

@@ -50,8 +50,6 @@ class AdapterSummary:
 
     # sha256 over both files: the adapter's content hash.
     adapter_id: str
-    ranks: Mapping[ModuleKey, int]
-    scaling: Mapping[ModuleKey, float]
     layout: AdapterLayout
     # Bytes in page order.
     nbytes: int
@@ -72,17 +70,6 @@ def inspect_peft_adapter(directory: str | Path, geometry: AdapterGeometry) -> Ad
         InvalidAdapterError: as `read_peft_adapter`.
     """
     return read_peft_adapter(directory, geometry)[0]
-
-
-def read_peft_weights(
-    directory: str | Path, geometry: AdapterGeometry
-) -> dict[ModuleKey, LoraWeights]:
-    """Checked weights of an adapter directory, in the files' own dtype.
-
-    Raises:
-        InvalidAdapterError: as `read_peft_adapter`.
-    """
-    return read_peft_adapter(directory, geometry)[1]
 
 
 def load_packed_adapter(directory: str | Path, geometry: AdapterGeometry) -> PackedAdapter:
@@ -121,8 +108,6 @@ def read_peft_adapter(
     layout = plan_layout(geometry, ranks, scaling)
     summary = AdapterSummary(
         adapter_id=digest.hexdigest(),
-        ranks=ranks,
-        scaling=scaling,
         layout=layout,
         nbytes=layout.num_pages * geometry.page_bytes,
     )

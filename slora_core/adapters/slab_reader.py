@@ -30,10 +30,6 @@ class SlabReader:
         self._mappings: dict[ExtentId, _Mapping] = {}
         self._lock = threading.Lock()
 
-    @property
-    def num_mapped(self) -> int:
-        return len(self._mappings)
-
     def open(self, location: AdapterLocation) -> PackedAdapter:
         """A leased adapter, its pages a view of the slab: for reading only, never written.
 

@@ -55,7 +55,8 @@ def run(work, **fake):
         both = FakeStoreAndEngine(**fake)
         leases = AdapterLeases(both, both, PID, both.is_registered)
         await work(both, leases)
-        await leases.drain()
+        while leases._releases:
+            await asyncio.gather(*leases._releases)
         assert both.leased == set()
         assert leases._entries == {}
         return both.log

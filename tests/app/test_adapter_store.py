@@ -177,7 +177,7 @@ def test_the_store_packs_leases_and_follows_the_catalog(catalog, catalog_handle,
             location = await store.lease(record, ME)
             expected = load_packed_adapter(record.path, make_geometry(root / "model"))
             assert torch.equal(reader.open(location).pages, expected.pages)
-        assert reader.num_mapped == 1
+        assert len(reader._mappings) == 1
         assert (await other.stats()).num_leases == len(records), "both reach one store"
         assert (await store.stats()).num_packs == len(records)
 

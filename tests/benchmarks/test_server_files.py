@@ -68,7 +68,6 @@ def test_a_dummy_model_has_a_config_and_a_text_for_every_token(model):
     config = load_model_config(model)
     assert (config.vocab_size, config.num_layers, config.tie_word_embeddings) == (300, 2, True)
     tokenizer = Tokenizer(model)
-    assert tokenizer.vocab_size == 300
     assert tokenizer.decode([5, 299, 0]) == " t5 t299 t0"
     assert tokenizer.encode(" t5 t299") == [5, 299]
 

@@ -5,7 +5,7 @@ import pytest
 
 from slora_core.errors import InvalidRequestError, UnsupportedModelError
 from slora_core.tokenizer import LONG_TEXT_CHARS, Tokenizer
-from tests.tiny_tokenizer import VOCAB_SIZE, byte_ids, make_tokenizer
+from tests.tiny_tokenizer import byte_ids, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,6 @@ def tokenizer(tmp_path_factory):
 def test_round_trip(tokenizer):
     text = "hello world, 你好 👋🏽"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.vocab_size == VOCAB_SIZE
-    assert tokenizer.eos_token_id == 2
 
 
 def test_chat_template(tokenizer):

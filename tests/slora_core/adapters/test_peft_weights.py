@@ -17,7 +17,6 @@ from slora_core.adapters.peft_weights import (
     inspect_peft_adapter,
     load_packed_adapter,
     read_peft_adapter,
-    read_peft_weights,
 )
 from slora_core.config import LORA_MODULES
 from slora_core.errors import InvalidAdapterError
@@ -120,11 +119,13 @@ def test_summary_agrees_with_the_weights(tmp_path: Path, model_dir: Path, geomet
     )
     summary, weights = read_peft_adapter(adapter, geometry)
     assert summary.max_rank == 9
-    assert summary.ranks == {key: lora.rank for key, lora in weights.items()}
-    assert summary.scaling == {(i, m): 8 / (4, 9)[m == 2] for i in (0, 1) for m in (0, 2)}
+    scaling = {(i, m): 8 / (4, 9)[m == 2] for i in (0, 1) for m in (0, 2)}
+    assert {key: lora.scaling for key, lora in weights.items()} == scaling
+    for key, lora in weights.items():
+        assert summary.layout.offsets[key][0] == lora.rank
+        assert summary.layout.scaling[key] == pytest.approx(lora.scaling)
     assert summary.nbytes == summary.num_pages * geometry.page_bytes
     assert inspect_peft_adapter(adapter, geometry).adapter_id == summary.adapter_id
-    assert read_peft_weights(adapter, geometry).keys() == weights.keys()
 
 
 def test_identity_is_the_bytes_of_both_files(tmp_path: Path, model_dir: Path, geometry) -> None:
@@ -169,10 +170,10 @@ def test_packed_pages_hold_the_files_tensors(data, tmp_path_factory, model_dir: 
 def test_a_body_only_adapter_is_read(tmp_path: Path, model_dir: Path, geometry) -> None:
     """PEFT on a model without its head names modules `layers.N` instead of `model.layers.N`."""
     adapter = make_random_adapter(tmp_path / "a", model_dir)
-    before = read_peft_weights(adapter, geometry)
+    before = read_peft_adapter(adapter, geometry)[1]
     tensors = _read_tensors(adapter)
     _write_tensors(adapter, {k.replace("model.layers", "layers"): v for k, v in tensors.items()})
-    after = read_peft_weights(adapter, geometry)
+    after = read_peft_adapter(adapter, geometry)[1]
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key].a, before[key].a) for key in after)
 
@@ -227,7 +228,7 @@ def test_wrong_tensors_are_refused_by_name(
     tensors = _read_tensors(adapter)
     change(tensors)
     _write_tensors(adapter, tensors)
-    for read in (inspect_peft_adapter, read_peft_weights, load_packed_adapter):
+    for read in (inspect_peft_adapter, load_packed_adapter):
         with pytest.raises(InvalidAdapterError, match=message):
             read(adapter, geometry)
 
