@@ -1,5 +1,6 @@
 import pytest
 
+from app.adapter_catalog import CATALOG_DEPLOYMENT
 from app.args import SLoRAArgs
 from app.build import build, with_absolute_paths
 from app.ingress_server import model_limits
@@ -13,7 +14,18 @@ def model(tmp_path_factory):
 
 
 def test_an_application_is_built_without_ray(model):
-    assert build(SLoRAArgs(model=str(model))) is not None
+    application = build(
+        SLoRAArgs(model=str(model), num_replicas=3, num_ingress_replicas=2, max_queued_requests=7)
+    )
+    ingress = application._bound_deployment
+    args, engine_app, catalog_app = ingress.init_args
+    engine, catalog = engine_app._bound_deployment, catalog_app._bound_deployment
+    assert (ingress.name, engine.name, catalog.name) == ("ingress", "engine", CATALOG_DEPLOYMENT)
+    assert (ingress.num_replicas, engine.num_replicas, catalog.num_replicas) == (2, 3, 1)
+    assert engine.max_queued_requests == 7
+    # All of them know the same arguments, and one catalog.
+    assert args.served_model_name == "tiny"
+    assert engine.init_args == (args, catalog_app) and catalog.init_args == (args,)
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(model, tmp_path):
