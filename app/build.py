@@ -13,7 +13,7 @@ from app.adapter_catalog import CATALOG_DEPLOYMENT, AdapterCatalogServer, adapte
 from app.affinity_router import AffinityRouter
 from app.args import SLoRAArgs
 from app.engine_server import EngineServer
-from app.ingress_server import IngressServer
+from app.ingress_server import IngressServer, model_limits
 
 # Ray only counts CPUs; ingress and catalog wait most of the time.
 CPUS_PER_INGRESS = 0.2
@@ -37,8 +37,9 @@ def build(args: SLoRAArgs) -> Application:
         ValueError: arguments that do not fit the model or this machine's files.
     """
     args = with_absolute_paths(args)
-    # Reads the model's config and checks the page size against it.
+    # Both read the model's config: page size and context are checked against it.
     adapter_geometry(args)
+    model_limits(args)
     if args.adapters_dir is not None and not Path(args.adapters_dir).is_dir():
         raise ValueError(f"adapters_dir: the directory {args.adapters_dir} does not exist")
     catalog = serve.deployment(AdapterCatalogServer).options(

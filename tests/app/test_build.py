@@ -35,6 +35,8 @@ def test_what_does_not_fit_is_told_before_anything_starts(model, tmp_path):
     odd = make_model(tmp_path / "odd", head_dim=30)
     with pytest.raises(ValueError, match="page_tokens"):
         build(SLoRAArgs(model=str(odd), page_tokens=1))
+    with pytest.raises(ValueError, match="max_model_len is 513; the model's limit is 512 tokens"):
+        build(SLoRAArgs(model=str(model), max_model_len=513))
 
 
 def test_a_model_that_is_not_there(tmp_path):
