@@ -6,7 +6,8 @@ not the project's packer, so that the two check each other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -18,13 +19,19 @@ ALIGNMENT = 64
 TOLERANCES = {
     torch.float32: (1e-5, 1e-5),
     torch.float16: (4e-3, 4e-3),
+    torch.bfloat16: (3.2e-2, 3.2e-2),
 }
+
+# Where Triton kernels run in the tests, and in what: its CPU interpreter multiplies bf16 wrongly.
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if ON_GPU else ())
 
 
 def assert_close(actual: torch.Tensor, expected64: torch.Tensor, dtype: torch.dtype) -> None:
     """Compare with an fp64 oracle under the tolerance of the dtype the op computed in."""
     rtol, atol = TOLERANCES[dtype]
-    torch.testing.assert_close(actual.double(), expected64, rtol=rtol, atol=atol)
+    torch.testing.assert_close(actual.double().cpu(), expected64.cpu(), rtol=rtol, atol=atol)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -55,6 +62,15 @@ class PagedCase:
     # Of each request: [context_len, num_kv_heads, head_dim].
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+
+    def to(self, device: torch.device) -> Self:
+        """The same case with what kernels read on `device`; the dense copies stay."""
+        return replace(
+            self,
+            kv_cache=self.kv_cache.to(device),
+            block_tables=self.block_tables.to(device),
+            context_lens=self.context_lens.to(device),
+        )
 
 
 def make_paged_case(
