@@ -216,12 +216,13 @@ def lora_shrink(
         modules: indices of modules that read the same input (q, k, v; gate, up).
 
     Returns:
-        fp32 [len(modules), rows, max_rank]. Columns from the row's rank on, and rows of the base
+        fp32 [num_splits, len(modules), rows, max_rank]: sums over parts of in_features, to be
+        added up in order; here one part. Columns from the row's rank on, and rows of the base
         model, are unspecified: `lora_expand` does not read them.
     """
     in_features = x.shape[1]
     v = torch.empty(
-        len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device
+        1, len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device
     )
     layer_pool = pool[:, layer]
     for segment in segments.on_host:
@@ -230,7 +231,7 @@ def lora_shrink(
             rank, offset_a, _ = segment.offsets[layer][module]
             if rank:
                 a = _stream_rows(layer_pool, segment.page_ids, offset_a, rank, in_features)
-                v[m, segment.start : segment.end, :rank] = rows @ a.T
+                v[0, m, segment.start : segment.end, :rank] = rows @ a.T
     return v
 
 
@@ -261,7 +262,7 @@ def lora_expand(
             if rank:
                 left, right = out_offsets[m], out_offsets[m + 1]
                 b = _stream_rows(layer_pool, segment.page_ids, offset_b, rank, right - left)
-                shrunk = v[m, segment.start : segment.end, :rank].to(b.dtype)
+                shrunk = v[0, m, segment.start : segment.end, :rank].to(b.dtype)
                 rows[:, left:right].addmm_(shrunk, b, alpha=segment.scaling[layer][module])
 
 

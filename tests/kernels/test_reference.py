@@ -281,8 +281,8 @@ def _check_lora(
                 weights = case.weights.get((slot, layer, module))
                 rank = 0 if weights is None else weights[0].shape[0]
                 if weights is not None:
-                    assert_close(v[m, row, :rank], x[row].double() @ weights[0].double().T, dtype)
-                v[m, row, rank:] = torch.nan
+                    assert_close(v[0, m, row, :rank], x[row].double() @ weights[0].double().T, dtype)
+                v[0, m, row, rank:] = torch.nan
 
         y = _randn(num_rows, out_offsets[-1], dtype=dtype, seed=2)
         base = y.clone()
