@@ -274,14 +274,16 @@ def _check_lora(
     for layer in (0, 1):
         v = reference.lora_shrink(x, case.pool, layer, modules, case.segments)
         assert v.dtype == torch.float32
-        assert v.shape == (len(modules), num_rows, case.segments.max_rank)
+        assert v.shape == (1, len(modules), num_rows, case.segments.max_rank)
         # What is unspecified must not be read: poison it.
         for m, module in enumerate(modules):
             for row, slot in enumerate(case.row_slots):
                 weights = case.weights.get((slot, layer, module))
                 rank = 0 if weights is None else weights[0].shape[0]
                 if weights is not None:
-                    assert_close(v[0, m, row, :rank], x[row].double() @ weights[0].double().T, dtype)
+                    assert_close(
+                        v[0, m, row, :rank], x[row].double() @ weights[0].double().T, dtype
+                    )
                 v[0, m, row, rank:] = torch.nan
 
         y = _randn(num_rows, out_offsets[-1], dtype=dtype, seed=2)
