@@ -16,6 +16,9 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 # Rows of a packed adapter are padded to this many elements, so that no tile straddles a page.
 ROW_ALIGNMENT = 64
 
+# Largest rank of an adapter: what the LoRA kernels are built and tested for.
+MAX_RANK = 256
+
 
 @dataclass(frozen=True)
 class Llama3RopeScaling:
@@ -79,8 +82,12 @@ class EngineConfig:
     dtype: torch.dtype = torch.float32
     # Tokens of KV a page holds. 16 keeps the unused tail of a request under 16 tokens.
     page_tokens: int = 16
-    # Pool size in tokens of KV; adapters take their pages from the same pool.
-    num_pool_tokens: int = 16384
+    # Pool size in tokens of KV; adapters take their pages from the same pool. None, on CUDA only,
+    # takes what `memory_utilization` leaves.
+    num_pool_tokens: int | None = 16384
+    # Share of the device's memory that weights, activations, graphs and the pool may take, of
+    # which the pool takes the rest; the remainder is for fragmentation and other processes.
+    memory_utilization: float = 0.92
     # Tokens computed in one step; a longer prompt is cut into chunks of what the budget leaves.
     max_batched_tokens: int = 512
     # Requests computed in one step.
@@ -91,6 +98,10 @@ class EngineConfig:
     # max_tokens). Lower admits more and preempts more; None assumes max_tokens, and preempts only
     # where a prompt takes so many steps that others grow past the estimate meanwhile.
     admission_output_tokens: int | None = 256
+    # On CUDA: replay decode steps as graphs, captured at start for ranks up to graph_max_rank;
+    # larger ones are captured when first used, which stalls one step for a second.
+    cuda_graphs: bool = True
+    graph_max_rank: int = 64
 
     def __post_init__(self) -> None:
         sizes = {
@@ -102,7 +113,14 @@ class EngineConfig:
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.num_pool_tokens < self.page_tokens:
+        if not 0.0 < self.memory_utilization <= 1.0:
+            raise ValueError(
+                f"memory_utilization is {self.memory_utilization}; it must be above 0 and at most 1"
+            )
+        if self.num_pool_tokens is None:
+            if self.device == "cpu":
+                raise ValueError("num_pool_tokens must be given on the CPU; only CUDA is profiled")
+        elif self.num_pool_tokens < self.page_tokens:
             raise ValueError(
                 f"num_pool_tokens is {self.num_pool_tokens}; it must be at least page_tokens, "
                 f"{self.page_tokens}"
@@ -125,6 +143,7 @@ class EngineConfig:
 
     @property
     def num_pages(self) -> int:
+        assert self.num_pool_tokens is not None, "the engine sizes the pool before it is asked"
         return self.num_pool_tokens // self.page_tokens
 
     def context_len(self, model: ModelConfig) -> int:

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 import torch
 
+from kernels.attention_plan import DecodePlan, PrefillPlan
 from kernels.lora_segments import LoraSegments
 from slora_core.config import SamplingParams
 
@@ -131,7 +132,7 @@ class AttentionBatch:
     tokens. Block tables are padded with page 0, never read past the context length.
     """
 
-    # int64 [T]: page_id * page_tokens + offset of each row's own token.
+    # int32 [T]: page_id * page_tokens + offset of each row's own token; -1 for a padding row.
     slot_mapping: torch.Tensor
     num_decodes: int
     # int32 [num_decodes, max_pages], int32 [num_decodes]
@@ -141,11 +142,14 @@ class AttentionBatch:
     query_indptr: torch.Tensor
     prefill_block_tables: torch.Tensor
     prefill_context_lens: torch.Tensor
+    # How Triton's kernels divide the work; None where the torch twins run.
+    decode_plan: DecodePlan | None = None
+    prefill_plan: PrefillPlan | None = None
 
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Sampling settings of the rows that sample, one entry each, on the device."""
+    """Sampling settings of the rows that sample, not all of them greedy, on the device."""
 
     # float32 [R]; 0 is greedy.
     temperature: torch.Tensor
@@ -158,19 +162,17 @@ class SamplingBatch:
     token_index: torch.Tensor
     # int64 [F]: rows that sample and whose top_k, top_p or min_p cuts something.
     filtered_rows: torch.Tensor
-    all_greedy: bool
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """Everything the model runner needs for one step; rows as in `AttentionBatch`."""
+    """Everything the decoder needs for one step; rows as in `AttentionBatch`."""
 
-    # int64 [T]
+    # int32 [T]
     input_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionBatch
     # None where every row uses the base model.
     lora: LoraSegments | None
-    # int64 [R]: rows whose next token is sampled.
-    logit_rows: torch.Tensor
-    sampling: SamplingBatch
+    # int32 [R]: rows whose next token is sampled; None where all are.
+    logit_rows: torch.Tensor | None

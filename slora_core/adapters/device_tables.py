@@ -10,15 +10,22 @@ from slora_core.config import LORA_MODULES
 
 
 class DeviceAdapterTables:
-    """Page tables, offsets and scaling of every adapter slot, on the pool's device."""
+    """Page tables, offsets and scaling of every adapter slot, on the pool's device.
 
-    def __init__(self, pool: torch.Tensor, max_slots: int) -> None:
-        num_pages, num_layers, _ = pool.shape
+    The tensors keep their addresses, so CUDA graphs may read them.
+
+    Args:
+        max_pages: pages of the largest adapter that can be loaded.
+    """
+
+    def __init__(self, pool: torch.Tensor, max_slots: int, max_pages: int) -> None:
+        num_layers = pool.shape[1]
         num_modules = len(LORA_MODULES)
         device = pool.device
         self._pool = pool
-        # Grown to the widest adapter seen: a table of num_pages columns would be mostly empty.
-        self.page_tables = torch.zeros(max_slots, 1, dtype=torch.int32, device=device)
+        # Copies of adapters overlap with steps that do not use them.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.page_tables = torch.zeros(max_slots, max_pages, dtype=torch.int32, device=device)
         self.offsets = torch.zeros(
             max_slots, num_layers, num_modules, 3, dtype=torch.int32, device=device
         )
@@ -27,20 +34,34 @@ class DeviceAdapterTables:
         self.max_ranks = [0] * max_slots
 
     def load(self, slot: int, adapter: PackedAdapter, page_ids: list[int]) -> None:
-        """Copy the adapter's pages to `page_ids` of the pool and fill its slot."""
+        """Copy the adapter's pages to `page_ids` of the pool and fill its slot.
+
+        On CUDA the copy runs beside the steps launched before, none of which may use the pages;
+        steps launched after it wait for it on the device.
+        """
         layout = adapter.layout
         assert len(page_ids) == layout.num_pages
+        table = torch.tensor(page_ids, dtype=torch.int32)
+        if self._copies is None:
+            self._copy_pages(adapter.pages, page_ids)
+        else:
+            with torch.cuda.stream(self._copies):
+                self._copy_pages(adapter.pages, page_ids)
+            torch.cuda.current_stream(self._pool.device).wait_stream(self._copies)
+        for entry, values in (
+            (self.page_tables[slot, : layout.num_pages], table),
+            (self.offsets[slot], layout.offsets),
+            (self.scaling[slot], layout.scaling),
+        ):
+            # On the stream of the steps: those launched before still read the slot's old values.
+            entry.copy_(values if self._copies is None else values.pin_memory(), non_blocking=True)
+        self.max_ranks[slot] = layout.max_rank
+
+    def _copy_pages(self, pages: torch.Tensor, page_ids: list[int]) -> None:
         for start, end in _contiguous_runs(page_ids):
             first = page_ids[start]
-            self._pool[first : first + end - start].copy_(adapter.pages[start:end])
-        if layout.num_pages > self.page_tables.shape[1]:
-            grown = self.page_tables.new_zeros(self.page_tables.shape[0], layout.num_pages)
-            grown[:, : self.page_tables.shape[1]] = self.page_tables
-            self.page_tables = grown
-        self.page_tables[slot, : layout.num_pages] = torch.tensor(page_ids, dtype=torch.int32)
-        self.offsets[slot] = layout.offsets
-        self.scaling[slot] = layout.scaling
-        self.max_ranks[slot] = layout.max_rank
+            target = self._pool[first : first + end - start]
+            target.copy_(pages[start:end], non_blocking=True)
 
 
 def _contiguous_runs(page_ids: list[int]) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slora_core.config import LORA_MODULES, ROW_ALIGNMENT, EngineConfig, ModelConfig
+from slora_core.config import LORA_MODULES, MAX_RANK, ROW_ALIGNMENT, EngineConfig, ModelConfig
 
 # (layer, index in LORA_MODULES)
 ModuleKey = tuple[int, int]
@@ -78,6 +78,12 @@ class PackedAdapter:
 def padded(features: int) -> int:
     """`features` rounded up to a whole number of `ROW_ALIGNMENT` elements."""
     return -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def max_adapter_pages(geometry: AdapterGeometry) -> int:
+    """Pages of an adapter of `MAX_RANK` on every module: no adapter has more."""
+    widths = sum(padded(fan_in) + padded(fan_out) for fan_in, fan_out in geometry.module_dims)
+    return -(-MAX_RANK * widths // geometry.page_elems)
 
 
 def plan_layout(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slora_core.config import MAX_RANK
 from slora_core.errors import InvalidAdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -189,8 +190,8 @@ def _list_of(value: Any, kind: type) -> bool:
 
 
 def _rank(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _field_error(name, value, "it must be an integer of at least 1")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+        raise _field_error(name, value, f"it must be an integer from 1 to {MAX_RANK}")
     return value
 
 

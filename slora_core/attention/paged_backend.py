@@ -51,6 +51,7 @@ class PagedAttention:
                     batch.decode_block_tables,
                     batch.decode_context_lens,
                     self._sm_scale,
+                    batch.decode_plan,
                 )
             )
         if num_decodes < q.shape[0]:
@@ -63,6 +64,7 @@ class PagedAttention:
                     batch.prefill_block_tables,
                     batch.prefill_context_lens,
                     self._sm_scale,
+                    batch.prefill_plan,
                 )
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

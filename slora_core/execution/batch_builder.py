@@ -1,85 +1,225 @@
 """Turns a `StepPlan` into the tensors of a `ForwardBatch`.
 
 Rows keep the plan's order: decodes first, each part ordered by adapter, so that an adapter is one
-segment of decode rows and one of prefill rows. Decides nothing.
+segment of decode rows and one of prefill rows. Decides nothing. `fields` makes the numbers on the
+host, `forward_batch` names their device copies, so that a CUDA graph can own the latter.
 """
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
-from kernels.lora_segments import LoraSegments
+from kernels.attention_plan import DecodePlan, PrefillPlan
+from kernels.lora_segments import LoraSegments, LoraTiles, choose_block_rows, plan_tiles
 from slora_core.adapters.device_tables import DeviceAdapterTables
-from slora_core.memory.sizing import pages_for
-from slora_core.types import (
-    AttentionBatch,
-    ForwardBatch,
-    SamplingBatch,
-    ScheduledChunk,
-    StepPlan,
-)
+from slora_core.attention.planner import AttentionPlanner
+from slora_core.execution.buckets import RANK_BUCKETS, bucket_of
+from slora_core.execution.int_fields import IntFields
+from slora_core.execution.row_state import RowState
+from slora_core.types import AttentionBatch, ForwardBatch, SamplingBatch, ScheduledChunk
+
+# Rows of a LoRA tile in a step of decodes: what one matrix instruction takes at least.
+DECODE_BLOCK_ROWS = 16
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What decides which kernels run a step, and how, beside the numbers in its fields."""
+
+    num_decodes: int
+    num_prefills: int
+    # At least the largest rank in the batch; None where all rows are the base model's.
+    max_rank: int | None
+    # Rows of a LoRA tile.
+    lora_block_rows: int = DECODE_BLOCK_ROWS
+    # Packed query rows of a tile of the prefills' attention; 0 where it is not planned.
+    prefill_block_rows: int = 0
+
+    @classmethod
+    def of_decodes(cls, num_decodes: int, max_rank: int | None) -> Self:
+        return cls(num_decodes, 0, max_rank)
 
 
 class BatchBuilder:
-    def __init__(self, page_tokens: int, tables: DeviceAdapterTables, device: torch.device) -> None:
+    """Args:
+    planner: makes the plans that Triton's kernels run by; None where the torch twins run.
+    """
+
+    def __init__(
+        self,
+        page_tokens: int,
+        tables: DeviceAdapterTables,
+        rows: RowState,
+        planner: AttentionPlanner | None,
+    ) -> None:
         self._page_tokens = page_tokens
         self._tables = tables
-        self._device = device
+        self._rows = rows
+        self._planner = planner
 
-    def build(self, plan: StepPlan) -> ForwardBatch:
-        """Tensors of one step; the plan has at least one chunk and is sorted."""
-        input_ids: list[int] = []
-        positions: list[int] = []
-        logit_rows: list[int] = []
-        for chunk in plan.chunks:
-            input_ids += chunk.request.token_ids(chunk.start, chunk.end)
-            positions += range(chunk.start, chunk.end)
-            if chunk.samples:
-                logit_rows.append(len(input_ids) - 1)
-        sampling = [chunk for chunk in plan.chunks if chunk.samples]
-        return ForwardBatch(
-            input_ids=self._int64(input_ids),
-            positions=self._int64(positions),
-            attention=self._attention(plan.chunks),
-            lora=self._segments(plan.chunks),
-            logit_rows=self._int64(logit_rows),
-            sampling=self._sampling(sampling),
+    def shape(self, chunks: Sequence[ScheduledChunk]) -> BatchShape:
+        """The shape of a plan's chunks."""
+        num_decodes = sum(chunk.is_decode for chunk in chunks)
+        slots = {chunk.slot for chunk in chunks} - {-1}
+        max_rank = max((self._tables.max_ranks[slot] for slot in slots), default=None)
+        if max_rank is not None and self._planner is not None:
+            # Few values, for each of which kernels are compiled and graphs captured.
+            max_rank = bucket_of(max_rank, RANK_BUCKETS)
+        if num_decodes == len(chunks):
+            return BatchShape.of_decodes(num_decodes, max_rank)
+        chunk_lens = [chunk.end - chunk.start for chunk in chunks]
+        prefill_rows = 0
+        if self._planner is not None:
+            prefill_rows = self._planner.prefill_block_rows(chunk_lens[num_decodes:])
+        return BatchShape(
+            num_decodes,
+            len(chunks) - num_decodes,
+            max_rank,
+            choose_block_rows(sum(chunk_lens), len(chunks)),
+            prefill_rows,
         )
 
-    def _attention(self, chunks: list[ScheduledChunk]) -> AttentionBatch:
-        decodes = [chunk for chunk in chunks if chunk.is_decode]
-        prefills = chunks[len(decodes) :]
+    def fields(
+        self, chunks: Sequence[ScheduledChunk], shape: BatchShape, num_rows: int | None = None
+    ) -> IntFields:
+        """The numbers of one step.
+
+        Args:
+            chunks: of the plan, sorted; of the plan's shape.
+            num_rows: pad a step of decodes to this many rows, so that every step of one size has
+                one layout. Padding rows write nothing that is read and sample garbage.
+        """
+        fields = IntFields()
+        self._add_rows(fields, chunks, num_rows)
+        self._add_attention(fields, chunks, shape, num_rows)
+        if shape.max_rank is not None:
+            self._add_lora(fields, chunks, shape, num_rows)
+        if not all(is_plain_decode(chunk) for chunk in chunks):
+            fields.add("logit_rows", _logit_rows(chunks))
+        return fields
+
+    def forward_batch(self, views: Mapping[str, torch.Tensor], shape: BatchShape) -> ForwardBatch:
+        """Name the device copies of `fields`; also brings the device's block tables up to date.
+
+        Everything here may be captured in a CUDA graph.
+        """
+        self._rows.write_pages(views["table_entries"], views["table_pages"])
+        input_ids = views["input_ids"]
+        if shape.num_decodes:
+            # A token that the host has not read yet is the last one sampled for its row.
+            known = input_ids[: shape.num_decodes]
+            last = self._rows.last_tokens.index_select(0, views["decode_rows"])
+            known.copy_(torch.where(known < 0, last, known))
+        return ForwardBatch(
+            input_ids=input_ids,
+            positions=views["positions"],
+            attention=self._attention(views, shape),
+            lora=None if shape.max_rank is None else self._segments(views, shape, shape.max_rank),
+            logit_rows=views.get("logit_rows"),
+        )
+
+    def sampling(self, chunks: Sequence[ScheduledChunk]) -> SamplingBatch | None:
+        """Settings of the chunks that sample; None where all are greedy."""
+        params = [chunk.request.params for chunk in chunks]
+        if all(p.greedy for p in params):
+            return None
+        return SamplingBatch(
+            temperature=self._float32([p.temperature for p in params]),
+            top_p=self._float32([p.top_p for p in params]),
+            min_p=self._float32([p.min_p for p in params]),
+            top_k=self._int64([p.top_k for p in params]),
+            seed=self._int64([p.seed for p in params]),
+            token_index=self._int64([chunk.token_index for chunk in chunks]),
+            filtered_rows=self._int64([row for row, p in enumerate(params) if p.filtered]),
+        )
+
+    def _add_rows(
+        self, fields: IntFields, chunks: Sequence[ScheduledChunk], num_rows: int | None
+    ) -> None:
+        input_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for chunk in chunks:
+            if chunk.input_pending:
+                input_ids.append(-1)
+            else:
+                input_ids += chunk.request.token_ids(chunk.start, chunk.end)
+            positions += range(chunk.start, chunk.end)
+            slots += self._cache_slots(chunk)
+        fields.add("input_ids", input_ids, num_rows)
+        fields.add("positions", positions, num_rows)
+        fields.add("slot_mapping", slots, num_rows, fill=-1)
+        entries, page_ids = self._rows.new_pages(chunks)
+        fields.add("table_entries", entries, num_rows, fill=self._rows.padding_entry)
+        fields.add("table_pages", page_ids, num_rows)
+
+    def _cache_slots(self, chunk: ScheduledChunk) -> list[int]:
+        """page_id * page_tokens + offset of each token of the chunk."""
+        page_ids, page_tokens = chunk.request.page_ids, self._page_tokens
+        slots: list[int] = []
+        position = chunk.start
+        while position < chunk.end:
+            page, offset = divmod(position, page_tokens)
+            count = min(page_tokens - offset, chunk.end - position)
+            first = page_ids[page] * page_tokens + offset
+            slots += range(first, first + count)
+            position += count
+        return slots
+
+    def _add_attention(
+        self,
+        fields: IntFields,
+        chunks: Sequence[ScheduledChunk],
+        shape: BatchShape,
+        num_rows: int | None,
+    ) -> None:
+        decodes, prefills = chunks[: shape.num_decodes], chunks[shape.num_decodes :]
+        decode_lens = [chunk.end for chunk in decodes]
+        fields.add("decode_rows", [chunk.request.row for chunk in decodes], num_rows)
+        fields.add("decode_context_lens", decode_lens, num_rows)
         query_indptr = [0]
         for chunk in prefills:
             query_indptr.append(query_indptr[-1] + chunk.end - chunk.start)
+        fields.add("prefill_rows", [chunk.request.row for chunk in prefills])
+        fields.add("query_indptr", query_indptr)
+        fields.add("prefill_context_lens", [chunk.end for chunk in prefills])
+        if self._planner is not None and (decodes or num_rows):
+            plan = self._planner.decode(decode_lens + [0] * ((num_rows or 0) - len(decodes)))
+            fields.add("item_rows", plan.item_rows.tolist())
+            fields.add("item_starts", plan.item_starts.tolist())
+            fields.add("row_items", plan.row_items.tolist())
+            fields.add("chunk_tokens", plan.chunk_tokens.tolist())
+        if self._planner is not None and prefills:
+            chunk_lens = [chunk.end - chunk.start for chunk in prefills]
+            context_lens = [chunk.end for chunk in prefills]
+            tiles = self._planner.prefill(chunk_lens, context_lens, shape.prefill_block_rows)
+            fields.add("query_tile_requests", tiles.tile_requests.tolist())
+            fields.add("query_tile_starts", tiles.tile_starts.tolist())
+
+    def _attention(self, views: Mapping[str, torch.Tensor], shape: BatchShape) -> AttentionBatch:
         return AttentionBatch(
-            slot_mapping=self._int64([slot for chunk in chunks for slot in self._slots(chunk)]),
-            num_decodes=len(decodes),
-            decode_block_tables=self._block_tables(decodes),
-            decode_context_lens=self._int32([chunk.end for chunk in decodes]),
-            query_indptr=self._int32(query_indptr),
-            prefill_block_tables=self._block_tables(prefills),
-            prefill_context_lens=self._int32([chunk.end for chunk in prefills]),
+            slot_mapping=views["slot_mapping"],
+            num_decodes=shape.num_decodes,
+            decode_block_tables=self._rows.block_tables(views["decode_rows"]),
+            decode_context_lens=views["decode_context_lens"],
+            query_indptr=views["query_indptr"],
+            prefill_block_tables=self._rows.block_tables(views["prefill_rows"]),
+            prefill_context_lens=views["prefill_context_lens"],
+            decode_plan=_decode_plan(views),
+            prefill_plan=_prefill_plan(views, shape.prefill_block_rows),
         )
 
-    def _slots(self, chunk: ScheduledChunk) -> list[int]:
-        """page_id * page_tokens + offset of each token of the chunk."""
-        page_ids, page_tokens = chunk.request.page_ids, self._page_tokens
-        return [
-            page_ids[position // page_tokens] * page_tokens + position % page_tokens
-            for position in range(chunk.start, chunk.end)
-        ]
-
-    def _block_tables(self, chunks: list[ScheduledChunk]) -> torch.Tensor:
-        """int32 [len(chunks), widest]: pages of each context, padded with page 0."""
-        tables = [
-            chunk.request.page_ids[: pages_for(chunk.end, self._page_tokens)] for chunk in chunks
-        ]
-        width = max((len(table) for table in tables), default=0)
-        padded = [table + [0] * (width - len(table)) for table in tables]
-        return self._int32(padded).view(len(chunks), width)
-
-    def _segments(self, chunks: list[ScheduledChunk]) -> LoraSegments | None:
-        """Runs of rows of one adapter; None where all rows are the base model's."""
-        indptr, slots = [0], [chunks[0].slot]
+    def _add_lora(
+        self,
+        fields: IntFields,
+        chunks: Sequence[ScheduledChunk],
+        shape: BatchShape,
+        num_rows: int | None,
+    ) -> None:
+        """Runs of rows of one adapter, and their tiles."""
+        indptr, slots = [0], [chunks[0].slot] if chunks else [-1]
         row = 0
         for chunk in chunks:
             if chunk.slot != slots[-1]:
@@ -87,36 +227,72 @@ class BatchBuilder:
                 slots.append(chunk.slot)
             row += chunk.end - chunk.start
         indptr.append(row)
-        used = [slot for slot in slots if slot >= 0]
-        if not used:
-            return None
+        fields.add("seg_indptr", indptr, None if num_rows is None else num_rows + 1, indptr[-1])
+        fields.add("seg_slots", slots, num_rows, fill=-1)
+        if self._planner is None:
+            return
+        tiles = plan_tiles(indptr, slots, shape.lora_block_rows)
+        fields.add("tile_slots", [slot for slot, _, _ in tiles], num_rows, fill=-1)
+        fields.add("tile_starts", [start for _, start, _ in tiles], num_rows)
+        fields.add("tile_ends", [end for _, _, end in tiles], num_rows)
+
+    def _segments(
+        self, views: Mapping[str, torch.Tensor], shape: BatchShape, max_rank: int
+    ) -> LoraSegments:
+        tables = self._tables
+        tiles = None
+        if self._planner is not None:
+            tiles = LoraTiles(
+                views["tile_slots"], views["tile_starts"], views["tile_ends"], shape.lora_block_rows
+            )
         return LoraSegments(
-            seg_indptr=self._int32(indptr),
-            seg_slots=self._int32(slots),
-            page_tables=self._tables.page_tables,
-            offsets=self._tables.offsets,
-            scaling=self._tables.scaling,
-            max_rank=max(self._tables.max_ranks[slot] for slot in used),
+            seg_indptr=views["seg_indptr"],
+            seg_slots=views["seg_slots"],
+            page_tables=tables.page_tables,
+            offsets=tables.offsets,
+            scaling=tables.scaling,
+            max_rank=max_rank,
+            tiles=tiles,
         )
-
-    def _sampling(self, chunks: list[ScheduledChunk]) -> SamplingBatch:
-        params = [chunk.request.params for chunk in chunks]
-        return SamplingBatch(
-            temperature=self._float32([p.temperature for p in params]),
-            top_p=self._float32([p.top_p for p in params]),
-            min_p=self._float32([p.min_p for p in params]),
-            top_k=self._int64([p.top_k for p in params]),
-            seed=self._int64([p.seed for p in params]),
-            token_index=self._int64([len(chunk.request.output_ids) for chunk in chunks]),
-            filtered_rows=self._int64([row for row, p in enumerate(params) if p.filtered]),
-            all_greedy=all(p.greedy for p in params),
-        )
-
-    def _int32(self, values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self._device)
 
     def _int64(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return self._on_device(torch.tensor(values, dtype=torch.int64))
 
     def _float32(self, values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)
+        return self._on_device(torch.tensor(values, dtype=torch.float32))
+
+    def _on_device(self, values: torch.Tensor) -> torch.Tensor:
+        device = self._tables.page_tables.device
+        if device.type == "cuda":
+            return values.pin_memory().to(device, non_blocking=True)
+        return values
+
+
+def _decode_plan(views: Mapping[str, torch.Tensor]) -> DecodePlan | None:
+    if "item_rows" not in views:
+        return None
+    return DecodePlan(
+        views["item_rows"], views["item_starts"], views["row_items"], views["chunk_tokens"]
+    )
+
+
+def _prefill_plan(views: Mapping[str, torch.Tensor], block_rows: int) -> PrefillPlan | None:
+    if "query_tile_requests" not in views:
+        return None
+    return PrefillPlan(views["query_tile_requests"], views["query_tile_starts"], block_rows)
+
+
+def is_plain_decode(chunk: ScheduledChunk) -> bool:
+    """One row that samples; a prompt's part of one token is a decode row that does not."""
+    return chunk.is_decode and chunk.samples
+
+
+def _logit_rows(chunks: Sequence[ScheduledChunk]) -> list[int]:
+    """The last row of each chunk that samples."""
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += chunk.end - chunk.start
+        if chunk.samples:
+            rows.append(end - 1)
+    return rows

@@ -1,42 +1,82 @@
 """Owns the device side of an engine: weights, pool, adapter tables; runs one planned step.
 
-Never decides what runs. Called by the engine with what the scheduler planned.
+Never decides what runs. Called by the engine with what the scheduler planned. On CUDA a launch
+returns before the device has computed the step.
 """
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
 
 from kernels import reference
 from slora_core.adapters.device_tables import DeviceAdapterTables
-from slora_core.adapters.page_layout import PackedAdapter
+from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_adapter_pages
 from slora_core.attention.paged_backend import PagedAttention
+from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import EngineConfig, ModelConfig
-from slora_core.execution.batch_builder import BatchBuilder
+from slora_core.execution.batch_builder import BatchBuilder, BatchShape, is_plain_decode
+from slora_core.execution.buckets import RANK_BUCKETS, batch_buckets
+from slora_core.execution.decode_graphs import DecodeGraphs, GraphKey
+from slora_core.execution.row_state import RowState
 from slora_core.execution.sampler import sample
-from slora_core.memory.sizing import allocate_pool
+from slora_core.execution.step_handle import StepHandle
+from slora_core.memory.sizing import allocate_pool, pages_for
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
 from slora_core.types import StepPlan
 
+logger = logging.getLogger(__name__)
+
 
 class ModelRunner:
+    """Args:
+    ops: the kernel module; None takes the device's: `triton_ops` on CUDA, else `reference`.
+    """
+
     def __init__(
         self,
         model: ModelConfig,
         engine: EngineConfig,
         weights: DecoderWeights,
         max_slots: int,
-        ops: ModuleType = reference,
+        ops: ModuleType | None = None,
     ) -> None:
+        self._model = model
+        self._engine = engine
+        self._device = torch.device(engine.device)
+        ops = ops or _ops_of(self._device)
         self.pool = allocate_pool(model, engine)
-        self.tables = DeviceAdapterTables(self.pool, max_slots)
-        self._builder = BatchBuilder(engine.page_tokens, self.tables, self.pool.device)
-        self._attention = PagedAttention(
-            ops, model, self.pool, engine.page_tokens, engine.context_len(model)
+        max_pages = min(max_adapter_pages(AdapterGeometry.of(model, engine)), engine.num_pages)
+        self.tables = DeviceAdapterTables(self.pool, max_slots, max_pages)
+        context_len = engine.context_len(model)
+        self._rows = RowState(
+            engine.max_running_requests, pages_for(context_len, engine.page_tokens), self._device
         )
+        planner = None if ops is reference else AttentionPlanner(model, engine.dtype)
+        self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
+        self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
         self._decoder = Decoder(model, weights, ops, self.pool)
+        self._graphs: DecodeGraphs | None = None
+        # fp32 [rows, vocab_size]: what graphs write, outside the memory that they share.
+        self._graph_logits: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Record decode steps of every batch size, for the base model and each rank bucket."""
+        started = time.perf_counter()
+        sizes = batch_buckets(self._engine.max_running_requests)
+        self._graph_logits = torch.empty(sizes[-1], self._model.vocab_size, device=self._device)
+        self._graphs = DecodeGraphs(self._device, sizes)
+        ranks = [rank for rank in RANK_BUCKETS if rank <= self._engine.graph_max_rank]
+        # Large ones first: the others find room in the memory that these took.
+        for num_rows in reversed(sizes):
+            for max_rank in (None, *ranks):
+                self._capture(GraphKey(num_rows, max_rank))
+        seconds = time.perf_counter() - started
+        logger.info("captured %d decode graphs in %.1f s", len(self._graphs), seconds)
 
     def load_adapters(self, plan: StepPlan, host_copy: Callable[[str], PackedAdapter]) -> None:
         """Make the copies a plan asks for; `host_copy` gives the pages of an adapter id."""
@@ -46,13 +86,67 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """fp32 [chunks that sample, vocab_size]; also writes the KV of every row."""
-        return self._decoder.forward(self._builder.build(plan), self._attention)
+        return self._run(plan)[0]
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> list[int]:
-        """Run a plan and return the sampled token of each chunk that samples, in its order."""
-        batch = self._builder.build(plan)
-        logits = self._decoder.forward(batch, self._attention)
-        if not len(batch.logit_rows):
-            return []
-        return sample(logits, batch.sampling).tolist()
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start a step; its loads were made by `load_adapters`."""
+        logits, rows = self._replay(plan) or self._run(plan)
+        sampling = [chunk for chunk in plan.chunks if chunk.samples]
+        if not sampling:
+            return StepHandle(torch.empty(0, dtype=torch.int32))
+        tokens = sample(logits, self._builder.sampling(sampling)).int()
+        self._rows.write_last_tokens(rows, tokens)
+        return StepHandle(tokens)
+
+    def _run(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits as `logits`, and the row of each of their requests, int32 on the device."""
+        shape = self._builder.shape(plan.chunks)
+        fields = self._builder.fields(plan.chunks, shape)
+        fields.add("sample_rows", [c.request.row for c in plan.chunks if c.samples])
+        views = fields.to(self._device)
+        return self._forward(views, shape).float(), views["sample_rows"]
+
+    def _replay(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What `_run` returns, by a CUDA graph; None where the plan has no graph."""
+        chunks = plan.chunks
+        if self._graphs is None or not all(is_plain_decode(chunk) for chunk in chunks):
+            return None
+        num_rows = self._graphs.batch_size(len(chunks))
+        if num_rows is None:
+            return None
+        shape = self._builder.shape(chunks)
+        key = GraphKey(num_rows, shape.max_rank)
+        if key not in self._graphs:
+            logger.warning("capturing a decode graph of %d rows, rank %s", num_rows, key.max_rank)
+            self._capture(key)
+        fields = self._builder.fields(chunks, shape, num_rows)
+        inputs = self._graphs.replay(key, fields)
+        rows = fields.views(inputs)["decode_rows"][: len(chunks)]
+        assert self._graph_logits is not None
+        return self._graph_logits[: len(chunks)], rows
+
+    def _capture(self, key: GraphKey) -> None:
+        assert self._graphs is not None and self._graph_logits is not None
+        shape = BatchShape.of_decodes(key.num_rows, key.max_rank)
+        fields = self._builder.fields([], shape, key.num_rows)
+        logits = self._graph_logits[: key.num_rows]
+
+        def forward(inputs: torch.Tensor) -> None:
+            logits.copy_(self._forward(fields.views(inputs), shape))
+
+        self._graphs.capture(key, fields, forward)
+
+    def _forward(self, views: Mapping[str, torch.Tensor], shape: BatchShape) -> torch.Tensor:
+        """Logits [rows that sample, vocab_size] of the model's dtype."""
+        batch = self._builder.forward_batch(views, shape)
+        return self._decoder.forward(batch, self._attention)
+
+
+def _ops_of(device: torch.device) -> ModuleType:
+    if device.type != "cuda":
+        return reference
+    # Triton is loaded only where it is used.
+    from kernels import triton_ops
+
+    return triton_ops

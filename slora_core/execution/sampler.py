@@ -13,16 +13,17 @@ _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
 
 
-def sample(logits: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
+def sample(logits: torch.Tensor, sampling: SamplingBatch | None) -> torch.Tensor:
     """Next token ids int64 [rows] of logits fp32 [rows, vocab_size].
 
-    temperature 0 takes the most probable token. Otherwise probabilities softmax(logits /
+    `sampling` None takes the most probable token of every row, as temperature 0
+    takes the most probable token. Otherwise probabilities softmax(logits /
     temperature) are cut by top_k, then top_p (of what top_k left), then min_p, as in
     transformers, and the token is the first of the vocabulary at which the cumulative
     probability passes the row's random number.
     """
     greedy = logits.argmax(dim=-1)
-    if sampling.all_greedy:
+    if sampling is None:
         return greedy
     temperature = sampling.temperature.clamp(min=1e-6).unsqueeze(1)
     probs = torch.softmax(logits / temperature, dim=-1)

@@ -10,6 +10,11 @@ def pages_for(num_tokens: int, page_tokens: int) -> int:
     return -(-num_tokens // page_tokens)
 
 
+def page_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+    """Bytes of one page over all layers."""
+    return model.num_layers * engine.page_elems(model) * engine.dtype.itemsize
+
+
 def allocate_pool(model: ModelConfig, engine: EngineConfig) -> torch.Tensor:
     """The pool, zeroed: [num_pages, num_layers, page_elems] of the engine's dtype and device.
 

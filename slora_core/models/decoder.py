@@ -92,18 +92,16 @@ class Decoder:
         ]
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> torch.Tensor:
-        """Logits fp32 [len(batch.logit_rows), vocab_size] of the rows that sample."""
+        """Logits [rows that sample, vocab_size], of the weights' dtype."""
         attention.plan(batch.attention, batch.positions)
         residual = F.embedding(batch.input_ids, self._weights.embedding)
         delta = None
         for layer in self._layers:
             delta = layer(delta, residual, attention, batch.lora)
         assert delta is not None
-        sampled_residual = residual[batch.logit_rows]
+        if batch.logit_rows is not None:
+            delta, residual = delta[batch.logit_rows], residual[batch.logit_rows]
         x = self._ops.add_rms_norm(
-            delta[batch.logit_rows],
-            sampled_residual,
-            self._weights.final_norm,
-            self._config.rms_norm_eps,
+            delta, residual, self._weights.final_norm, self._config.rms_norm_eps
         )
-        return F.linear(x, self._weights.lm_head).float()
+        return F.linear(x, self._weights.lm_head)

@@ -1,0 +1,41 @@
+"""Plans of a step's attention for one model: what `kernels.attention_plan` needs to know of it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.attention_launch import prefill_launches
+from kernels.attention_plan import (
+    DecodePlan,
+    PrefillPlan,
+    max_decode_items,
+    plan_decode,
+    plan_prefill,
+    prefill_block_rows,
+)
+from slora_core.config import ModelConfig
+
+
+class AttentionPlanner:
+    def __init__(self, model: ModelConfig, dtype: torch.dtype) -> None:
+        self._num_heads = model.num_heads
+        self._num_kv_heads = model.num_kv_heads
+        self._max_block_rows = max(prefill_launches(model.head_dim, dtype))
+
+    def decode(self, context_lens: Sequence[int]) -> DecodePlan:
+        """Plan of decode rows, on the CPU; its sizes depend on the number of rows alone."""
+        max_items = max_decode_items(len(context_lens), self._num_kv_heads)
+        return plan_decode(context_lens, max_items)
+
+    def prefill_block_rows(self, chunk_lens: Sequence[int]) -> int:
+        """Packed query rows of a tile for chunks of these lengths."""
+        return prefill_block_rows(
+            chunk_lens, self._num_heads, self._num_kv_heads, self._max_block_rows
+        )
+
+    def prefill(
+        self, chunk_lens: Sequence[int], context_lens: Sequence[int], block_rows: int
+    ) -> PrefillPlan:
+        """Plan of chunks of prompts, on the CPU."""
+        group = self._num_heads // self._num_kv_heads
+        return plan_prefill(chunk_lens, context_lens, group, block_rows)

@@ -1,0 +1,17 @@
+"""Sizes that a step is padded to, so that few kernels are compiled and few graphs captured."""
+
+from collections.abc import Sequence
+
+# Ranks that LoRA kernels are launched for; a batch takes the smallest that holds its largest.
+RANK_BUCKETS = (16, 32, 64, 128, 256)
+
+
+def batch_buckets(max_rows: int) -> list[int]:
+    """Batch sizes that have a graph, ascending: dense where a row of padding costs most."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows + 1, 32)]
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+def bucket_of(value: int, buckets: Sequence[int]) -> int:
+    """The smallest of the ascending buckets that holds `value`; the last one holds all."""
+    return next(bucket for bucket in buckets if value <= bucket)

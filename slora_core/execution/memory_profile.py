@@ -1,0 +1,76 @@
+"""Sizes the unified pool on a GPU: what is left when the largest step has run."""
+
+import dataclasses
+import gc
+import logging
+
+import torch
+
+from slora_core.config import EngineConfig, ModelConfig, SamplingParams
+from slora_core.errors import UnsupportedModelError
+from slora_core.execution.model_runner import ModelRunner
+from slora_core.memory.sizing import page_bytes, pages_for
+from slora_core.models.weights import DecoderWeights
+from slora_core.types import Request, StepPlan
+
+logger = logging.getLogger(__name__)
+
+# fp32 copies of a batch's logits that graphs and the sampler hold at one time, at most.
+_LOGITS_COPIES = 6
+
+
+def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> int:
+    """Pages that fit into `memory_utilization` beside weights, activations and graphs.
+
+    Runs a step of `max_batched_tokens` on a small pool and counts its peak.
+
+    Raises:
+        UnsupportedModelError: less than one page is left; the message has the figures.
+    """
+    device = torch.device(engine.device)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    pool_bytes = _run_largest_step(model, engine, weights)
+    activations = torch.cuda.max_memory_allocated(device) - before - pool_bytes
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    logits = _LOGITS_COPIES * engine.max_running_requests * model.vocab_size * 4
+    available = int(total * engine.memory_utilization) - (total - free) - activations - logits
+    num_pages = available // page_bytes(model, engine)
+    gib = 2**30
+    figures = (
+        f"{total / gib:.1f} GiB, of which {engine.memory_utilization:.0%} may be used: "
+        f"{(total - free) / gib:.1f} weights and others, {activations / gib:.2f} activations, "
+        f"{logits / gib:.2f} logits, {available / gib:.1f} for the pool"
+    )
+    if num_pages < 1:
+        raise UnsupportedModelError(f"the model leaves no memory for the pool on {device}: {figures}")
+    logger.info(
+        "pool of %d pages, %d tokens: %s", num_pages, num_pages * engine.page_tokens, figures
+    )
+    return num_pages
+
+
+def _run_largest_step(model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> int:
+    """Prefill `max_batched_tokens` in requests as long as may be; returns the pool's bytes."""
+    context_len = engine.context_len(model)
+    lengths = [context_len] * (engine.max_batched_tokens // context_len)
+    if rest := engine.max_batched_tokens % context_len:
+        lengths.append(rest)
+    lengths = lengths[: engine.max_running_requests]
+    num_pages = sum(pages_for(length, engine.page_tokens) for length in lengths)
+    small = dataclasses.replace(engine, num_pool_tokens=num_pages * engine.page_tokens)
+    runner = ModelRunner(model, small, weights, max_slots=1)
+    plan = StepPlan()
+    first_page = 0
+    for row, length in enumerate(lengths):
+        request = Request(f"profile-{row}", [0] * length, SamplingParams(temperature=0.0))
+        request.row = row
+        count = pages_for(length, engine.page_tokens)
+        request.page_ids = list(range(first_page, first_page + count))
+        first_page += count
+        plan.add(request, length)
+    runner.launch(plan).token_ids()
+    return runner.pool.numel() * runner.pool.element_size()
