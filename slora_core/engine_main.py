@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from slora_core.adapters.host_pinning import pin_in_background
 from slora_core.adapters.slab_reader import SlabReader
 from slora_core.engine import Engine
 from slora_core.engine_messages import (
@@ -48,7 +49,8 @@ class EngineLoop:
     def __init__(self, connection: Connection, engine: Engine) -> None:
         self._connection = connection
         self._engine = engine
-        self._slabs = SlabReader(engine.geometry)
+        on_map = pin_in_background if engine.config.device == "cuda" else None
+        self._slabs = SlabReader(engine.geometry, on_map)
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="engine-inbox", daemon=True).start()
 
@@ -143,7 +145,7 @@ def main() -> None:
         loop = EngineLoop(connection, engine)
         info = EngineInfo(
             pid=os.getpid(),
-            num_pages=spec.engine.num_pages,
+            num_pages=engine.config.num_pages,
             page_tokens=spec.engine.page_tokens,
             context_len=spec.engine.context_len(engine.model),
             geometry=engine.geometry,

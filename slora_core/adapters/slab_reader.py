@@ -8,6 +8,7 @@ import mmap
 import os
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from slora_core.adapters.host_store import AdapterLocation
@@ -25,8 +26,14 @@ class _Mapping:
 class SlabReader:
     """Views of adapters in the slab; each extent is mapped once. Thread-safe."""
 
-    def __init__(self, geometry: AdapterGeometry) -> None:
+    def __init__(
+        self,
+        geometry: AdapterGeometry,
+        on_map: Callable[[mmap.mmap], None] | None = None,
+    ) -> None:
+        """`on_map` is called with the memory of every extent that is mapped."""
         self._geometry = geometry
+        self._on_map = on_map
         self._mappings: dict[ExtentId, _Mapping] = {}
         self._lock = threading.Lock()
 
@@ -44,6 +51,8 @@ class SlabReader:
                 self._forget_stale()
                 mapping = _map_extent(location.extent, location.extent_bytes)
                 self._mappings[location.extent] = mapping
+                if self._on_map is not None:
+                    self._on_map(mapping.memory)
         pages = view_pages(self._geometry, location.layout, mapping.memory, location.offset)
         return PackedAdapter(location.adapter_id, location.layout, pages)
 
