@@ -8,6 +8,7 @@ page_tokens, num_kv_heads, head_dim]. Activations are [rows, features], row-cont
 import torch
 import torch.nn.functional as F
 
+from kernels.attention_plan import DecodePlan, PrefillPlan
 from kernels.lora_segments import LoraSegments
 
 # Rows of packed adapters are padded to this many elements (`AdapterLayout`).
@@ -78,6 +79,7 @@ def paged_decode(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     sm_scale: float,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     """Attention of one query token a request over its paged context.
 
@@ -86,7 +88,9 @@ def paged_decode(
     Args:
         q: [num_decodes, num_heads, head_dim].
         block_tables: int32 [num_decodes, max_pages]; entries past the context are ignored.
-        context_lens: int32 [num_decodes], the query's own token included.
+        context_lens: int32 [num_decodes], the query's own token included; 0 for a row that pads
+            the batch, whose output is unspecified.
+        plan: how kernels divide the work; ignored.
 
     Returns:
         [num_decodes, num_heads, head_dim]
@@ -162,6 +166,7 @@ def paged_prefill(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     sm_scale: float,
+    plan: PrefillPlan | None = None,
 ) -> torch.Tensor:
     """Causal attention of chunks of prompts over their paged context.
 
@@ -171,6 +176,7 @@ def paged_prefill(
         q: [rows, num_heads, head_dim]; request p has rows [query_indptr[p], query_indptr[p + 1]).
         block_tables: int32 [num_requests, max_pages].
         context_lens: int32 [num_requests], the chunk's own tokens included.
+        plan: how kernels divide the work; ignored.
 
     Returns:
         [rows, num_heads, head_dim]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 
 from kernels.lora_segments import LoraSegments
 
@@ -107,6 +108,24 @@ def make_paged_case(
         values.append(kv[1])
     lens = torch.tensor(context_lens, dtype=torch.int32)
     return PagedCase(kv_cache, layer, block_tables, lens, keys, values)
+
+
+def attention64(q: torch.Tensor, case: PagedCase, request: int, sm_scale: float) -> torch.Tensor:
+    """torch SDPA of the last rows of a context, causal, over contiguous fp64 KV."""
+    rows, num_heads, _ = q.shape
+    keys, values = (
+        x[request].double().repeat_interleave(num_heads // x[request].shape[1], dim=1)
+        for x in (case.keys, case.values)
+    )
+    length = keys.shape[0]
+    mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+    return F.scaled_dot_product_attention(
+        q.double().transpose(0, 1),
+        keys.transpose(0, 1),
+        values.transpose(0, 1),
+        attn_mask=mask,
+        scale=sm_scale,
+    ).transpose(0, 1)
 
 
 @dataclass
