@@ -166,7 +166,10 @@ def plan_prefill(
 def prefill_block_rows(
     chunk_lens: Sequence[int], num_heads: int, num_kv_heads: int, max_block_rows: int
 ) -> int:
-    """The largest tile, `max_block_rows` or less, that leaves no multiprocessors idle."""
+    """The largest tile that leaves no multiprocessors idle.
+
+    `max_block_rows` is the largest that `attention_launch.prefill_launches` has.
+    """
     group = num_heads // num_kv_heads
     block_rows = max_block_rows
     while block_rows > MIN_BLOCK_ROWS:

@@ -5,40 +5,18 @@ heads, so that every byte of KV is read once. `reference.paged_decode` says what
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from kernels.attention_launch import MIN_BLOCK, AttentionLaunch, decode_launch, padded_head_dim
 from kernels.attention_plan import DecodePlan, max_decode_items, plan_decode
 from kernels.paged_tile import attend_tile
-
-
-class DecodeLaunch(NamedTuple):
-    """How the split kernel is compiled."""
-
-    block_tokens: int
-    num_warps: int
-    num_stages: int
-
-
-# By the padded head size, for elements of two bytes: the largest that does not exceed the key.
-LAUNCHES = {
-    64: DecodeLaunch(block_tokens=64, num_warps=4, num_stages=4),
-    128: DecodeLaunch(block_tokens=64, num_warps=4, num_stages=3),
-    256: DecodeLaunch(block_tokens=32, num_warps=4, num_stages=3),
-}
-# Elements of four bytes serve tests; they take twice the shared memory.
-FP32_LAUNCH = DecodeLaunch(block_tokens=32, num_warps=4, num_stages=2)
 
 # Parts of a row that the combining kernel reads at a time.
 COMBINE_BLOCK_ITEMS = 16
 COMBINE_NUM_WARPS = 4
-
-# tl.dot multiplies no smaller tiles.
-MIN_BLOCK_HEADS = 16
-MIN_BLOCK_D = 16
 
 # Arguments that vary from step to step: nothing may be compiled anew while serving.
 VARYING_POINTERS = [
@@ -60,7 +38,7 @@ def paged_decode(
     sm_scale: float,
     plan: DecodePlan | None = None,
     *,
-    launch: DecodeLaunch | None = None,
+    launch: AttentionLaunch | None = None,
 ) -> torch.Tensor:
     """Attention of one query token a request over its paged context.
 
@@ -75,7 +53,7 @@ def paged_decode(
             the batch, whose output is unspecified.
         plan: of these context lengths, on q's device. Without one, they are copied to the host
             to plan here.
-        launch: instead of what `LAUNCHES` has for the head size.
+        launch: instead of what `decode_launch` gives.
 
     Returns:
         [num_decodes, num_heads, head_dim]
@@ -88,8 +66,8 @@ def paged_decode(
     if plan is None:
         max_items = max_decode_items(num_decodes, num_kv_heads)
         plan = plan_decode(context_lens.tolist(), max_items).to(q.device)
-    block_d = max(MIN_BLOCK_D, triton.next_power_of_2(head_dim))
-    launch = launch or default_launch(block_d, q.dtype)
+    block_d = padded_head_dim(head_dim)
+    launch = launch or decode_launch(head_dim, q.dtype)
     group = num_heads // num_kv_heads
     # A view of the layer, because a layer index among the arguments is compiled for 1 and for 16.
     kv_layer = kv_cache[:, layer]
@@ -122,7 +100,7 @@ def paged_decode(
         PAGE_TOKENS=page_tokens,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
-        BLOCK_HEADS=max(MIN_BLOCK_HEADS, triton.next_power_of_2(group)),
+        BLOCK_HEADS=max(MIN_BLOCK, triton.next_power_of_2(group)),
         BLOCK_TOKENS=launch.block_tokens,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -139,13 +117,6 @@ def paged_decode(
         num_warps=COMBINE_NUM_WARPS,
     )
     return out
-
-
-def default_launch(block_d: int, dtype: torch.dtype) -> DecodeLaunch:
-    """What `paged_decode` uses for a head size padded to `block_d`."""
-    if dtype.itemsize > 2:
-        return FP32_LAUNCH
-    return next(launch for size, launch in LAUNCHES.items() if block_d <= size)
 
 
 @triton.jit(

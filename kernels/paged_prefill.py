@@ -6,42 +6,14 @@ against the request's whole context in the pool, earlier chunks and shared prefi
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from kernels.attention_launch import AttentionLaunch, padded_head_dim, prefill_launches
 from kernels.attention_plan import PrefillPlan, plan_prefill, prefill_block_rows
 from kernels.paged_tile import attend_tile
-
-
-class PrefillLaunch(NamedTuple):
-    """How the kernel is compiled for tiles of some number of query rows."""
-
-    block_tokens: int
-    num_warps: int
-    num_stages: int
-
-
-# By the padded head size, largest query tile first, for elements of two bytes. Entries are
-# (block_rows, launch); the keys are what a head size may not exceed.
-LAUNCHES = {
-    128: {
-        128: PrefillLaunch(block_tokens=64, num_warps=8, num_stages=3),
-        64: PrefillLaunch(block_tokens=64, num_warps=4, num_stages=3),
-        32: PrefillLaunch(block_tokens=64, num_warps=4, num_stages=3),
-    },
-    256: {
-        64: PrefillLaunch(block_tokens=32, num_warps=4, num_stages=2),
-        32: PrefillLaunch(block_tokens=32, num_warps=4, num_stages=2),
-    },
-}
-# Elements of four bytes serve tests; without tensor cores, large tiles only spill.
-FP32_LAUNCHES = {32: PrefillLaunch(block_tokens=32, num_warps=4, num_stages=2)}
-
-# tl.dot reduces over no fewer elements.
-MIN_BLOCK_D = 16
 
 # Arguments that vary from step to step: nothing may be compiled anew while serving.
 VARYING_POINTERS = [
@@ -63,7 +35,7 @@ def paged_prefill(
     sm_scale: float,
     plan: PrefillPlan | None = None,
     *,
-    launch: PrefillLaunch | None = None,
+    launch: AttentionLaunch | None = None,
 ) -> torch.Tensor:
     """Causal attention of chunks of prompts over their paged context.
 
@@ -77,7 +49,7 @@ def paged_prefill(
         context_lens: int32 [num_requests], the chunk's own tokens included.
         plan: of these chunks, on q's device. Without one, the lengths are copied to the host to
             plan here.
-        launch: instead of what `LAUNCHES` has for the head size and the plan's tiles.
+        launch: instead of what `prefill_launches` has for the plan's tiles.
 
     Returns:
         [rows, num_heads, head_dim]
@@ -85,8 +57,7 @@ def paged_prefill(
     num_heads, head_dim = q.shape[1:]
     page_tokens, num_kv_heads = kv_cache.shape[3:5]
     group = num_heads // num_kv_heads
-    block_d = max(MIN_BLOCK_D, triton.next_power_of_2(head_dim))
-    launches = launches_of(block_d, q.dtype)
+    launches = prefill_launches(head_dim, q.dtype)
     if plan is None:
         bounds = query_indptr.tolist()
         chunk_lens = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
@@ -122,20 +93,13 @@ def paged_prefill(
         head_stride,
         PAGE_TOKENS=page_tokens,
         HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
+        BLOCK_D=padded_head_dim(head_dim),
         BLOCK_ROWS=plan.block_rows,
         BLOCK_TOKENS=launch.block_tokens,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
     return out
-
-
-def launches_of(block_d: int, dtype: torch.dtype) -> dict[int, PrefillLaunch]:
-    """By the rows of a plan's tiles, for a head size padded to `block_d`."""
-    if dtype.itemsize > 2:
-        return FP32_LAUNCHES
-    return next(launches for size, launches in LAUNCHES.items() if block_d <= size)
 
 
 @triton.jit(
