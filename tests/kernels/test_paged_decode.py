@@ -96,8 +96,12 @@ def test_rows_split_into_items(max_items: int, dtype: torch.dtype) -> None:
     _check(case, 3, dtype, max_items)
 
 
-def test_more_parts_than_are_combined_at_a_time() -> None:
+@pytest.mark.parametrize("loudest_part", [0, 18])
+def test_more_parts_than_are_combined_at_a_time(loudest_part: int) -> None:
     case = make_paged_case([64 * 19 + 1, 2], num_kv_heads=1, page_tokens=64)
+    tokens = slice(64 * loudest_part, 64 * loudest_part + 64)
+    case.keys[0][tokens] *= 4
+    case.kv_cache[case.block_tables[0, loudest_part], case.layer, 0] *= 4
     _check(case, 1, torch.float32, max_items=30)
 
 
