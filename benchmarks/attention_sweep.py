@@ -6,6 +6,7 @@ Knows no cases of its own. A variant that fails is a row with its error and ends
 import contextlib
 import itertools
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ PREFILL_BLOCK_ROWS = (64, 128)
 # Programs that splitting may add, and the least tokens of an item.
 SPLIT_PROGRAMS = (512, 1024, 2048, 4096)
 MIN_CHUNKS = (128, MIN_CHUNK_TOKENS, 512)
-NUM_COMPILERS = 8
+NUM_COMPILERS = max(1, len(os.sched_getaffinity(0)) - 2)
 
 TimeUs = Callable[[Sequence[Callable[[], object]]], float]
 # By case and variant: microseconds, or what went wrong.

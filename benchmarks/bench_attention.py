@@ -23,11 +23,11 @@ from benchmarks.attention_cases import (
     standard_cases,
 )
 from benchmarks.attention_sweep import TimeUs, compile_all, describe, fastest, sweep, sweep_table
-from benchmarks.gpu_timer import copy_bandwidth, graph_time_us
+from benchmarks.gpu_timer import copy_bandwidth, graph_time_us, require_cuda
 from benchmarks.report import add_output_option, make_row, publish
 
 # What launch parameters are chosen by.
-SWEPT = ("decode 64 x", "decode 8 x", "prefill 16 x", "prefill 1 x")
+SWEPT = ("decode 64 x", "decode 8 x 16384, 8 KV heads", "prefill 16 x", "prefill 1 x")
 
 
 class WrongResultError(RuntimeError):
@@ -109,8 +109,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device: these kernels are measured on a GPU only")
+    require_cuda()
     started = time.monotonic()
 
     def say(line: str) -> None:
@@ -134,7 +133,7 @@ def main() -> None:
     if args.sweep:
         say("sweeping")
         swept = [make_inputs(pool, case, args.seed) for case in cases if _is_swept(case)]
-        tried = sweep(swept, partial(graph_time_us, repeats=10), args.sweep_time)
+        tried = sweep(swept, partial(graph_time_us, repeats=5), args.sweep_time)
         print(sweep_table(tried), flush=True)
         figures["sweep"] = fastest(tried, 3)
     say("done")
