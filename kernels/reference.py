@@ -55,8 +55,24 @@ def rotary_kv_write(
         cos_sin: [max_positions, head_dim], cos of half the frequencies and then their sin.
         positions: int64 [rows].
         kv_cache: mutated at `layer`.
-        slot_mapping: int64 [rows], page_id * page_tokens + offset of each row's token.
+        slot_mapping: int64 [rows], page_id * page_tokens + offset of each row's token; -1 is a
+            row that pads the batch, of which nothing is read or written.
     """
+    if (slot_mapping < 0).any():
+        rows = (slot_mapping >= 0).nonzero().squeeze(1)
+        turned_q, turned_k = q[rows], k[rows]
+        rotary_kv_write(
+            turned_q,
+            turned_k,
+            v[rows],
+            cos_sin,
+            positions[rows],
+            kv_cache,
+            layer,
+            slot_mapping[rows],
+        )
+        q[rows], k[rows] = turned_q, turned_k
+        return
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     for x in (q, k):
         first, second = x.chunk(2, dim=-1)
