@@ -239,8 +239,8 @@ def lora_shrink(
 
     Returns:
         fp32 [num_splits, len(modules), rows, max_rank]: sums over parts of in_features, to be
-        added up in order; here one part. Columns from the row's rank on, and rows of the base
-        model, are unspecified: `lora_expand` does not read them.
+        added up; here one part. Columns from the row's rank on, rows of the base model and
+        modules an adapter lacks are unspecified: `lora_expand` does not read them.
     """
     in_features = x.shape[1]
     v = torch.empty(
@@ -266,7 +266,7 @@ def lora_expand(
     out_offsets: tuple[int, ...],
     segments: LoraSegments,
 ) -> None:
-    """y[t, o_m : o_m + out_m] += scaling * v[m, t, :r] . B[slot(t), layer, modules[m]]^T in place.
+    """y[t, o_m : o_m + out_m] += scaling * v[:, m, t, :r].sum(0) . B[slot(t), layer, modules[m]]^T.
 
     Rows of the base model and modules an adapter lacks are not touched, bit for bit.
 
@@ -277,6 +277,7 @@ def lora_expand(
             [out_offsets[m], out_offsets[m + 1]).
     """
     layer_pool = pool[:, layer]
+    shrunk_rows = v[0] if len(v) == 1 else v.sum(0)
     for segment in segments.on_host:
         rows = y[segment.start : segment.end]
         for m, module in enumerate(modules):
@@ -284,7 +285,7 @@ def lora_expand(
             if rank:
                 left, right = out_offsets[m], out_offsets[m + 1]
                 b = _stream_rows(layer_pool, segment.page_ids, offset_b, rank, right - left)
-                shrunk = v[0, m, segment.start : segment.end, :rank].to(b.dtype)
+                shrunk = shrunk_rows[m, segment.start : segment.end, :rank].to(b.dtype)
                 rows[:, left:right].addmm_(shrunk, b, alpha=segment.scaling[layer][module])
 
 
