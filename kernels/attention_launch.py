@@ -1,4 +1,4 @@
-"""How the attention kernels are compiled for a head size and dtype; tuned on an H100.
+"""How the attention kernels are compiled for a head size and dtype.
 
 Plain tables without Triton, so that a plan can be made where no kernel runs.
 """
@@ -12,6 +12,12 @@ MIN_BLOCK = 16
 
 
 class AttentionLaunch(NamedTuple):
+    """Tokens a tile, and Triton's options.
+
+    KV is fetched (num_stages - 1) // 2 tiles ahead: its addresses are loads too, of page ids, and
+    take every other stage.
+    """
+
     block_tokens: int
     num_warps: int
     num_stages: int
@@ -19,7 +25,7 @@ class AttentionLaunch(NamedTuple):
 
 # By the padded head size, for elements of two bytes: the first that is not exceeded.
 DECODE = {
-    64: AttentionLaunch(block_tokens=64, num_warps=4, num_stages=4),
+    64: AttentionLaunch(block_tokens=64, num_warps=4, num_stages=3),
     128: AttentionLaunch(block_tokens=64, num_warps=4, num_stages=3),
     256: AttentionLaunch(block_tokens=32, num_warps=4, num_stages=3),
 }
@@ -31,13 +37,13 @@ PREFILL = {
         32: AttentionLaunch(block_tokens=64, num_warps=4, num_stages=3),
     },
     256: {
-        64: AttentionLaunch(block_tokens=32, num_warps=4, num_stages=2),
+        64: AttentionLaunch(block_tokens=32, num_warps=8, num_stages=2),
         32: AttentionLaunch(block_tokens=32, num_warps=4, num_stages=2),
     },
 }
 # Elements of four bytes serve tests: they take twice the shared memory and no tensor cores.
-FP32_DECODE = AttentionLaunch(block_tokens=32, num_warps=4, num_stages=2)
-FP32_PREFILL = {32: AttentionLaunch(block_tokens=32, num_warps=4, num_stages=2)}
+FP32_DECODE = AttentionLaunch(block_tokens=16, num_warps=8, num_stages=2)
+FP32_PREFILL = {32: AttentionLaunch(block_tokens=16, num_warps=8, num_stages=2)}
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -38,6 +38,7 @@ def attend_tile(
         kv_head_ptr: K of one head in token 0 of page 0, with V `value_stride` further on.
         table_ptr: the context's row of the block table.
         num_tokens: the tile's tokens from here on are not read: pages may hold anything there.
+        qk_scale: log2(e) times the scale of the softmax, positive.
         last_visible: int32 [M], the last token that each row sees; at least one row's is in the
             tile or beyond it, and every row has seen a token by its end.
         MASKED: without, the whole tile must lie below num_tokens and be visible to all rows.
@@ -66,11 +67,12 @@ def attend_tile(
         keys = tl.load(key_ptrs)
         values = tl.load(key_ptrs + value_stride)
 
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * qk_scale  # [M, N]
+    products = tl.dot(q, tl.trans(keys), input_precision="ieee")  # [M, N]
     if MASKED:
-        scores = tl.where(tokens[None, :] <= last_visible[:, None], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    p = tl.exp2(scores - new_max[:, None])
+        products = tl.where(tokens[None, :] <= last_visible[:, None], products, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(products, 1) * qk_scale)
+    # Scaled here and not before, so that scaling and subtracting are one instruction.
+    p = tl.exp2(products * qk_scale - new_max[:, None])
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
