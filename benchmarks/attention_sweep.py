@@ -15,7 +15,6 @@ import torch
 
 from benchmarks.attention_cases import AttentionCase, AttentionInputs, make_inputs
 from kernels.attention_launch import AttentionLaunch
-from kernels.attention_plan import MIN_CHUNK_TOKENS
 from tests.kernels.cases import TOLERANCES
 
 # Of the numbers of stages, an even one from 4 on compiles to the same as the odd one below.
@@ -28,7 +27,7 @@ PREFILL_LAUNCHES = [
 PREFILL_BLOCK_ROWS = (64, 128)
 # Programs that splitting may add, and the least tokens of an item.
 SPLIT_PROGRAMS = (512, 1024, 2048, 4096)
-MIN_CHUNKS = (128, MIN_CHUNK_TOKENS, 512)
+MIN_CHUNKS = (64, 128, 256)
 NUM_COMPILERS = max(1, len(os.sched_getaffinity(0)) - 2)
 
 TimeUs = Callable[[Sequence[Callable[[], object]]], float]

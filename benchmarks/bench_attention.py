@@ -27,7 +27,13 @@ from benchmarks.gpu_timer import copy_bandwidth, graph_time_us, require_cuda
 from benchmarks.report import add_output_option, make_row, publish
 
 # What launch parameters are chosen by.
-SWEPT = ("decode 64 x", "decode 8 x 16384, 8 KV heads", "prefill 16 x", "prefill 1 x")
+SWEPT = (
+    "decode 64 x",
+    "decode 8 x 16384, 8 KV heads",
+    "decode 1 x",
+    "prefill 16 x",
+    "prefill 1 x",
+)
 
 
 class WrongResultError(RuntimeError):

@@ -12,8 +12,9 @@ import torch
 
 # Chunks are multiples of this, so that no token tile of up to 64 is cut by a chunk's end.
 CHUNK_STEP = 64
-# Below this, starting a program costs more than sharing a row between two saves.
-MIN_CHUNK_TOKENS = 256
+# Below this, starting a program costs more than sharing a row between two saves. It binds for
+# batches of few rows only.
+MIN_CHUNK_TOKENS = 128
 # Programs beyond one a row and KV head that splitting may add: several waves of a large GPU, so
 # that its multiprocessors finish close together.
 SPLIT_PROGRAMS = 2048

@@ -100,4 +100,4 @@ def test_sweep_ends_with_its_time(pool: torch.Tensor) -> None:
 def test_standard_cases_have_names_of_their_own() -> None:
     cases = standard_cases(seed=0)
     assert len({case.name for case in cases}) == len(cases) == 16
-    assert sum(map(bench_attention._is_swept, cases)) == 9
+    assert sum(map(bench_attention._is_swept, cases)) == 11
