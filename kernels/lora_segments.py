@@ -4,8 +4,9 @@ The batch builder makes one `LoraSegments` a step; kernels only read it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 
@@ -38,6 +39,28 @@ class LoraTiles:
     # 16, 32, 64 or 128.
     block_rows: int
 
+    @classmethod
+    def of(
+        cls,
+        entries: Sequence[tuple[int, int, int]],
+        block_rows: int,
+        num_tiles: int | None = None,
+        device: torch.device | None = None,
+    ) -> Self:
+        """Tensors of what `plan_tiles` gave, with unused entries up to `num_tiles`."""
+        padding = [(-1, 0, 0)] * (0 if num_tiles is None else num_tiles - len(entries))
+        table = torch.tensor([*entries, *padding], dtype=torch.int32).view(-1, 3)
+        slots, row_starts, row_ends = table.T.contiguous().to(device)
+        return cls(slots, row_starts, row_ends, block_rows)
+
+    def to(self, device: torch.device) -> Self:
+        return replace(
+            self,
+            slots=self.slots.to(device),
+            row_starts=self.row_starts.to(device),
+            row_ends=self.row_ends.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class LoraSegments:
@@ -62,6 +85,17 @@ class LoraSegments:
     max_rank: int
     # What Triton kernels loop over instead of the segments; None where no such kernel runs.
     tiles: LoraTiles | None = None
+
+    def to(self, device: torch.device) -> Self:
+        return replace(
+            self,
+            seg_indptr=self.seg_indptr.to(device),
+            seg_slots=self.seg_slots.to(device),
+            page_tables=self.page_tables.to(device),
+            offsets=self.offsets.to(device),
+            scaling=self.scaling.to(device),
+            tiles=self.tiles and self.tiles.to(device),
+        )
 
     @cached_property
     def on_host(self) -> list[HostSegment]:
@@ -90,3 +124,12 @@ def plan_tiles(
         if slot >= 0
         for row in range(seg_indptr[s], seg_indptr[s + 1], block_rows)
     ]
+
+
+def choose_block_rows(num_rows: int, num_segments: int) -> int:
+    """Rows of a tile for a batch of `num_rows` rows in `num_segments` runs of one adapter.
+
+    Small tiles for decoding, where segments of a row or two share nothing, and large ones for
+    prompts, where a tile reads its adapter's weights once for all its rows.
+    """
+    return 16 if num_rows <= 32 * max(1, num_segments) else 64

@@ -8,6 +8,7 @@ page_tokens, num_kv_heads, head_dim]. Activations are [rows, features], row-cont
 import torch
 import torch.nn.functional as F
 
+from kernels.attention_plan import DecodePlan, PrefillPlan
 from kernels.lora_segments import LoraSegments
 
 # Rows of packed adapters are padded to this many elements (`AdapterLayout`).
@@ -54,8 +55,24 @@ def rotary_kv_write(
         cos_sin: [max_positions, head_dim], cos of half the frequencies and then their sin.
         positions: int64 [rows].
         kv_cache: mutated at `layer`.
-        slot_mapping: int64 [rows], page_id * page_tokens + offset of each row's token.
+        slot_mapping: int64 [rows], page_id * page_tokens + offset of each row's token; -1 is a
+            row that pads the batch, of which nothing is read or written.
     """
+    if (slot_mapping < 0).any():
+        rows = (slot_mapping >= 0).nonzero().squeeze(1)
+        turned_q, turned_k = q[rows], k[rows]
+        rotary_kv_write(
+            turned_q,
+            turned_k,
+            v[rows],
+            cos_sin,
+            positions[rows],
+            kv_cache,
+            layer,
+            slot_mapping[rows],
+        )
+        q[rows], k[rows] = turned_q, turned_k
+        return
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     for x in (q, k):
         first, second = x.chunk(2, dim=-1)
@@ -78,6 +95,7 @@ def paged_decode(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     sm_scale: float,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     """Attention of one query token a request over its paged context.
 
@@ -86,7 +104,9 @@ def paged_decode(
     Args:
         q: [num_decodes, num_heads, head_dim].
         block_tables: int32 [num_decodes, max_pages]; entries past the context are ignored.
-        context_lens: int32 [num_decodes], the query's own token included.
+        context_lens: int32 [num_decodes], the query's own token included; 0 for a row that pads
+            the batch, whose output is unspecified.
+        plan: how kernels divide the work; ignored.
 
     Returns:
         [num_decodes, num_heads, head_dim]
@@ -162,6 +182,7 @@ def paged_prefill(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     sm_scale: float,
+    plan: PrefillPlan | None = None,
 ) -> torch.Tensor:
     """Causal attention of chunks of prompts over their paged context.
 
@@ -171,6 +192,7 @@ def paged_prefill(
         q: [rows, num_heads, head_dim]; request p has rows [query_indptr[p], query_indptr[p + 1]).
         block_tables: int32 [num_requests, max_pages].
         context_lens: int32 [num_requests], the chunk's own tokens included.
+        plan: how kernels divide the work; ignored.
 
     Returns:
         [rows, num_heads, head_dim]
@@ -217,8 +239,8 @@ def lora_shrink(
 
     Returns:
         fp32 [num_splits, len(modules), rows, max_rank]: sums over parts of in_features, to be
-        added up in order; here one part. Columns from the row's rank on, and rows of the base
-        model, are unspecified: `lora_expand` does not read them.
+        added up; here one part. Columns from the row's rank on, rows of the base model and
+        modules an adapter lacks are unspecified: `lora_expand` does not read them.
     """
     in_features = x.shape[1]
     v = torch.empty(
@@ -244,7 +266,7 @@ def lora_expand(
     out_offsets: tuple[int, ...],
     segments: LoraSegments,
 ) -> None:
-    """y[t, o_m : o_m + out_m] += scaling * v[m, t, :r] . B[slot(t), layer, modules[m]]^T in place.
+    """y[t, o_m : o_m + out_m] += scaling * v[:, m, t, :r].sum(0) . B[slot(t), layer, modules[m]]^T.
 
     Rows of the base model and modules an adapter lacks are not touched, bit for bit.
 
@@ -255,6 +277,7 @@ def lora_expand(
             [out_offsets[m], out_offsets[m + 1]).
     """
     layer_pool = pool[:, layer]
+    shrunk_rows = v[0] if len(v) == 1 else v.sum(0)
     for segment in segments.on_host:
         rows = y[segment.start : segment.end]
         for m, module in enumerate(modules):
@@ -262,7 +285,7 @@ def lora_expand(
             if rank:
                 left, right = out_offsets[m], out_offsets[m + 1]
                 b = _stream_rows(layer_pool, segment.page_ids, offset_b, rank, right - left)
-                shrunk = v[0, m, segment.start : segment.end, :rank].to(b.dtype)
+                shrunk = shrunk_rows[m, segment.start : segment.end, :rank].to(b.dtype)
                 rows[:, left:right].addmm_(shrunk, b, alpha=segment.scaling[layer][module])
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 
-from kernels.lora_segments import LoraSegments
+from kernels.lora_segments import LoraSegments, LoraTiles, plan_tiles
 
 ALIGNMENT = 64
 
@@ -109,6 +110,24 @@ def make_paged_case(
     return PagedCase(kv_cache, layer, block_tables, lens, keys, values)
 
 
+def attention64(q: torch.Tensor, case: PagedCase, request: int, sm_scale: float) -> torch.Tensor:
+    """torch SDPA of the last rows of a context, causal, over contiguous fp64 KV."""
+    rows, num_heads, _ = q.shape
+    keys, values = (
+        x[request].double().repeat_interleave(num_heads // x[request].shape[1], dim=1)
+        for x in (case.keys, case.values)
+    )
+    length = keys.shape[0]
+    mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+    return F.scaled_dot_product_attention(
+        q.double().transpose(0, 1),
+        keys.transpose(0, 1),
+        values.transpose(0, 1),
+        attn_mask=mask,
+        scale=sm_scale,
+    ).transpose(0, 1)
+
+
 @dataclass
 class LoraCase:
     """Packed adapters in a poisoned pool, and their dense weights."""
@@ -120,6 +139,10 @@ class LoraCase:
     row_slots: list[int]
     # (slot, layer, module): A [rank, in_features], B [out_features, rank], scaling.
     weights: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, float]]
+
+    def to(self, device: torch.device) -> Self:
+        """The same case with what kernels read on `device`; the dense weights stay."""
+        return replace(self, pool=self.pool.to(device), segments=self.segments.to(device))
 
     def deltas(
         self, x: torch.Tensor, layer: int, module: int, out_features: int
@@ -142,13 +165,17 @@ def make_lora_case(
     page_elems: int = 1024,
     dtype: torch.dtype = torch.float32,
     num_layers: int = 2,
+    block_rows: int | None = None,
+    unused_tiles: int = 2,
+    max_rank: int | None = None,
     seed: int = 0,
 ) -> LoraCase:
     """Adapters of `ranks[slot][module]` in every layer (0: absent) on scattered pages.
 
     `runs` are (slot, number of rows) in the order of rows; deltas of x of order 1 are of order 1.
     Even layers hold the modules as given and odd ones in half the rank, so that a kernel which
-    ignores the layer fails.
+    ignores the layer fails. `block_rows` adds tiles of so many rows; `max_rank` is the largest in
+    use where it is not given.
     """
     generator = torch.Generator().manual_seed(seed)
     num_slots, num_modules = len(ranks), len(module_dims)
@@ -183,13 +210,21 @@ def make_lora_case(
     bounds = [0]
     for _, count in runs:
         bounds.append(bounds[-1] + count)
+    slots = [slot for slot, _ in runs]
+    tiles = None
+    if block_rows is not None:
+        entries = plan_tiles(bounds, slots, block_rows)
+        tiles = LoraTiles.of(entries, block_rows, len(entries) + unused_tiles)
+    if max_rank is None:
+        max_rank = max((max(ranks[slot]) for slot in slots if slot >= 0), default=1)
     segments = LoraSegments(
         seg_indptr=torch.tensor(bounds, dtype=torch.int32),
-        seg_slots=torch.tensor([slot for slot, _ in runs], dtype=torch.int32),
+        seg_slots=torch.tensor(slots, dtype=torch.int32),
         page_tables=page_tables,
         offsets=offsets,
         scaling=scaling,
-        max_rank=max((max(ranks[slot]) for slot, _ in runs if slot >= 0), default=1),
+        max_rank=max_rank,
+        tiles=tiles,
     )
     row_slots = [slot for slot, count in runs for _ in range(count)]
     return LoraCase(pool, segments, row_slots, weights)

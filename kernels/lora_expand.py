@@ -1,0 +1,218 @@
+"""y += scaling * v . B^T for every row's own adapter, whose weights lie on pages of the pool.
+
+A program takes a tile of rows of one adapter and some columns of one module; nobody else writes
+there. `lora_shrink` made v.
+"""
+
+from itertools import accumulate, pairwise
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch_configs import ExpandLaunch, expand_launch, row_elems
+from kernels.lora_segments import LoraSegments
+from kernels.lora_stream import load_weights, pick
+
+
+def lora_expand(
+    y: torch.Tensor,
+    v: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    modules: tuple[int, ...],
+    out_offsets: tuple[int, ...],
+    segments: LoraSegments,
+    *,
+    launch: ExpandLaunch | None = None,
+) -> None:
+    """y[t, o_m : o_m + out_m] += scaling * v[:, m, t, :r].sum(0) . B[slot(t), layer, modules[m]]^T.
+
+    The parts of v are added up in fp32 and rounded to the weights' dtype; the product is scaled
+    and added to y in fp32. Rows of the base model and modules an adapter lacks are not touched,
+    bit for bit. The same input gives the same bits; the grid depends on shapes alone.
+
+    Args:
+        y: [rows, features], row-contiguous, mutated: the concatenated outputs of `modules`.
+        v: what `lora_shrink` returned for the same modules and segments.
+        out_offsets: len(modules) + 1 bounds; module m owns columns
+            [out_offsets[m], out_offsets[m + 1]).
+        segments: with tiles.
+        launch: instead of what `expand_launch` chooses.
+    """
+    tiles = segments.tiles
+    assert tiles is not None, "the Triton kernels run over tiles"
+    page_elems = pool.shape[2]
+    num_tiles = tiles.slots.shape[0]
+    if not num_tiles:
+        return
+    widths = [right - left for left, right in pairwise(out_offsets)]
+    launch = launch or expand_launch(tiles.block_rows, segments.max_rank, pool.itemsize)
+    launch = launch.fit(max(widths), page_elems)
+    # Every module has blocks of its own: none holds columns of two.
+    first_blocks = list(accumulate((triton.cdiv(n, launch.block_n) for n in widths), initial=0))
+    layer_offsets = segments.offsets[:, layer]
+    layer_scaling = segments.scaling[:, layer]
+    _expand_kernel[(first_blocks[-1], num_tiles)](
+        y,
+        v,
+        pool[:, layer],
+        segments.page_tables,
+        layer_offsets,
+        layer_scaling,
+        tiles.slots,
+        tiles.row_starts,
+        tiles.row_ends,
+        y.stride(0),
+        pool.stride(0),
+        segments.page_tables.stride(0),
+        layer_offsets.stride(0),
+        layer_scaling.stride(0),
+        v.stride(0),
+        v.stride(1),
+        v.stride(2),
+        MODULES=modules,
+        NUM_MODULES=len(modules),
+        OUT_OFFSETS=out_offsets[:-1],
+        WIDTHS=tuple(widths),
+        ROW_ELEMS=tuple(map(row_elems, widths)),
+        MAX_ROW_ELEMS=row_elems(max(widths)),
+        FIRST_BLOCKS=tuple(first_blocks[:-1]),
+        NUM_SPLITS=v.shape[0],
+        BLOCK_SPLITS=triton.next_power_of_2(v.shape[0]),
+        PAGE_ELEMS=page_elems,
+        BLOCK_N=launch.block_n,
+        DOT_BLOCK_N=launch.dot_block_n,
+        ROW_BLOCK_R=launch.row_block_r,
+        DOT_BLOCK_R=launch.dot_block_r,
+        BLOCK_ROWS=tiles.block_rows,
+        num_warps=launch.num_warps,
+    )
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _expand_kernel(
+    y_ptr,
+    v_ptr,
+    pool_ptr,
+    page_tables_ptr,
+    offsets_ptr,
+    scaling_ptr,
+    tile_slots_ptr,
+    tile_starts_ptr,
+    tile_ends_ptr,
+    y_stride,
+    page_stride,
+    table_stride,
+    slot_stride,
+    scaling_stride,
+    v_split_stride,
+    v_module_stride,
+    v_row_stride,
+    MODULES: tl.constexpr,
+    NUM_MODULES: tl.constexpr,
+    OUT_OFFSETS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ROW_ELEMS: tl.constexpr,
+    MAX_ROW_ELEMS: tl.constexpr,
+    FIRST_BLOCKS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    PAGE_ELEMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT_BLOCK_N: tl.constexpr,
+    ROW_BLOCK_R: tl.constexpr,
+    DOT_BLOCK_R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """BLOCK_N columns of one module, of a tile's rows."""
+    tile = tl.program_id(1)
+    slot = tl.load(tile_slots_ptr + tile).to(tl.int64)
+    row_start = tl.load(tile_starts_ptr + tile).to(tl.int64)
+    row_end = tl.load(tile_ends_ptr + tile)
+    # As in the shrink kernel, tests for an early end ask for all that is loaded before.
+    if (slot < 0) | (row_end <= row_start):
+        return
+    block = tl.program_id(0)
+    m = 0
+    for i in tl.static_range(1, NUM_MODULES):
+        m += (block >= FIRST_BLOCKS[i]).to(tl.int32)
+    module = pick(MODULES, m, NUM_MODULES)
+    descriptor_ptr = offsets_ptr + slot * slot_stride + module * 3
+    rank = tl.load(descriptor_ptr)
+    offset_b = tl.multiple_of(tl.load(descriptor_ptr + 2), 64)
+    if (rank == 0) | (offset_b < 0):
+        return
+    scaling = tl.load(scaling_ptr + slot * scaling_stride + module)
+    row_elems = pick(ROW_ELEMS, m, NUM_MODULES)
+    first_column = (block - pick(FIRST_BLOCKS, m, NUM_MODULES)) * BLOCK_N
+    num_columns = pick(WIDTHS, m, NUM_MODULES) - first_column
+    first = offset_b + first_column
+    table_ptr = page_tables_ptr + slot * table_stride
+    v_ptr += tl.cast(m, tl.int64) * v_module_stride
+    y_ptr += pick(OUT_OFFSETS, m, NUM_MODULES) + first_column
+    dtype = y_ptr.dtype.element_ty
+
+    if row_end - row_start == 1:
+        # Multiplying a single row is cheaper than having the matrix unit pad it to a tile.
+        splits = tl.arange(0, BLOCK_SPLITS)[:, None]
+        v_row_ptr = v_ptr + row_start * v_row_stride + splits * v_split_stride
+        columns = tl.arange(0, BLOCK_N)
+        y_row_ptr = y_ptr + row_start * y_stride + columns
+        y = tl.load(y_row_ptr, mask=columns < num_columns)
+        sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for r in range(0, rank, ROW_BLOCK_R):
+            ranks = (r + tl.arange(0, ROW_BLOCK_R))[None, :]
+            v_mask = (splits < NUM_SPLITS) & (ranks < rank)
+            parts = tl.load(v_row_ptr + ranks, mask=v_mask, other=0.0)  # [S, R]
+            b = load_weights(
+                pool_ptr,
+                table_ptr,
+                first + r * row_elems,
+                row_elems,
+                rank - r,
+                num_columns,
+                page_stride,
+                PAGE_ELEMS,
+                ROW_BLOCK_R,
+                BLOCK_N,
+                MAX_ROW_ELEMS,
+            )  # [R, N]
+            shrunk = tl.sum(parts, 0).to(dtype).to(tl.float32)
+            sums += tl.sum(shrunk[:, None] * b.to(tl.float32), 0)
+        y = (y.to(tl.float32) + scaling * sums).to(dtype)
+        tl.store(y_row_ptr, y, mask=columns < num_columns)
+    else:
+        rows = (row_start + tl.arange(0, BLOCK_ROWS))[:, None]
+        row_mask = rows < row_end
+        v_rows_ptr = v_ptr + rows * v_row_stride
+        y_rows_ptr = y_ptr + rows * y_stride
+        for n in range(0, BLOCK_N, DOT_BLOCK_N):
+            columns = (n + tl.arange(0, DOT_BLOCK_N))[None, :]
+            y_mask = row_mask & (columns < num_columns)
+            y_tile = tl.load(y_rows_ptr + columns, mask=y_mask)  # [T, N]
+            acc = tl.zeros([BLOCK_ROWS, DOT_BLOCK_N], dtype=tl.float32)
+            # Most ranks take one turn: buffers for the next would only take room.
+            for r in tl.range(0, rank, DOT_BLOCK_R, num_stages=1):
+                ranks = (r + tl.arange(0, DOT_BLOCK_R))[None, :]
+                v_mask = row_mask & (ranks < rank)
+                b = load_weights(
+                    pool_ptr,
+                    table_ptr,
+                    first + n + r * row_elems,
+                    row_elems,
+                    rank - r,
+                    num_columns - n,
+                    page_stride,
+                    PAGE_ELEMS,
+                    DOT_BLOCK_R,
+                    DOT_BLOCK_N,
+                    MAX_ROW_ELEMS,
+                )  # [R, N]
+                shrunk = tl.load(v_rows_ptr + ranks, mask=v_mask, other=0.0)  # [T, R]
+                for split in tl.static_range(1, NUM_SPLITS):
+                    part_ptr = v_rows_ptr + split * v_split_stride + ranks
+                    shrunk += tl.load(part_ptr, mask=v_mask, other=0.0)
+                acc = tl.dot(shrunk.to(dtype), b, acc, input_precision="ieee")
+            y_tile = (y_tile.to(tl.float32) + scaling * acc).to(dtype)
+            tl.store(y_rows_ptr + columns, y_tile, mask=y_mask)
