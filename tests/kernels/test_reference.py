@@ -1,4 +1,4 @@
-"""The torch twins against dense fp64 math that knows neither pages nor segments."""
+"""The torch twins against dense fp64 math that knows no pages; for LoRA see test_lora_kernels."""
 
 import pytest
 import torch
@@ -8,11 +8,9 @@ from tests.kernels.cases import (
     assert_close,
     attention64,
     bits,
-    make_lora_case,
     make_paged_case,
     poisoned,
 )
-from tests.popularity import PATTERNS, draw_adapters
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -238,122 +236,3 @@ def test_paged_prefill_of_one_row_equals_decode() -> None:
         0.25,
     )
     assert_close(prefilled, decoded.double(), torch.float32)
-
-
-# Module dims of odd sizes: two that share an input of 100, as q and v do, and one absent module.
-DIMS = [(100, 70), (100, 33), (100, 128)]
-MODULES = (0, 1, 2)
-OUT_OFFSETS = (0, 70, 103, 231)
-# Ranks of a slot's modules; 0 is absent. Slots 7 and 8 lack modules, as a q,v-only adapter does.
-RANKS = [
-    *[[r, r, r] for r in (1, 3, 8, 16, 33, 64, 256)],
-    [8, 0, 8],
-    [0, 5, 0],
-    [4, 200, 16],
-]
-
-
-def _check_lora(
-    runs: list[tuple[int, int]],
-    dtype: torch.dtype,
-    page_elems: int = 1024,
-    modules: tuple[int, ...] = MODULES,
-    out_offsets: tuple[int, ...] = OUT_OFFSETS,
-) -> None:
-    """Shrink and expand both layers of a case; every row against dense math, or untouched."""
-    case = make_lora_case(runs, RANKS, DIMS, page_elems=page_elems, dtype=dtype)
-    num_rows = len(case.row_slots)
-    x = _randn(num_rows, 100, dtype=dtype)
-    pool_before = bits(case.pool)
-    for layer in (0, 1):
-        v = reference.lora_shrink(x, case.pool, layer, modules, case.segments)
-        assert v.dtype == torch.float32
-        assert v.shape == (1, len(modules), num_rows, case.segments.max_rank)
-        # What is unspecified must not be read: poison it.
-        for m, module in enumerate(modules):
-            for row, slot in enumerate(case.row_slots):
-                weights = case.weights.get((slot, layer, module))
-                rank = 0 if weights is None else weights[0].shape[0]
-                if weights is not None:
-                    assert_close(
-                        v[0, m, row, :rank], x[row].double() @ weights[0].double().T, dtype
-                    )
-                v[0, m, row, rank:] = torch.nan
-
-        y = _randn(num_rows, out_offsets[-1], dtype=dtype, seed=2)
-        base = y.clone()
-        reference.lora_expand(y, v, case.pool, layer, modules, out_offsets, case.segments)
-        for m, module in enumerate(modules):
-            left, right = out_offsets[m], out_offsets[m + 1]
-            deltas = case.deltas(x, layer, module, right - left)
-            for row in range(num_rows):
-                actual, before = y[row, left:right], base[row, left:right]
-                if row in deltas:
-                    assert_close(actual, before.double() + deltas[row], dtype)
-                else:
-                    assert torch.equal(bits(actual), bits(before)), f"row {row} was touched"
-    assert torch.equal(bits(case.pool), pool_before)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("page_elems", [64, 1024, 64 * 67, 1 << 18])
-def test_lora_mixed_ranks_and_empty_segments(page_elems: int, dtype: torch.dtype) -> None:
-    runs = [
-        (-1, 2),
-        (3, 0),
-        (0, 1),
-        (7, 3),
-        (6, 2),
-        (-1, 0),
-        (9, 5),
-        (1, 1),
-        (8, 2),
-        (5, 7),
-        (-1, 1),
-    ]
-    _check_lora(runs, dtype, page_elems)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_lora_popularity(pattern: str, dtype: torch.dtype) -> None:
-    # Row i draws a slot, or the base model; rows are ordered by slot as in a batch.
-    slots = sorted(slot - 1 for slot in draw_adapters(pattern, 33, len(RANKS) + 1, seed=1))
-    if pattern == "identical":
-        slots = [4] * 33
-    runs = [(slot, slots.count(slot)) for slot in sorted(set(slots))]
-    _check_lora(runs, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("slot", range(len(RANKS)))
-def test_lora_single_row(slot: int, dtype: torch.dtype) -> None:
-    _check_lora([(slot, 1)], dtype)
-
-
-def test_lora_same_slot_in_two_segments() -> None:
-    # Decode rows and prefill rows of one adapter are two runs.
-    _check_lora([(2, 2), (4, 1), (2, 3)], torch.float32)
-
-
-def test_lora_of_some_modules() -> None:
-    _check_lora([(9, 2), (0, 3)], torch.float32, modules=(1, 2), out_offsets=(0, 33, 161))
-    _check_lora([(9, 2), (8, 3)], torch.float32, modules=(1,), out_offsets=(0, 33))
-
-
-def test_lora_all_rows_base_changes_nothing() -> None:
-    _check_lora([(-1, 4), (-1, 1)], torch.float32)
-    _check_lora([(3, 0), (-1, 2)], torch.float32)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lora_repeats_bit_for_bit(dtype: torch.dtype) -> None:
-    case = make_lora_case([(6, 3), (-1, 1), (2, 4)], RANKS, DIMS, dtype=dtype)
-    x = _randn(8, 100, dtype=dtype)
-    results = []
-    for _ in range(2):
-        y = torch.zeros(8, OUT_OFFSETS[-1], dtype=dtype)
-        v = reference.lora_shrink(x, case.pool, 0, MODULES, case.segments)
-        reference.lora_expand(y, v, case.pool, 0, MODULES, OUT_OFFSETS, case.segments)
-        results.append(bits(y))
-    assert torch.equal(*results)
