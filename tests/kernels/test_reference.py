@@ -1,105 +1,19 @@
-"""The torch twins against dense fp64 math that knows no pages; for LoRA see test_lora_kernels."""
+"""The attention twins against dense fp64 math that knows no pages.
+
+The twins of other ops are tested with their kernels, by the same checks.
+"""
 
 import pytest
 import torch
 
 from kernels import reference
-from tests.kernels.cases import (
-    assert_close,
-    attention64,
-    bits,
-    make_paged_case,
-    poisoned,
-)
+from tests.kernels.cases import assert_close, attention64, bits, make_paged_case
 
 DTYPES = (torch.float32, torch.float16)
 
 
 def _randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _rms_norm64(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    x, weight = x.double(), weight.double()
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 64), (2, 1023), (3, 4, 16), (0, 8)])
-@pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.1])
-def test_rms_norm(shape: tuple[int, ...], eps: float, dtype: torch.dtype) -> None:
-    x, weight = _randn(*shape, dtype=dtype), 1 + _randn(shape[-1], dtype=dtype, seed=1)
-    y = reference.rms_norm(x, weight, eps)
-    assert y.dtype == dtype
-    assert_close(y, _rms_norm64(x, weight, eps), dtype)
-
-
-def test_rms_norm_means_in_fp32() -> None:
-    # Squares of 300 overflow fp16.
-    x = torch.full((2, 128), 300.0, dtype=torch.float16)
-    y = reference.rms_norm(x, torch.ones(128, dtype=torch.float16), 1e-6)
-    assert_close(y, torch.ones(2, 128, dtype=torch.float64), torch.float16)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 3), (5, 65), (0, 8)])
-def test_add_rms_norm_updates_the_residual(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, residual = _randn(*shape, dtype=dtype), _randn(*shape, dtype=dtype, seed=1)
-    weight = 1 + _randn(shape[-1], dtype=dtype, seed=2)
-    x_before, total = x.clone(), x + residual
-    y = reference.add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(residual, total)
-    assert torch.equal(x, x_before)
-    assert_close(y, _rms_norm64(total, weight, 1e-5), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,features", [(1, 1), (3, 7), (5, 96), (0, 4)])
-def test_silu_mul(rows: int, features: int, dtype: torch.dtype) -> None:
-    gate_up = 3 * _randn(rows, 2 * features, dtype=dtype)
-    before = gate_up.clone()
-    y = reference.silu_mul(gate_up)
-    gate, up = gate_up[:, :features].double(), gate_up[:, features:].double()
-    # Outputs reach ten, where one unit in the last place of fp16 is already 8e-3.
-    assert_close(y / 8, gate / (1 + (-gate).exp()) * up / 8, dtype)
-    assert torch.equal(gate_up, before)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_heads,num_kv_heads,head_dim", [(1, 1, 2), (4, 2, 16), (6, 3, 10)])
-@pytest.mark.parametrize("page_tokens", [8, 24])
-def test_rotary_kv_write(
-    num_heads: int, num_kv_heads: int, head_dim: int, page_tokens: int, dtype: torch.dtype
-) -> None:
-    rows, num_pages, num_layers, layer = 9, 7, 3, 1
-    half = head_dim // 2
-    angles = torch.rand(60, half, generator=torch.Generator().manual_seed(5)) * 6
-    cos_sin = torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
-    # q, k and v are columns of one fused matrix, as the decoder passes them.
-    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    q, k, v = (
-        part.view(rows, -1, head_dim)
-        for part in _randn(rows, sum(sizes), dtype=dtype).split(sizes, 1)
-    )
-    before_q, before_k, before_v = q.double(), k.double(), v.clone()
-    positions = torch.tensor([0, 59, 3, 3, 17, 58, 1, 2, 40])
-    slots = torch.randperm(num_pages * page_tokens, generator=torch.Generator().manual_seed(6))
-    slot_mapping = slots[:rows]
-    kv_cache = poisoned(num_pages, num_layers, 2, page_tokens, num_kv_heads, head_dim, dtype=dtype)
-    expected_cache = kv_cache.clone()
-
-    reference.rotary_kv_write(q, k, v, cos_sin, positions, kv_cache, layer, slot_mapping)
-
-    turn = torch.polar(torch.ones_like(angles).double(), angles.double())[positions][:, None]
-    for after, before in ((q, before_q), (k, before_k)):
-        rotated = torch.complex(before[..., :half], before[..., half:]) * turn
-        assert_close(after, torch.cat((rotated.real, rotated.imag), -1), dtype)
-    assert torch.equal(v, before_v)
-    for row, slot in enumerate(slot_mapping.tolist()):
-        page_id, offset = divmod(slot, page_tokens)
-        expected_cache[page_id, layer, 0, offset] = k[row]
-        expected_cache[page_id, layer, 1, offset] = v[row]
-    assert torch.equal(bits(kv_cache), bits(expected_cache)), "wrote beside the rows' own tokens"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
