@@ -91,6 +91,10 @@ class EngineConfig:
     # max_tokens). Lower admits more and preempts more; None assumes max_tokens, and preempts only
     # where a prompt takes so many steps that others grow past the estimate meanwhile.
     admission_output_tokens: int | None = 256
+    # Steps launched before the tokens of the oldest are read: 1, or 2 to plan a step while the one
+    # before computes. 2 keeps a GPU busy and computes one step too many for a request that stops
+    # before its max_tokens; a CPU, which plans and computes in one thread, only loses by it.
+    max_inflight_steps: int = 1
 
     def __post_init__(self) -> None:
         sizes = {
@@ -102,6 +106,8 @@ class EngineConfig:
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.max_inflight_steps not in (1, 2):
+            raise ValueError(f"max_inflight_steps is {self.max_inflight_steps}; it must be 1 or 2")
         if self.num_pool_tokens < self.page_tokens:
             raise ValueError(
                 f"num_pool_tokens is {self.num_pool_tokens}; it must be at least page_tokens, "

@@ -23,6 +23,8 @@ class BatchBuilder:
         self._page_tokens = page_tokens
         self._tables = tables
         self._device = device
+        # Last sampled token of each row, by the runner: what a pending input is.
+        self.row_tokens: dict[int, int] = {}
 
     def build(self, plan: StepPlan) -> ForwardBatch:
         """Tensors of one step; the plan has at least one chunk and is sorted."""
@@ -30,7 +32,10 @@ class BatchBuilder:
         positions: list[int] = []
         logit_rows: list[int] = []
         for chunk in plan.chunks:
-            input_ids += chunk.request.token_ids(chunk.start, chunk.end)
+            if chunk.input_pending:
+                input_ids.append(self.row_tokens[chunk.request.row])
+            else:
+                input_ids += chunk.request.token_ids(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
             if chunk.samples:
                 logit_rows.append(len(input_ids) - 1)
@@ -107,7 +112,7 @@ class BatchBuilder:
             min_p=self._float32([p.min_p for p in params]),
             top_k=self._int64([p.top_k for p in params]),
             seed=self._int64([p.seed for p in params]),
-            token_index=self._int64([len(chunk.request.output_ids) for chunk in chunks]),
+            token_index=self._int64([chunk.token_index for chunk in chunks]),
             filtered_rows=self._int64([row for row, p in enumerate(params) if p.filtered]),
             all_greedy=all(p.greedy for p in params),
         )

@@ -4,6 +4,7 @@ Never decides what runs. Called by the engine with what the scheduler planned.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -19,6 +20,17 @@ from slora_core.memory.sizing import allocate_pool
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
 from slora_core.types import StepPlan
+
+
+@dataclass(frozen=True)
+class StepHandle:
+    """A launched step."""
+
+    _token_ids: list[int]
+
+    def token_ids(self) -> list[int]:
+        """The sampled token of each chunk that samples, in the plan's order; waits for them."""
+        return self._token_ids
 
 
 class ModelRunner:
@@ -56,3 +68,11 @@ class ModelRunner:
         if not len(batch.logit_rows):
             return []
         return sample(logits, batch.sampling).tolist()
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Run a plan, whose inputs may be tokens that a plan launched before samples."""
+        token_ids = self.run(plan)
+        sampling = [chunk for chunk in plan.chunks if chunk.samples]
+        for chunk, token_id in zip(sampling, token_ids, strict=True):
+            self._builder.row_tokens[chunk.request.row] = token_id
+        return StepHandle(token_ids)
