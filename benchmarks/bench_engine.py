@@ -112,6 +112,27 @@ class Bench:
             self._engine.step()
         return {"mixed_step_ms": 1e3 * seconds / len(prompts)}
 
+    def profile(self, batch: int, num_adapters: int, path: Path) -> None:
+        """Write what the GPU does in eight decode steps, kernel by kernel, to `path`."""
+        adapters = self._round_robin(batch, num_adapters)
+        requests = fixed_batch(adapters, PROMPT_LEN, 16, self._vocab_size, SEED)
+        live = self._add(requests)
+        while any(request.num_computed < PROMPT_LEN + 4 for request in live):
+            self._engine.step()
+        self._settle()
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            for _ in range(8):
+                self._engine.step()
+            self._settle()
+        while self._engine.has_work:
+            self._engine.step()
+        table = profiler.key_averages().table(
+            sort_by="cuda_time_total", row_limit=40, max_name_column_width=90
+        )
+        with path.open("a") as file:
+            file.write(f"8 decode steps, batch {batch}, {num_adapters} adapters\n{table}\n")
+
     @property
     def _vocab_size(self) -> int:
         return self._engine.model.vocab_size
@@ -186,6 +207,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-adapters", type=int, nargs="+", default=[0, 5, 1000, 2000])
     parser.add_argument("--max-running-requests", type=int, default=256)
     parser.add_argument("--max-batched-tokens", type=int, default=8192)
+    parser.add_argument("--profile", type=Path, help="file for the kernels of some decode steps")
     parser.add_argument("--check", action="store_true", help="logits against transformers first")
     add_output_option(parser)
     return parser.parse_args()
@@ -223,6 +245,9 @@ def main() -> None:
         **{k: str(v) for k, v in dataclasses.asdict(config).items()},
     }
     print(f"ready in {ready_s:.1f} s, {settings['num_pages']} pages", file=sys.stderr)
+    if args.profile is not None:
+        for batch, num_adapters in ((1, 0), (1, 1), (64, 0), (64, 64)):
+            bench.profile(batch, num_adapters, args.profile)
     for workload in args.workloads:
         for figures in measure(bench, workload, args.num_adapters):
             publish(

@@ -1,6 +1,7 @@
 """Logits of the decoder on random weights against transformers, on the device to be measured."""
 
 import sys
+from collections.abc import Mapping
 
 import torch
 
@@ -10,36 +11,51 @@ from slora_core.models.weights import DecoderWeights, checkpoint_views
 from slora_core.types import Request
 
 NUM_TOKENS = 96
-# Relative error ||ours - theirs|| / ||theirs||: both round to 8 bits of mantissa at every op.
-LIMITS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+# Ours may be this much farther from fp32 than transformers is in the same dtype.
+LIMIT = 1.25
+# Where both are this close to fp32, they are equal.
+FLOOR = 1e-5
 
 
-def check_logits(model: ModelConfig, weights: DecoderWeights, device: str) -> float:
-    """Compare the last logits of one prompt; exits where they differ by more than rounding does."""
+def check_logits(model: ModelConfig, weights: DecoderWeights, device: str) -> tuple[float, float]:
+    """Last logits of one prompt, ours and transformers', against transformers in fp32.
+
+    Random weights amplify rounding, layer after layer, so no fixed tolerance would do: rounding as
+    transformers rounds is what is asked. Exits where ours are farther off.
+
+    Returns:
+        ||ours - fp32|| / ||fp32||, and the same of transformers in the weights' dtype.
+    """
     dtype = weights.embedding.dtype
     prompt = torch.randint(
         model.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)
-    )
-    expected = _transformers_logits(model, weights, prompt.to(device))
+    ).to(device)
+    views = checkpoint_views(model, weights)
+    exact = _transformers_logits(model, {name: view.float() for name, view in views.items()}, prompt)
+    theirs = _relative_error(_transformers_logits(model, views, prompt), exact)
     config = EngineConfig(
         device=device, dtype=dtype, num_pool_tokens=1024, max_running_requests=1, cuda_graphs=False
     )
     engine = Engine(model, config, weights)
     request = Request("check", prompt.tolist(), SamplingParams(max_tokens=1, temperature=0.0))
     engine.add_request(request)
-    actual = engine.runner.logits(engine.scheduler.schedule())[0]
-    error = float((actual - expected).norm() / expected.norm())
-    if not error < LIMITS[dtype]:
-        sys.exit(f"no report: logits differ from transformers by {error:.2g} of their norm")
-    print(f"logits differ from transformers by {error:.2g} of their norm", file=sys.stderr)
-    return error
+    ours = _relative_error(engine.runner.logits(engine.scheduler.schedule())[0], exact)
+    figures = f"logits differ from fp32 by {ours:.2g} of their norm, transformers' by {theirs:.2g}"
+    if not ours < max(LIMIT * theirs, FLOOR):
+        sys.exit(f"no report: {figures}")
+    print(figures, file=sys.stderr)
+    return ours, theirs
+
+
+def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual - exact).norm() / exact.norm())
 
 
 @torch.inference_mode()
 def _transformers_logits(
-    model: ModelConfig, weights: DecoderWeights, prompt: torch.Tensor
+    model: ModelConfig, tensors: Mapping[str, torch.Tensor], prompt: torch.Tensor
 ) -> torch.Tensor:
-    """fp32 [vocab_size] of the prompt's last token; the model shares the weights' memory."""
+    """fp32 [vocab_size] of the prompt's last token; the model shares the tensors' memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -57,9 +73,8 @@ def _transformers_logits(
     )
     with torch.device("meta"):
         reference = LlamaForCausalLM(config)
-    views = checkpoint_views(model, weights)
-    reference.load_state_dict(views, strict=True, assign=True)
-    # Buffers have no weights to be assigned.
-    rotary = type(reference.model.rotary_emb)(config, device=prompt.device)
-    reference.model.rotary_emb = rotary
+    reference.load_state_dict(tensors, strict=True, assign=True)
+    # Its buffers are computed, not loaded.
+    with prompt.device:
+        reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
     return reference.eval()(prompt.unsqueeze(0)).logits[0, -1].float()

@@ -49,9 +49,9 @@ def rotary_kv_write(
         k: [rows, num_kv_heads, head_dim], mutated.
         v: as k.
         cos_sin: [max_positions, head_dim], cos of half the frequencies and then their sin.
-        positions: int64 [rows].
+        positions: int32 or int64 [rows].
         kv_cache: mutated at `layer`.
-        slot_mapping: int64 [rows], page_id * page_tokens + offset of each row's token; -1 is a
+        slot_mapping: int32 or int64 [rows], page_id * page_tokens + offset of each row's token; -1 is a
             row that pads the batch, of which nothing is read or written.
     """
     rows, num_heads, head_dim = q.shape
@@ -127,7 +127,7 @@ def _rotary_kv_write_kernel(
     """BLOCK_HEADS heads of a row: of q in its first NUM_Q_BLOCKS programs, then of k and v."""
     row = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     block = tl.program_id(0) % NUM_BLOCKS
-    slot = tl.load(slot_mapping_ptr + row)
+    slot = tl.load(slot_mapping_ptr + row).to(tl.int64)
     position = tl.load(positions_ptr + row)
     if slot < 0:
         return
@@ -153,7 +153,7 @@ def _rotary_kv_write_kernel(
         first, second = _rotated(k_ptrs, cos, sin, mask, HALF)
         tl.store(k_ptrs, first, mask=mask)
         tl.store(k_ptrs + HALF, second, mask=mask)
-        # Pools are larger than 2^31 elements: page ids, as slots, are int64.
+        # Pools are larger than 2^31 elements, so addresses are int64.
         token_offset = slot // PAGE_TOKENS * page_stride + slot % PAGE_TOKENS * token_stride
         key_ptrs = kv_ptr + token_offset + heads * head_stride + dims
         tl.store(key_ptrs, first, mask=mask)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kernels.launch_configs import ExpandLaunch, expand_launch, row_elems
 from kernels.lora_segments import LoraSegments
-from kernels.lora_stream import load_weights, pick
+from kernels.lora_stream import VARYING_POINTERS, load_weights, pick
 
 
 def lora_expand(
@@ -90,7 +90,7 @@ def lora_expand(
     )
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=VARYING_POINTERS)
 def _expand_kernel(
     y_ptr,
     v_ptr,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels.launch_configs import ShrinkLaunch, row_elems, shrink_launch
 from kernels.lora_segments import LoraSegments
-from kernels.lora_stream import find_pages, load_on_pages, load_weights, pick
+from kernels.lora_stream import VARYING_POINTERS, find_pages, load_on_pages, load_weights, pick
 
 
 def lora_shrink(
@@ -91,7 +91,10 @@ def lora_shrink(
     return v
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_rank_tiles"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_rank_tiles"],
+    do_not_specialize_on_alignment=VARYING_POINTERS,
+)
 def _shrink_kernel(
     v_ptr,
     x_ptr,

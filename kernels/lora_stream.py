@@ -8,6 +8,16 @@ looked up once, and each element goes by the one it is on.
 import triton
 import triton.language as tl
 
+# Arguments whose alignment varies by layer and step: nothing may be compiled anew while serving.
+VARYING_POINTERS = [
+    "page_tables_ptr",
+    "offsets_ptr",
+    "scaling_ptr",
+    "tile_slots_ptr",
+    "tile_starts_ptr",
+    "tile_ends_ptr",
+]
+
 
 @triton.jit
 def pick(VALUES: tl.constexpr, index, NUM_VALUES: tl.constexpr):

@@ -102,6 +102,10 @@ class EngineConfig:
     # larger ones are captured when first used, which stalls one step for a second.
     cuda_graphs: bool = True
     graph_max_rank: int = 64
+    # Steps launched before the tokens of the oldest are read: 1, or 2 to plan a step while the one
+    # before computes. 2 keeps a GPU busy and computes one step too many for a request that stops
+    # before its max_tokens; a CPU, which plans and computes in one thread, only loses by it.
+    max_inflight_steps: int = 1
 
     def __post_init__(self) -> None:
         sizes = {
@@ -109,10 +113,13 @@ class EngineConfig:
             "max_batched_tokens": self.max_batched_tokens,
             "max_running_requests": self.max_running_requests,
             "max_model_len": self.max_model_len,
+            "graph_max_rank": self.graph_max_rank,
         }
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.max_inflight_steps not in (1, 2):
+            raise ValueError(f"max_inflight_steps is {self.max_inflight_steps}; it must be 1 or 2")
         if not 0.0 < self.memory_utilization <= 1.0:
             raise ValueError(
                 f"memory_utilization is {self.memory_utilization}; it must be above 0 and at most 1"

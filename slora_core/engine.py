@@ -1,24 +1,27 @@
-"""The engine: plan, run, commit. Synchronous, in-process, without Ray.
+"""The engine: plan, launch, commit. Synchronous, in-process, without Ray.
 
 Owns one scheduler, one pool and one model runner. `engine_main` drives it from a queue of
 messages; tests and offline benchmarks call it directly.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig, ModelConfig, SamplingParams
 from slora_core.errors import AdapterNotFoundError, AdapterTooLargeError, InvalidRequestError
+from slora_core.execution.memory_profile import profile_num_pages
 from slora_core.execution.model_runner import ModelRunner
+from slora_core.execution.step_handle import StepHandle
 from slora_core.memory.page_pool import PageOwner, PagePool
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import DecoderWeights, dummy_weights, load_weights
 from slora_core.scheduling.scheduler import Scheduler
 from slora_core.stats import EngineStats
-from slora_core.types import Request, RequestOutput
+from slora_core.types import Request, RequestOutput, StepPlan
 
 # Slots are only table rows; more of them than pages could never be in use.
 MAX_ADAPTER_SLOTS = 4096
@@ -35,11 +38,16 @@ class GenerationRequest:
 
 class Engine:
     def __init__(self, model: ModelConfig, config: EngineConfig, weights: DecoderWeights) -> None:
+        if config.num_pool_tokens is None:
+            num_pages = profile_num_pages(model, config, weights)
+            config = replace(config, num_pool_tokens=num_pages * config.page_tokens)
         self.model = model
         self.config = config
         self.geometry = AdapterGeometry.of(model, config)
         max_slots = min(config.num_pages, MAX_ADAPTER_SLOTS)
         self.runner = ModelRunner(model, config, weights, max_slots)
+        if config.device == "cuda" and config.cuda_graphs:
+            self.runner.capture_graphs()
         self._host_copies: dict[str, PackedAdapter] = {}
         self._pool = PagePool(config.num_pages)
         self._residency = AdapterResidency(self._pool, max_slots)
@@ -50,6 +58,8 @@ class Engine:
             lambda adapter_id: self._host_copies[adapter_id].layout.num_pages,
             model.eos_token_ids,
         )
+        # Launched and not committed, the oldest first.
+        self._inflight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._num_finished = self._num_aborted = self._num_steps = 0
         self._num_prompt_tokens = self._num_output_tokens = 0
 
@@ -76,7 +86,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.num_running or self.scheduler.num_waiting)
+        """Whether `step` has something to launch or to commit."""
+        return bool(self._inflight or self.scheduler.num_running or self.scheduler.num_waiting)
 
     def add_adapter(self, adapter: PackedAdapter) -> None:
         """Make an adapter's host pages known; they are read until `release_adapter`.
@@ -96,7 +107,13 @@ class Engine:
         return adapter_id in self._host_copies
 
     def release_adapter(self, adapter_id: str) -> None:
-        """Forget an adapter's host pages, which no request uses; its pool pages stay a cache."""
+        """Forget an adapter's host pages, which no request uses; its pool pages stay a cache.
+
+        Waits for a step in flight that copies them.
+        """
+        for plan, handle in self._inflight:
+            if any(load.adapter_id == adapter_id for load in plan.adapter_loads):
+                handle.token_ids()
         self._host_copies.pop(adapter_id, None)
 
     def drop_adapter(self, adapter_id: str) -> None:
@@ -116,21 +133,31 @@ class Engine:
         self._num_prompt_tokens += len(request.prompt_ids)
 
     def abort(self, request_id: str) -> bool:
-        """Stop a request and free what it holds; False if it has ended or was never added."""
+        """Stop a request; False if it has ended or was never added.
+
+        What it holds is freed at once, or with the last step in flight that computes it.
+        """
         aborted = self.scheduler.abort(request_id)
         self._num_aborted += aborted
         return aborted
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; the new tokens of every request that got one."""
-        plan = self.scheduler.schedule()
-        if not plan.chunks:
-            return []
-        self.runner.load_adapters(plan, self._host_copies.__getitem__)
-        outputs = self.scheduler.commit(plan, self.runner.run(plan))
-        self._num_steps += 1
-        self._num_output_tokens += len(outputs)
-        self._num_finished += sum(output.finish_reason is not None for output in outputs)
+        """Launch the next step and commit the oldest one once enough are in flight.
+
+        Returns the new tokens of every request that got one, of all steps that were committed.
+        """
+        outputs: list[RequestOutput] = []
+        plan = self._launch()
+        if plan.blocked:
+            # With nothing in flight the scheduler can preempt.
+            while self._inflight:
+                outputs += self._commit()
+            plan = self._launch()
+        assert self._inflight or not self.has_work, "requests wait and none can run"
+        if self._inflight and (
+            not plan.chunks or len(self._inflight) >= self.config.max_inflight_steps
+        ):
+            outputs += self._commit()
         return outputs
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
@@ -143,9 +170,7 @@ class Engine:
             self.add_request(request)
             live.append(request)
         while self.has_work:
-            num_steps = self._num_steps
             self.step()
-            assert self._num_steps > num_steps, "requests wait and none can run"
         return [request.output_ids for request in live]
 
     def stats(self) -> EngineStats:
@@ -172,6 +197,23 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert the pool's invariant: free + KV + adapter == total, one owner a page."""
         self.scheduler.check_integrity()
+
+    def _launch(self) -> StepPlan:
+        """Plan a step, and launch it if anything can run."""
+        plan = self.scheduler.schedule()
+        if plan.chunks:
+            self.runner.load_adapters(plan, self._host_copies.__getitem__)
+            self._inflight.append((plan, self.runner.launch(plan)))
+        return plan
+
+    def _commit(self) -> list[RequestOutput]:
+        """Take the tokens of the oldest step in flight, waiting for them."""
+        plan, handle = self._inflight.popleft()
+        outputs = self.scheduler.commit(plan, handle.token_ids())
+        self._num_steps += 1
+        self._num_output_tokens += len(outputs)
+        self._num_finished += sum(output.finish_reason is not None for output in outputs)
+        return outputs
 
     def _validate(self, request: Request) -> None:
         if not request.prompt_ids:

@@ -5,6 +5,7 @@ Shared by scheduling (which never touches tensors) and execution (which never de
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 
@@ -23,9 +24,10 @@ class FinishReason(StrEnum):
 
 @dataclass(eq=False)
 class Request:
-    """One generation request and how far it has come.
+    """One generation request and how far it has come, steps in flight included.
 
-    Token `i` of `prompt_ids + output_ids` has its KV in the pool for i in [0, num_computed).
+    Tokens are those of `prompt_ids + output_ids`, then `num_pending` that steps in flight sample.
+    Token `i` has its KV in the pool for i in [0, num_computed), once the steps launched have run.
     `page_ids` is the block table: page `i` holds tokens [i * page_tokens, (i + 1) * page_tokens).
     """
 
@@ -39,11 +41,19 @@ class Request:
     page_ids: list[int] = field(default_factory=list)
     # Slot of the adapter while the request runs; None for the base model or a waiting request.
     adapter_slot: int | None = None
+    # Its index in [0, max_running_requests) for as long as it holds pages; -1 while it waits.
+    row: int = -1
     num_preemptions: int = 0
+    # Tokens sampled by steps in flight, which the host does not know yet.
+    num_pending: int = 0
+    # Steps in flight with a chunk of it.
+    num_inflight: int = 0
+    # Finished or aborted; what a step in flight still samples for it is discarded.
+    ended: bool = False
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_pending
 
     @property
     def num_uncomputed(self) -> int:
@@ -53,26 +63,35 @@ class Request:
     def max_total_tokens(self) -> int:
         return len(self.prompt_ids) + self.params.max_tokens
 
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether a step in flight samples the last of its max_tokens: nothing is left to plan."""
+        return self.num_pending > 0 and self.num_tokens >= self.max_total_tokens
+
     def token_ids(self, start: int, end: int) -> list[int]:
-        """Tokens [start, end) of prompt and output."""
+        """Tokens [start, end) of prompt and output, less those that are pending."""
         num_prompt = len(self.prompt_ids)
         if start >= num_prompt:
             return self.output_ids[start - num_prompt : end - num_prompt]
         return self.prompt_ids[start:end] + self.output_ids[: max(0, end - num_prompt)]
 
 
-@dataclass(frozen=True)
-class ScheduledChunk:
-    """Tokens [start, end) of one request, computed in one step."""
+class ScheduledChunk(NamedTuple):
+    """Tokens [start, end) of one request, computed in one step.
+
+    Holds as it was planned what commits of earlier steps change in the request. A tuple because a
+    step has hundreds of them and a frozen dataclass takes three times as long to make.
+    """
 
     request: Request
     start: int
     end: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk ends at the request's last token, so that the next one is sampled."""
-        return self.end == self.request.num_tokens
+    # Whether the chunk ends at the request's last token, so that the next one is sampled.
+    samples: bool
+    # Whether its one token is sampled by a step in flight: the device knows it, the host does not.
+    input_pending: bool
+    # The adapter's slot, -1 for the base model.
+    slot: int
 
     @property
     def is_decode(self) -> bool:
@@ -80,10 +99,9 @@ class ScheduledChunk:
         return self.end - self.start == 1 and self.start > 0
 
     @property
-    def slot(self) -> int:
-        """The adapter's slot, -1 for the base model."""
-        slot = self.request.adapter_slot
-        return -1 if slot is None else slot
+    def token_index(self) -> int:
+        """Index in the request's output of the token that a chunk samples."""
+        return self.end - len(self.request.prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -101,13 +119,22 @@ class StepPlan:
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
     adapter_loads: list[AdapterLoad] = field(default_factory=list)
-    # Ids of the requests in `chunks`.
-    scheduled: set[str] = field(default_factory=set)
+    # More could run if a request was preempted, for which no step may be in flight.
+    blocked: bool = False
 
-    def add(self, request: Request, end: int) -> None:
+    def add(self, request: Request, end: int) -> ScheduledChunk:
         """Compute the request's tokens from what it has up to `end`."""
-        self.chunks.append(ScheduledChunk(request, request.num_computed, end))
-        self.scheduled.add(request.request_id)
+        num_tokens, slot = request.num_tokens, request.adapter_slot
+        chunk = ScheduledChunk(
+            request,
+            request.num_computed,
+            end,
+            samples=end == num_tokens,
+            input_pending=end > num_tokens - request.num_pending,
+            slot=-1 if slot is None else slot,
+        )
+        self.chunks.append(chunk)
+        return chunk
 
     def sort(self) -> None:
         """Order chunks as rows of the batch: decodes first, each part by adapter, base first."""

@@ -14,7 +14,7 @@ from slora_core.types import AdapterLoad
 
 @dataclass
 class ResidentAdapter:
-    """An adapter with pages in the pool, in use by `num_users` running requests."""
+    """An adapter with pages in the pool, in use by `num_users` requests that hold pages."""
 
     adapter_id: str
     slot: int
@@ -37,13 +37,10 @@ class AdapterResidency:
         self._pinned: dict[str, ResidentAdapter] = {}
         # Least recently used first.
         self._idle: OrderedDict[str, ResidentAdapter] = OrderedDict()
+        self.num_pinned_pages = 0
         self.num_loads = 0
         self.num_hits = 0
         self.num_evictions = 0
-
-    @property
-    def num_pinned_pages(self) -> int:
-        return sum(len(adapter.page_ids) for adapter in self._pinned.values())
 
     def resident_ids(self) -> list[str]:
         return [*self._pinned, *self._idle]
@@ -81,7 +78,9 @@ class AdapterResidency:
             self.num_loads += 1
         else:
             self.num_hits += 1
-        self._pinned[adapter_id] = adapter
+        if not adapter.num_users:
+            self._pinned[adapter_id] = adapter
+            self.num_pinned_pages += len(adapter.page_ids)
         adapter.num_users += 1
         adapter.dropped = False
         return adapter.slot, load
@@ -93,6 +92,7 @@ class AdapterResidency:
         if adapter.num_users:
             return
         del self._pinned[adapter_id]
+        self.num_pinned_pages -= len(adapter.page_ids)
         if adapter.dropped:
             self._free(adapter)
         else:

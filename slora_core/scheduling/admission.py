@@ -1,17 +1,28 @@
 """Peak-page admission: how many KV pages the running requests will need at their worst moment.
 
-Pure arithmetic over lengths. Source: the peak-memory estimate of LightLLM's router, which S-LoRA
-(Sheng et al., 2023) builds on, counted in pages here.
+Arithmetic over lengths; changes nothing. Source: the peak-memory estimate of LightLLM's router,
+which S-LoRA (Sheng et al., 2023) builds on, counted in pages here.
 """
 
-from collections.abc import Iterable
+from bisect import insort
+from collections.abc import Callable, Iterable
 
+from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
+from slora_core.memory.page_pool import PagePool
+from slora_core.scheduling.running_set import RunningSet
 from slora_core.types import Request
+
+# Steps after which a refused head of the queue is tried again though nothing was given back:
+# running requests that come near their ends lower the peak, too, if slowly.
+_RETRY_STEPS = 8
 
 
 def expected_total_tokens(request: Request, config: EngineConfig) -> int:
-    """Prompt + output tokens the request is assumed to reach, at least one more than it has."""
+    """Prompt + output tokens the request is assumed to reach.
+
+    At least one more than it has, pending ones included, unless those are its max_tokens.
+    """
     limit = request.max_total_tokens
     if config.admission_output_tokens is None:
         return limit
@@ -19,23 +30,98 @@ def expected_total_tokens(request: Request, config: EngineConfig) -> int:
     return min(limit, max(expected, request.num_tokens + 1))
 
 
-def peak_kv_pages(requests: Iterable[Request], config: EngineConfig) -> int:
+class PeakEstimate:
     """Upper bound of the KV pages held at once if every request runs to its expected end.
 
     A request's pages are freed when it ends, so the peak is reached just before some request
     ends: with requests by remaining tokens descending, when the i-th ends the first i + 1 still
     run, each having grown by the i-th's remaining tokens and wasting less than a page.
     """
-    lengths = sorted(
-        (
-            (expected_total_tokens(request, config) - request.num_tokens, request.num_tokens)
-            for request in requests
-        ),
-        reverse=True,
-    )
-    peak = held_tokens = 0
-    for count, (remaining, num_tokens) in enumerate(lengths, start=1):
-        held_tokens += num_tokens
-        rounded_up = held_tokens + count * (remaining + config.page_tokens - 1)
-        peak = max(peak, rounded_up // config.page_tokens)
-    return peak
+
+    def __init__(self, requests: Iterable[Request], config: EngineConfig) -> None:
+        self._config = config
+        # (remaining tokens negated, tokens), ascending.
+        self._lengths = sorted(self._length(request) for request in requests)
+
+    def add(self, request: Request) -> None:
+        insort(self._lengths, self._length(request))
+
+    def pages(self, candidate: Request | None = None) -> int:
+        """The peak, with a candidate beside the requests where one is given."""
+        lengths = self._lengths
+        if candidate is not None:
+            lengths = lengths.copy()
+            insort(lengths, self._length(candidate))
+        page_tokens = self._config.page_tokens
+        peak = held_tokens = 0
+        for count, (negated, num_tokens) in enumerate(lengths, start=1):
+            held_tokens += num_tokens
+            rounded_up = held_tokens + count * (page_tokens - 1 - negated)
+            if rounded_up > peak:
+                peak = rounded_up
+        return peak // page_tokens
+
+    def _length(self, request: Request) -> tuple[int, int]:
+        num_tokens = request.num_tokens
+        return num_tokens - expected_total_tokens(request, self._config), num_tokens
+
+
+class Admission:
+    """Whether the head of the waiting queue will, by estimate, run to its end beside the others."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        residency: AdapterResidency,
+        running: RunningSet,
+        adapter_pages: Callable[[str], int],
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._residency = residency
+        self._running = running
+        self._adapter_pages = adapter_pages
+        # Of the running requests in one step; made when it is first asked for.
+        self._estimate: PeakEstimate | None = None
+        # The request that did not fit, with `num_released` then, and how long it stays refused.
+        self._refused: tuple[Request, int] | None = None
+        self._refused_steps = 0
+
+    def begin_step(self) -> None:
+        """Forget what was estimated: running requests have grown."""
+        self._estimate = None
+        self._refused_steps -= 1
+
+    def fits(self, request: Request) -> bool:
+        """Whether the request may start beside what runs, with what `started` in this step."""
+        attempt = request, self._running.num_released
+        if attempt == self._refused and self._refused_steps > 0:
+            return False
+        if self._estimate is None:
+            self._estimate = PeakEstimate(self._running, self._config)
+        if self._has_room(request, self._estimate):
+            return True
+        self._refused, self._refused_steps = attempt, _RETRY_STEPS
+        return False
+
+    def started(self, request: Request) -> None:
+        """The request runs from this step on."""
+        assert self._estimate is not None
+        self._estimate.add(request)
+
+    def _has_room(self, request: Request, estimate: PeakEstimate) -> bool:
+        new_pinned = 0
+        if request.adapter_id is not None:
+            if not self._residency.can_acquire(request.adapter_id):
+                return False
+            if not self._residency.is_pinned(request.adapter_id):
+                new_pinned = self._adapter_pages(request.adapter_id)
+        if self._running.holds_nothing:
+            # Alone it fits to the end: the scheduler made sure when it was queued.
+            return True
+        # The peak counts what each holds now, so what fits by it can also start now. What drains
+        # grows no more; that it goes before the peak is worth no thought for a step or two.
+        kv_pages = estimate.pages(request) + self._running.num_draining_pages
+        adapter_pages = self._residency.num_pinned_pages + new_pinned
+        return kv_pages + adapter_pages <= self._pool.num_pages

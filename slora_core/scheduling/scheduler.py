@@ -1,7 +1,8 @@
 """Decides what each step computes: admission, chunked prefill, preemption, finishing.
 
 Owns the waiting queue, the running set and every KV page. Never touches tensors: it returns a
-`StepPlan` and is told the sampled tokens by `commit`. Called by the engine between steps only.
+`StepPlan` and is told the sampled tokens by `commit`. Called by the engine only, which may plan
+and launch a step before it commits the ones before.
 """
 
 from collections import deque
@@ -12,13 +13,9 @@ from slora_core.config import EngineConfig
 from slora_core.errors import InvalidRequestError
 from slora_core.memory.page_pool import PageOwner, PagePool
 from slora_core.memory.sizing import pages_for
-from slora_core.scheduling.admission import peak_kv_pages
-from slora_core.types import (
-    FinishReason,
-    Request,
-    RequestOutput,
-    StepPlan,
-)
+from slora_core.scheduling.admission import Admission
+from slora_core.scheduling.running_set import RunningSet
+from slora_core.types import FinishReason, Request, RequestOutput, StepPlan
 
 
 class Scheduler:
@@ -28,6 +25,10 @@ class Scheduler:
     chunks of running requests, then the head of the waiting queue. Where pages run out, idle
     adapters are evicted, then the youngest running request is preempted: its KV is freed and
     recomputed later. The oldest running request is never preempted, so every step makes progress.
+
+    A step is in flight from `schedule` to `commit`, in that order for all steps. What a request
+    holds is given back only when no step in flight has a chunk of it: one that ends earlier drains,
+    and a request is preempted only while no step is in flight.
 
     Args:
         adapter_pages: pages that the adapter of an id takes; asked only for registered adapters.
@@ -48,9 +49,11 @@ class Scheduler:
         self._adapter_pages = adapter_pages
         self._eos_token_ids = frozenset(eos_token_ids)
         self._waiting: deque[Request] = deque()
-        # In the order of admission: the oldest first.
-        self._running: dict[str, Request] = {}
+        self._running = RunningSet(config, pool, residency)
+        # Waiting and running ones.
         self._requests: dict[str, Request] = {}
+        self._num_inflight = 0
+        self._admission = Admission(config, pool, residency, self._running, adapter_pages)
         self.num_preemptions = 0
 
     @property
@@ -85,144 +88,146 @@ class Scheduler:
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
-        if self._running.pop(request_id, None) is not None:
-            self._release(request)
+        if request_id in self._running:
+            self._running.end(request)
         else:
             self._waiting.remove(request)
         return True
 
     def schedule(self) -> StepPlan:
-        """Plan one step; an empty plan means that nothing can run."""
+        """Plan one step, as if all steps in flight had run.
+
+        An empty plan means that nothing can run before a step in flight is committed, or at all.
+        A blocked one was cut short: no more can be planned until all steps in flight, itself
+        included, are committed.
+        """
         plan = StepPlan()
         budget = self._schedule_decodes(plan, self._config.max_batched_tokens)
         budget = self._schedule_prefills(plan, budget)
         self._admit(plan, budget)
         plan.sort()
+        self._num_inflight += bool(plan.chunks)
         return plan
 
     def commit(self, plan: StepPlan, token_ids: list[int]) -> list[RequestOutput]:
-        """Advance the requests of a plan that ran.
+        """Take the tokens of the oldest step in flight; the new ones of requests that go on.
 
         Args:
             token_ids: the sampled token of each chunk that samples, in the plan's order.
         """
+        self._num_inflight -= 1
         outputs = []
         tokens = iter(token_ids)
         for chunk in plan.chunks:
             request = chunk.request
-            request.num_computed = chunk.end
-            if not chunk.samples:
-                continue
-            token_id = next(tokens)
-            request.output_ids.append(token_id)
-            reason = self._finish_reason(request, token_id)
-            if reason is not None:
-                self._finish(request)
-            outputs.append(RequestOutput(request.request_id, [token_id], reason))
+            request.num_inflight -= 1
+            if chunk.samples:
+                request.num_pending -= 1
+                token_id = next(tokens)
+            if request.ended:
+                self._running.settle(request)
+            elif chunk.samples:
+                request.output_ids.append(token_id)
+                reason = self._finish_reason(request, token_id)
+                if reason is not None:
+                    del self._requests[request.request_id]
+                    self._running.end(request)
+                outputs.append(RequestOutput(request.request_id, [token_id], reason))
         return outputs
 
     def check_integrity(self) -> None:
-        """Assert that every page has one owner and that block tables cover what is computed."""
-        held = [page_id for request in self._running.values() for page_id in request.page_ids]
-        self._pool.check_integrity(held, self._residency.page_ids())
+        """Assert that every page and row has one owner, and every request one place."""
+        self._running.check_integrity(self._num_inflight)
         for request in self._waiting:
-            assert not request.page_ids and request.num_computed == 0
-        for request in self._running.values():
-            computed = pages_for(request.num_computed, self._config.page_tokens)
-            assert len(request.page_ids) >= computed
+            assert not request.page_ids and request.row == -1
+            assert not request.num_computed and not request.num_inflight
         assert len(self._requests) == len(self._waiting) + len(self._running)
 
     def _schedule_decodes(self, plan: StepPlan, budget: int) -> int:
-        """One token of every running request that has just one to compute; returns what is left."""
-        for request in list(self._running.values()):
-            if budget == 0:
+        """One token of every running request that has just one to compute; returns what is left.
+
+        All of them or, where the plan is blocked, none: a step of a few costs nearly as much as
+        one of all. Pages that some got by then are theirs in the next step.
+        """
+        decodes: list[Request] = []
+        for request in self._running:
+            if len(decodes) == budget:
                 break
             # One preempted by an older request in this loop has left the running set.
-            if request.num_uncomputed != 1 or request.request_id not in self._running:
+            if request.num_uncomputed != 1 or request.awaits_last_token or request.row < 0:
                 continue
-            if self._grow(request, request.num_tokens):
-                plan.add(request, request.num_tokens)
-                budget -= 1
-        return budget
+            if self._grow(plan, request, request.num_tokens):
+                decodes.append(request)
+            elif plan.blocked:
+                return 0
+        for request in decodes:
+            self._compute(plan, request, request.num_tokens)
+        return budget - len(decodes)
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
         """A chunk of every running request that has more to compute, within the budget."""
-        for request in list(self._running.values()):
-            if budget == 0:
-                break
-            if request.request_id in plan.scheduled or request.request_id not in self._running:
-                continue
+        if budget == 0:
+            return 0
+        for request in [r for r in self._running if r.num_uncomputed > 1]:
             end = request.num_computed + min(budget, request.num_uncomputed)
-            if self._grow(request, end):
+            if budget and request.row >= 0 and self._grow(plan, request, end):
                 budget -= end - request.num_computed
-                plan.add(request, end)
-        return budget
+                self._compute(plan, request, end)
+        return 0 if plan.blocked else budget
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting requests, strictly in order, while each fits to its expected end."""
-        while self._waiting and budget and self.num_running < self._config.max_running_requests:
+        self._admission.begin_step()
+        while self._waiting and budget and not self._running.is_full:
             request = self._waiting[0]
-            if not self._fits(request):
-                break
+            if not self._admission.fits(request):
+                return
             self._waiting.popleft()
-            if request.adapter_id is not None:
-                request.adapter_slot, load = self._residency.acquire(
-                    request.adapter_id, self._adapter_pages(request.adapter_id)
-                )
-                if load is not None:
-                    plan.adapter_loads.append(load)
-            self._running[request.request_id] = request
+            adapter_id = request.adapter_id
+            num_pages = 0 if adapter_id is None else self._adapter_pages(adapter_id)
+            load = self._running.start(request, num_pages)
+            if load is not None:
+                plan.adapter_loads.append(load)
             end = min(budget, request.num_uncomputed)
-            grown = self._grow(request, end)
-            assert grown, "_fits counted the pages"
-            plan.add(request, end)
+            grown = self._grow(plan, request, end)
+            assert grown, "`fits` counted the pages"
+            self._compute(plan, request, end)
+            self._admission.started(request)
             budget -= end
 
-    def _fits(self, request: Request) -> bool:
-        """Whether the head of the queue will, by estimate, run to its end beside the others."""
-        adapter_id = request.adapter_id
-        new_pinned = 0
-        if adapter_id is not None:
-            if not self._residency.can_acquire(adapter_id):
-                return False
-            if not self._residency.is_pinned(adapter_id):
-                new_pinned = self._adapter_pages(adapter_id)
-        if not self._running:
-            # Alone it fits to the end: `add` made sure.
-            return True
-        # The peak counts what each holds now, so what fits by it can also start now.
-        peak = peak_kv_pages([*self._running.values(), request], self._config)
-        return peak + self._residency.num_pinned_pages + new_pinned <= self._pool.num_pages
+    def _compute(self, plan: StepPlan, request: Request, end: int) -> None:
+        """Plan the request's tokens up to `end`, and take them for computed from here on."""
+        chunk = plan.add(request, end)
+        request.num_computed = end
+        request.num_inflight += 1
+        request.num_pending += chunk.samples
 
-    def _grow(self, request: Request, num_tokens: int) -> bool:
+    def _grow(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
         """Make the block table cover `num_tokens`, evicting and preempting where it must.
 
         The youngest running requests are preempted, at last `request` itself (False). Requests
         are planned oldest first and only the youngest can be within its prompt, so none that is
-        in the step's plan already is preempted.
+        in the step's plan already is preempted. While steps are in flight the plan is marked as
+        blocked instead (False).
         """
         missing = pages_for(num_tokens, self._config.page_tokens) - len(request.page_ids)
         if missing <= 0:
             return True
         self._residency.make_room(missing)
         while not self._pool.can_allocate(missing):
-            youngest = next(reversed(self._running.values()))
-            self._preempt(youngest)
+            if self._num_inflight:
+                plan.blocked = True
+                return False
+            youngest = self._running.youngest
+            self._running.preempt(youngest)
+            self.num_preemptions += 1
+            self._waiting.appendleft(youngest)
             if youngest is request:
                 return False
             # The adapter of the preempted request may be idle now.
             self._residency.make_room(missing)
         request.page_ids += self._pool.allocate(missing, PageOwner.KV)
         return True
-
-    def _preempt(self, request: Request) -> None:
-        """Free a running request and put it at the head of the queue, to be recomputed."""
-        del self._running[request.request_id]
-        self._release(request)
-        request.num_computed = 0
-        request.num_preemptions += 1
-        self.num_preemptions += 1
-        self._waiting.appendleft(request)
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params
@@ -233,15 +238,3 @@ class Scheduler:
         if len(request.output_ids) >= params.max_tokens:
             return FinishReason.LENGTH
         return None
-
-    def _finish(self, request: Request) -> None:
-        del self._running[request.request_id]
-        del self._requests[request.request_id]
-        self._release(request)
-
-    def _release(self, request: Request) -> None:
-        self._pool.free(request.page_ids)
-        request.page_ids = []
-        if request.adapter_id is not None:
-            self._residency.release(request.adapter_id)
-            request.adapter_slot = None

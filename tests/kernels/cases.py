@@ -231,9 +231,9 @@ def make_lora_case(
 
 
 def _padded_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """Rows one after the other, each with zeros up to a multiple of ALIGNMENT."""
+    """Rows one after the other, each padded to a multiple of ALIGNMENT by what nobody may read."""
     rows, features = matrix.shape
-    out = torch.zeros(rows, -(-features // ALIGNMENT) * ALIGNMENT, dtype=matrix.dtype)
+    out = poisoned(rows, -(-features // ALIGNMENT) * ALIGNMENT, dtype=matrix.dtype)
     out[:, :features] = matrix
     return out.view(-1)
 

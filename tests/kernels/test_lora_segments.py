@@ -1,8 +1,9 @@
 """Tiles of segments: every row of an adapter once, none of the base model."""
 
 import pytest
+import torch
 
-from kernels.lora_segments import plan_tiles
+from kernels.lora_segments import LoraTiles, choose_block_rows, plan_tiles
 
 
 @pytest.mark.parametrize("block_rows", [1, 16, 64])
@@ -26,3 +27,18 @@ def test_tiles_cover_the_rows_of_adapters_once(
         assert {row_slots[row] for row in range(start, end)} == {slot}
         covered += range(start, end)
     assert covered == [row for row, slot in enumerate(row_slots) if slot >= 0]
+
+
+def test_tensors_of_tiles_are_padded_with_unused_ones() -> None:
+    tiles = LoraTiles.of([(3, 0, 16), (0, 17, 18)], 16, num_tiles=4)
+    assert tiles.slots.tolist() == [3, 0, -1, -1]
+    assert tiles.row_starts.tolist() == [0, 17, 0, 0]
+    assert tiles.row_ends.tolist() == [16, 18, 0, 0]
+    assert {tiles.slots.dtype, tiles.row_starts.dtype, tiles.row_ends.dtype} == {torch.int32}
+    assert LoraTiles.of([], 16).slots.shape == (0,)
+
+
+def test_prompts_have_larger_tiles_than_decodes() -> None:
+    assert choose_block_rows(64, 64) == choose_block_rows(64, 20) == 16
+    assert choose_block_rows(8192, 1) == choose_block_rows(8192, 60) == 64
+    assert choose_block_rows(0, 0) == 16

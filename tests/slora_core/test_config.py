@@ -71,6 +71,12 @@ def test_engine_sizes_below_one(name: str) -> None:
         EngineConfig(**{name: 0})
 
 
+@pytest.mark.parametrize("value", [0, 3])
+def test_steps_in_flight(value: int) -> None:
+    with pytest.raises(ValueError, match=f"max_inflight_steps is {value}; it must be 1 or 2"):
+        EngineConfig(max_inflight_steps=value)
+
+
 def test_pool_of_less_than_a_page() -> None:
     with pytest.raises(ValueError, match="num_pool_tokens is 15; it must be at least page_tokens"):
         EngineConfig(page_tokens=16, num_pool_tokens=15)

@@ -12,7 +12,7 @@ import torch
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig, SamplingParams
 from slora_core.engine import Engine, GenerationRequest
-from slora_core.types import Request
+from slora_core.types import Request, StepPlan
 from tests.factories import (
     ALL_MODULES,
     ATTENTION_MODULES,
@@ -106,6 +106,8 @@ def world(request, worlds: dict[str, World], tmp_path_factory) -> World:
 
 
 every_model = pytest.mark.parametrize("world", list(MODELS), indirect=True)
+# Steps in flight: with two, a step is planned before the tokens of the one before are known.
+inflight_steps = pytest.mark.parametrize("inflight", [1, 2])
 
 
 def _prompt(length: int, seed: int = 0) -> list[int]:
@@ -154,13 +156,14 @@ def test_each_adapter_alone(world: World) -> None:
 
 
 @every_model
-def test_mixed_batch_of_everything(world: World) -> None:
+@inflight_steps
+def test_mixed_batch_of_everything(world: World, inflight: int) -> None:
     """Base and every adapter, two requests each, prefills and decodes mixed by a small budget."""
     requests = [
         (_prompt(5 + 7 * index, seed), kind) for seed in (1, 2) for index, kind in enumerate(KINDS)
     ]
     random.Random(1).shuffle(requests)
-    engine = world.engine(max_batched_tokens=48)
+    engine = world.engine(max_batched_tokens=48, max_inflight_steps=inflight)
     for (prompt, kind), actual in zip(requests, _generate(engine, requests, 16), strict=True):
         world.check(prompt, actual, 16, kind)
     assert engine.stats().num_adapter_loads == len(ADAPTERS)
@@ -169,9 +172,10 @@ def test_mixed_batch_of_everything(world: World) -> None:
 
 @every_model
 @pytest.mark.parametrize("kind", [None, "rank16-all"])
-def test_prompt_longer_than_a_chunk(world: World, kind: str | None) -> None:
+@inflight_steps
+def test_prompt_longer_than_a_chunk(world: World, kind: str | None, inflight: int) -> None:
     prompt = _prompt(150)
-    engine = world.engine(max_batched_tokens=16)
+    engine = world.engine(max_batched_tokens=16, max_inflight_steps=inflight)
     # A decode runs beside the chunks and takes one token of each.
     requests = [(_prompt(3), None), (prompt, kind)]
     texts = _generate(engine, requests, 20)
@@ -189,7 +193,8 @@ def test_page_sizes(world: World, page_tokens: int) -> None:
 
 
 @every_model
-def test_after_eviction_and_reload(world: World) -> None:
+@inflight_steps
+def test_after_eviction_and_reload(world: World, inflight: int) -> None:
     """The pool has no room for two of these adapters beside a request's KV."""
     first, second = "rank16-all", "rslora"
     pages = {
@@ -197,7 +202,7 @@ def test_after_eviction_and_reload(world: World) -> None:
         for kind in (first, second)
     }
     largest = max(packed.layout.num_pages for packed in pages.values())
-    engine = world.engine(num_pool_tokens=16 * (largest + 4))
+    engine = world.engine(num_pool_tokens=16 * (largest + 4), max_inflight_steps=inflight)
     prompt = _prompt(30)
     for kind in (first, second, first, None, second):
         (actual,) = _generate(engine, [(prompt, kind)], 16)
@@ -210,11 +215,14 @@ def test_after_eviction_and_reload(world: World) -> None:
 
 
 @every_model
-def test_after_preemption(world: World) -> None:
+@inflight_steps
+def test_after_preemption(world: World, inflight: int) -> None:
     """Requests that outgrow what was assumed are thrown out and recomputed, adapter and all."""
     kinds = [None, "rank4-qv", None, "rank8-attention", "rank4-qv"]
     requests = [(_prompt(30, seed), kind) for seed, kind in enumerate(kinds)]
-    engine = world.engine(num_pool_tokens=16 * 22, admission_output_tokens=0)
+    engine = world.engine(
+        num_pool_tokens=16 * 20, admission_output_tokens=0, max_inflight_steps=inflight
+    )
     live = [_request(str(i), prompt, 40, kind) for i, (prompt, kind) in enumerate(requests)]
     for request in live:
         engine.add_request(request)
@@ -228,9 +236,12 @@ def test_after_preemption(world: World) -> None:
         world.check(request.prompt_ids, request.output_ids, 40, request.adapter_id)
 
 
-def test_after_abort_of_others(world: World) -> None:
+@inflight_steps
+def test_after_abort_of_others(world: World, inflight: int) -> None:
     """Others leave while they wait, in the middle of their prompt, and while they decode."""
-    engine = world.engine(max_batched_tokens=32, max_running_requests=6)
+    engine = world.engine(
+        max_batched_tokens=32, max_running_requests=6, max_inflight_steps=inflight
+    )
     kept = [_request(f"kept-{kind}", _prompt(12), 24, kind) for kind in KINDS[:4]]
     leaving = [_request(f"leaving-{i}", _prompt(40, i), 24, kind) for i, kind in enumerate(KINDS)]
     for request in (leaving[0], kept[0], leaving[1], *kept[1:], *leaving[2:]):
@@ -268,20 +279,15 @@ def test_base_rows_are_bit_identical_with_adapters_taken_off(world: World, budge
         plan = engine.scheduler.schedule()
         engine.runner.load_adapters(plan, engine._host_copies.__getitem__)
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
-        slots = [chunk.request.adapter_slot for chunk in plan.chunks]
         mixed = engine.runner.logits(plan)
-
-        for chunk in plan.chunks:
-            chunk.request.adapter_slot = None
-        stripped = engine.runner.logits(plan)
-        for chunk, slot in zip(plan.chunks, slots, strict=True):
-            chunk.request.adapter_slot = slot
+        without = StepPlan([chunk._replace(slot=-1) for chunk in plan.chunks])
+        stripped = engine.runner.logits(without)
         # Rewrite the KV that the stripped step wrote, and get the same bits as before.
         assert torch.equal(engine.runner.logits(plan), mixed)
 
         for row, chunk in enumerate(sampling):
             is_base = chunk.request.adapter_id is None
-            if any(slot is not None for slot in slots):
+            if any(chunk.slot >= 0 for chunk in plan.chunks):
                 compared[is_base] += 1
                 assert torch.equal(mixed[row], stripped[row]) is is_base
         engine.scheduler.commit(plan, mixed.argmax(-1).tolist())

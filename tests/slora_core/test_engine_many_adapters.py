@@ -59,12 +59,15 @@ def adapters(model_dir: Path) -> dict[str, PackedAdapter]:
     return found
 
 
-def _engine(model_dir: Path, adapters: dict[str, PackedAdapter], num_pages: int) -> Engine:
+def _engine(
+    model_dir: Path, adapters: dict[str, PackedAdapter], num_pages: int, inflight: int = 1
+) -> Engine:
     config = EngineConfig(
         num_pool_tokens=16 * num_pages,
         max_batched_tokens=64,
         max_running_requests=32,
         admission_output_tokens=0,
+        max_inflight_steps=inflight,
     )
     engine = Engine.from_pretrained(model_dir, config)
     for packed in adapters.values():
@@ -91,12 +94,30 @@ def _make_requests() -> list[Request]:
     return requests
 
 
+@pytest.fixture(scope="module")
+def texts_alone(model_dir: Path, adapters: dict[str, PackedAdapter]) -> list[list[int]]:
+    """What each request gets with nothing beside it."""
+    engine = _engine(model_dir, adapters, 2000)
+    entries = [GenerationRequest(r.prompt_ids, r.params, r.adapter_id) for r in _make_requests()]
+    return [engine.generate([entry])[0] for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def oracle(model_dir: Path, adapters: dict[str, PackedAdapter]) -> GreedyOracle:
+    return GreedyOracle(model_dir, {name: model_dir.parent / name for name in adapters})
+
+
+@pytest.mark.parametrize("inflight", [1, 2])
 def test_six_hundred_requests_on_three_hundred_adapters(
-    model_dir: Path, adapters: dict[str, PackedAdapter]
+    model_dir: Path,
+    adapters: dict[str, PackedAdapter],
+    texts_alone: list[list[int]],
+    oracle: GreedyOracle,
+    inflight: int,
 ) -> None:
     sizes = [packed.layout.num_pages for packed in adapters.values()]
     num_pages = 20 * sum(sizes) // len(sizes)
-    engine = _engine(model_dir, adapters, num_pages)
+    engine = _engine(model_dir, adapters, num_pages, inflight)
     requests = _make_requests()
     assert len({request.adapter_id for request in requests}) > 270
     finished = {}
@@ -120,11 +141,7 @@ def test_six_hundred_requests_on_three_hundred_adapters(
     assert 10 <= most_resident <= 40
     assert stats.num_adapter_evictions > 50
 
-    oracle = GreedyOracle(model_dir, {name: model_dir.parent / name for name in adapters})
-    alone = _engine(model_dir, adapters, 2000)
-    for request in requests:
-        entry = GenerationRequest(request.prompt_ids, request.params, request.adapter_id)
-        (expected,) = alone.generate([entry])
+    for request, expected in zip(requests, texts_alone, strict=True):
         assert_same_greedy(
             oracle, request.prompt_ids, request.output_ids, expected, request.adapter_id
         )

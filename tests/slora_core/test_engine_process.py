@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,9 @@ def in_process(model_dir: Path) -> Engine:
 
 
 @asynccontextmanager
-async def running(model_dir: Path) -> AsyncIterator[AsyncEngine]:
-    engine = AsyncEngine(EngineSpec(str(model_dir), "safetensors", CONFIG, num_threads=1))
+async def running(model_dir: Path, inflight: int = 1) -> AsyncIterator[AsyncEngine]:
+    config = replace(CONFIG, max_inflight_steps=inflight)
+    engine = AsyncEngine(EngineSpec(str(model_dir), "safetensors", config, num_threads=1))
     await engine.start()
     try:
         yield engine
@@ -72,13 +74,14 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.parametrize("inflight", [1, 2])
 def test_tokens_equal_those_of_an_engine_in_this_process(
-    model_dir: Path, in_process: Engine
+    model_dir: Path, in_process: Engine, inflight: int
 ) -> None:
     [expected] = in_process.generate([GenerationRequest(PROMPT, GREEDY)])
 
     async def main() -> list[list[int]]:
-        async with running(model_dir) as engine:
+        async with running(model_dir, inflight) as engine:
             return await asyncio.gather(*(collect(engine, f"r{i}", GREEDY) for i in range(4)))
 
     assert asyncio.run(main()) == [expected] * 4

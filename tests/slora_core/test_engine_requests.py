@@ -34,11 +34,22 @@ def adapter_dir(model_dir: Path) -> Path:
     return make_random_adapter(model_dir.parent / "adapter", model_dir, seed=1, rank=8)
 
 
+@pytest.fixture(params=[1, 2])
+def inflight(request) -> int:
+    """Steps in flight."""
+    return request.param
+
+
 @pytest.fixture
-def make_engine(model_dir: Path) -> Callable[..., Engine]:
+def make_engine(model_dir: Path, inflight: int) -> Callable[..., Engine]:
+    defaults = {
+        "num_pool_tokens": 4096,
+        "max_batched_tokens": 64,
+        "max_inflight_steps": inflight,
+    }
+
     def make(**config) -> Engine:
-        settings = {"num_pool_tokens": 4096, "max_batched_tokens": 64, **config}
-        return Engine.from_pretrained(model_dir, EngineConfig(**settings))
+        return Engine.from_pretrained(model_dir, EngineConfig(**defaults | config))
 
     return make
 
@@ -138,6 +149,18 @@ def test_finish_reasons(engine: Engine) -> None:
         "first token": FinishReason.STOP,
         "one token": FinishReason.LENGTH,
     }
+
+
+def test_outputs_come_a_step_later_with_two_in_flight(engine: Engine, inflight: int) -> None:
+    (text,) = engine.generate([GenerationRequest([5, 6, 7], _request("x").params)])
+    engine.add_request(_request("r", stop_token_ids=(text[2],)))
+    outputs = [engine.step() for _ in range(6)]
+    new_tokens = [[token for o in step for token in o.new_token_ids] for step in outputs]
+    assert new_tokens == [[]] * (inflight - 1) + [[token] for token in text[:3]] + [[]] * (
+        4 - inflight
+    )
+    assert not engine.has_work and engine.stats().num_steps == 8 + 3 + (inflight - 1)
+    assert engine.stats().num_output_tokens == 8 + 3
 
 
 BAD_REQUESTS = [
@@ -265,7 +288,7 @@ def test_an_adapter_that_overflows_hurts_only_its_own_requests(
     engine.check_integrity()
 
 
-def test_stats(engine: Engine) -> None:
+def test_stats(engine: Engine, inflight: int) -> None:
     assert engine.step() == [] and engine.stats().num_steps == 0
     for name in ("a", "b", "c"):
         engine.add_request(_request(name, adapter_id="a" if name == "a" else None))
@@ -275,12 +298,15 @@ def test_stats(engine: Engine) -> None:
     assert engine.abort("b") and not engine.abort("b")
     stats = engine.stats()
     assert (stats.num_waiting, stats.num_running) == (0, 2)
-    assert (stats.num_kv_pages, stats.num_adapter_pages, stats.num_pages) == (2, 2, 256)
+    # The page of what was aborted goes with the step that is in flight.
+    num_kv_pages = 2 if inflight == 1 else 3
+    assert (stats.num_kv_pages, stats.num_adapter_pages, stats.num_pages) == (num_kv_pages, 2, 256)
     _run(engine)
     stats = engine.stats()
     assert stats.num_free_pages + stats.num_adapter_pages == stats.num_pages
     assert (stats.num_finished, stats.num_aborted, stats.num_steps) == (2, 1, 8)
-    assert stats.num_output_tokens == 2 * 8 + 1
+    # So goes its token.
+    assert stats.num_output_tokens == 2 * 8 + (1 if inflight == 1 else 0)
     assert (stats.num_adapter_loads, stats.num_adapter_hits) == (1, 0)
     assert not engine.has_work
 

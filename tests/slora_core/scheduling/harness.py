@@ -1,20 +1,59 @@
 """A scheduler with a pretended device: memory that remembers who wrote each token and page.
 
-Each step is checked as a device would suffer it: a chunk finds the KV of all tokens before it
-where its block table says, its adapter's weights on the pages of its slot, and the limits held.
+The device lags as far as it may: a step computes just before it is committed, by the block tables
+and slots of its launch, while adapters are copied as soon as they are planned. Each step is checked
+as a device would suffer it: a chunk finds the KV of all tokens before it where its block table
+says, its adapter's weights on the pages of its slot, and the limits held.
 """
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from slora_core.adapters.residency import AdapterResidency
-from slora_core.config import EngineConfig
+from slora_core.config import EngineConfig, SamplingParams
 from slora_core.memory.page_pool import PageOwner, PagePool
 from slora_core.scheduling.scheduler import Scheduler
-from slora_core.types import FinishReason, Request, RequestOutput, StepPlan
+from slora_core.types import FinishReason, Request, RequestOutput, ScheduledChunk, StepPlan
 
 EOS = 2
+
+
+def make_config(
+    num_pages: int,
+    *,
+    page_tokens: int = 4,
+    budget: int = 64,
+    max_running: int = 8,
+    assumed: int | None = None,
+    inflight: int = 1,
+) -> EngineConfig:
+    return EngineConfig(
+        page_tokens=page_tokens,
+        num_pool_tokens=num_pages * page_tokens,
+        max_batched_tokens=budget,
+        max_running_requests=max_running,
+        admission_output_tokens=assumed,
+        max_inflight_steps=inflight,
+    )
+
+
+def make_request(
+    request_id: str, num_prompt: int, max_tokens: int = 4, adapter_id: str | None = None, **params
+) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, **params)
+    return Request(request_id, [7] * num_prompt, sampling, adapter_id)
+
+
+@dataclass(frozen=True)
+class LaunchedChunk:
+    """What the device was given with a chunk."""
+
+    chunk: ScheduledChunk
+    page_ids: list[int]
+    row: int
+    # Id and pages of the adapter in the chunk's slot; None for the base model.
+    adapter: tuple[str, list[int]] | None
 
 
 @dataclass
@@ -39,9 +78,16 @@ class Harness:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_steps = 0
+        # Launched and not committed, the oldest first.
+        self.inflight: deque[tuple[StepPlan, list[LaunchedChunk]]] = deque()
+        self.num_discarded = self.num_blocked = 0
         self._random = random.Random(self.seed)
+        # Tokens that launched steps sample, by request.
+        self._num_sampled: Counter[Request] = Counter()
+        # Ended requests with their outputs, which must not change any more.
+        self._ended: list[tuple[Request, list[int]]] = []
         # (page id, offset) of KV, page ids of adapters: who wrote there last.
-        self._kv: dict[tuple[int, int], tuple[str, int]] = {}
+        self._kv: dict[tuple[int, int], tuple[Request, int]] = {}
         self._adapter_pages: dict[int, tuple[str, int]] = {}
         self._slots: dict[int, tuple[str, list[int]]] = {}
 
@@ -54,49 +100,103 @@ class Harness:
         assert self.scheduler.abort(request_id)
         request = self.live.pop(request_id)
         (self.running if request in self.running else self.waiting).remove(request)
-        assert not request.page_ids and request.adapter_slot is None
-        self.scheduler.check_integrity()
+        self._ended.append((request, list(request.output_ids)))
+        self._check()
 
     def drop_adapter(self, adapter_id: str) -> None:
         self.residency.drop(adapter_id)
-        self.scheduler.check_integrity()
+        self._check()
 
     def step(self) -> list[RequestOutput]:
-        """Plan, check, pretend to run, commit, check."""
+        """Launch and commit as the engine does."""
+        outputs = []
+        plan = self.launch()
+        if plan.blocked:
+            assert self.inflight, "blocked with nothing in flight"
+            outputs += self.flush()
+            plan = self.launch()
+            assert not plan.blocked
+        assert self.inflight or not self.live, "requests wait and nothing runs"
+        if self.inflight and (
+            not plan.chunks or len(self.inflight) >= self.config.max_inflight_steps
+        ):
+            outputs += self.commit()
+        return outputs
+
+    def launch(self) -> StepPlan:
+        """Plan and check a step, and hand it to the device if anything runs."""
         preemptions = {request_id: r.num_preemptions for request_id, r in self.live.items()}
         plan = self.scheduler.schedule()
-        self.scheduler.check_integrity()
+        self.num_blocked += plan.blocked
         self._follow_running(plan, preemptions)
         self._check_limits(plan)
         self._load_adapters(plan)
-        for chunk in plan.chunks:
-            self._compute(chunk.request, chunk.start, chunk.end)
-        sampled = [chunk.request for chunk in plan.chunks if chunk.samples]
-        before = {request.request_id: len(request.output_ids) for request in sampled}
-        outputs = self.scheduler.commit(plan, [self._token() for _ in sampled])
-        self.scheduler.check_integrity()
-        assert [output.request_id for output in outputs] == list(before)
-        for output, request in zip(outputs, sampled, strict=True):
-            assert request.output_ids[before[output.request_id] :] == output.new_token_ids
+        if plan.chunks:
+            self.inflight.append((plan, [self._launch_chunk(chunk) for chunk in plan.chunks]))
+        self._check()
+        return plan
+
+    def commit(self) -> list[RequestOutput]:
+        """Pretend to run the oldest step in flight, commit, check."""
+        plan, chunks = self.inflight.popleft()
+        for launched in chunks:
+            self._compute(launched)
+        sampled = [(chunk.request, self._token()) for chunk in plan.chunks if chunk.samples]
+        expected = [
+            (request, token, len(request.output_ids))
+            for request, token in sampled
+            if self.live.get(request.request_id) is request
+        ]
+        self.num_discarded += len(sampled) - len(expected)
+        outputs = self.scheduler.commit(plan, [token for _, token in sampled])
+        for output, (request, token, index) in zip(outputs, expected, strict=True):
+            assert (output.request_id, output.new_token_ids) == (request.request_id, [token])
+            assert request.output_ids[index:] == [token]
             self._check_end(request, output.finish_reason)
-        assert plan.chunks or not self.live, "requests wait and nothing runs"
+        self._check()
         self.num_steps += 1
+        return outputs
+
+    def flush(self) -> list[RequestOutput]:
+        """Commit all steps in flight."""
+        outputs = []
+        while self.inflight:
+            outputs += self.commit()
         return outputs
 
     def run_to_end(self) -> None:
         """Finish every request within the number of steps that progress guarantees.
 
         While one request is the oldest running, each step samples a token of some request or
-        computes at least one of the oldest's, which are never freed before it ends.
+        computes at least one of the oldest's, which are never freed before it ends. A step in
+        flight when a request ends may have computed nothing else.
         """
-        limit = sum(r.max_total_tokens + r.params.max_tokens for r in self.live.values())
+        limit = sum(r.max_total_tokens + r.params.max_tokens + 1 for r in self.live.values())
+        limit += len(self.inflight)
         start = self.num_steps
-        while self.live:
+        while self.live or self.inflight:
             self.step()
             assert self.num_steps - start <= limit, "requests starve"
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert self.pool.num_owned(PageOwner.KV) == 0
         assert self.residency.num_pinned_pages == 0
+        for request, output_ids in self._ended:
+            assert request.output_ids == output_ids
+            assert not request.page_ids and request.adapter_slot is None and request.row == -1
+            assert request.num_pending == request.num_inflight == 0
+
+    def _check(self) -> None:
+        """The books balance, and no step in flight lost anything that it uses."""
+        self.scheduler.check_integrity()
+        resident = self.residency.resident_ids()
+        for _, chunks in self.inflight:
+            for launched in chunks:
+                request = launched.chunk.request
+                assert request.page_ids[: len(launched.page_ids)] == launched.page_ids
+                assert request.row == launched.row
+                if launched.adapter is not None:
+                    assert self._slots[launched.chunk.slot] == launched.adapter
+                    assert launched.adapter[0] in resident
 
     def _follow_running(self, plan: StepPlan, preemptions: dict[str, int]) -> None:
         oldest = self.running[0] if self.running else None
@@ -106,11 +206,11 @@ class Harness:
             if request.num_preemptions > preemptions[request.request_id]
         ]
         assert oldest not in preempted, "the oldest was preempted"
+        assert not (preempted and self.inflight), "preempted with steps in flight"
         self.running = [request for request in self.running if request not in preempted]
         self.waiting = preempted + self.waiting
         # What a preempted request wrote may lie on a page that it is given again.
-        lost = {request.request_id for request in preempted}
-        self._kv = {place: kv for place, kv in self._kv.items() if kv[0] not in lost}
+        self._kv = {place: kv for place, kv in self._kv.items() if kv[0] not in preempted}
         started = [c.request for c in plan.chunks if c.request not in self.running]
         assert {r.request_id for r in started} == {
             r.request_id for r in self.waiting[: len(started)]
@@ -123,12 +223,14 @@ class Harness:
     def _check_limits(self, plan: StepPlan) -> None:
         config = self.config
         assert sum(c.end - c.start for c in plan.chunks) <= config.max_batched_tokens
-        assert self.scheduler.num_running <= config.max_running_requests
+        rows = [chunk.request.row for chunk in plan.chunks]
+        assert len(set(rows)) == len(rows) <= config.max_running_requests
+        assert all(0 <= row < config.max_running_requests for row in rows)
         assert self.scheduler.num_running == len(self.running)
         assert self.scheduler.num_waiting == len(self.waiting)
         ids = Counter(chunk.request.request_id for chunk in plan.chunks)
         assert not ids or max(ids.values()) == 1
-        assert set(ids) == plan.scheduled <= set(self.live)
+        assert all(self.live[chunk.request.request_id] is chunk.request for chunk in plan.chunks)
         decodes = [chunk.is_decode for chunk in plan.chunks]
         assert decodes == sorted(decodes, reverse=True), "decodes come first"
         for is_decode in (True, False):
@@ -147,30 +249,48 @@ class Harness:
         for offset in range(self.config.page_tokens):
             self._kv.pop((page_id, offset), None)
 
-    def _compute(self, request: Request, start: int, end: int) -> None:
+    def _launch_chunk(self, chunk: ScheduledChunk) -> LaunchedChunk:
+        """Check what was fixed with the plan, and keep what the device is given."""
+        request = chunk.request
+        num_sampled = self._num_sampled[request]
+        num_tokens = len(request.prompt_ids) + num_sampled
+        num_known = len(request.prompt_ids) + len(request.output_ids)
+        assert chunk.start < chunk.end <= num_tokens
+        assert chunk.samples == (chunk.end == num_tokens)
+        assert chunk.input_pending == (chunk.end > num_known)
+        assert not chunk.input_pending or chunk.end - chunk.start == 1
+        if chunk.samples:
+            assert chunk.token_index == num_sampled < request.params.max_tokens
+            self._num_sampled[request] += 1
+        assert len(request.page_ids) * self.config.page_tokens >= chunk.end
+        adapter = None
+        if request.adapter_id is None:
+            assert request.adapter_slot is None and chunk.slot == -1
+        else:
+            assert request.adapter_slot == chunk.slot
+            adapter = self._slots[chunk.slot]
+            assert adapter[0] == request.adapter_id
+        return LaunchedChunk(chunk, list(request.page_ids), request.row, adapter)
+
+    def _compute(self, launched: LaunchedChunk) -> None:
         """Read what the chunk depends on, write what it computes."""
         page_tokens = self.config.page_tokens
-        assert start == request.num_computed < end <= request.num_tokens
-        assert len(request.page_ids) * page_tokens >= end
+        request, start, end = launched.chunk[:3]
 
         def place(token: int) -> tuple[int, int]:
-            return request.page_ids[token // page_tokens], token % page_tokens
+            return launched.page_ids[token // page_tokens], token % page_tokens
 
         for token in range(start):
-            assert self._kv.get(place(token)) == (request.request_id, token), "KV was lost"
+            assert self._kv.get(place(token)) == (request, token), "KV was lost"
         for token in range(start, end):
             # Never computed twice: what lies there is not this token's own KV.
-            assert self._kv.get(place(token)) != (request.request_id, token)
-            self._kv[place(token)] = request.request_id, token
+            assert self._kv.get(place(token)) != (request, token)
+            self._kv[place(token)] = request, token
             self._adapter_pages.pop(place(token)[0], None)
-        if request.adapter_id is None:
-            assert request.adapter_slot is None
-            return
-        assert request.adapter_slot is not None
-        adapter_id, page_ids = self._slots[request.adapter_slot]
-        assert adapter_id == request.adapter_id
-        for index, page_id in enumerate(page_ids):
-            assert self._adapter_pages.get(page_id) == (adapter_id, index), "weights were lost"
+        if launched.adapter is not None:
+            adapter_id, page_ids = launched.adapter
+            for index, page_id in enumerate(page_ids):
+                assert self._adapter_pages.get(page_id) == (adapter_id, index), "weights were lost"
 
     def _token(self) -> int:
         return EOS if self._random.random() < self.eos_chance else self._random.randint(3, 9)
@@ -183,6 +303,8 @@ class Harness:
         assert (reason is not None) == ended
         if reason is not None:
             assert reason is (FinishReason.STOP if stops else FinishReason.LENGTH)
-            assert not request.page_ids and request.adapter_slot is None
+            assert request.request_id not in self.finished
+            assert request.num_inflight or not request.page_ids
             self.finished[request.request_id] = reason
+            self._ended.append((request, list(request.output_ids)))
             self.running.remove(self.live.pop(request.request_id))

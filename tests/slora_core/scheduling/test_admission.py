@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from slora_core.config import EngineConfig, SamplingParams
 from slora_core.memory.sizing import pages_for
-from slora_core.scheduling.admission import expected_total_tokens, peak_kv_pages
+from slora_core.scheduling.admission import PeakEstimate, expected_total_tokens
 from slora_core.types import Request
 
 
@@ -67,17 +67,23 @@ def test_peak_bounds_the_simulation_tightly(
     requests: list[Request], page_tokens: int, assumed: int | None
 ) -> None:
     config = EngineConfig(page_tokens=page_tokens, admission_output_tokens=assumed)
-    peak, simulated = peak_kv_pages(requests, config), _simulated_peak(requests, config)
+    peak = PeakEstimate(requests, config).pages()
+    simulated = _simulated_peak(requests, config)
     # Each request wastes less than a page.
     assert simulated <= peak <= simulated + len(requests)
     if page_tokens == 1:
         assert peak == simulated
-    assert peak_kv_pages(requests[::-1], config) == peak
+    # One after another, and the last as a candidate: the same.
+    estimate = PeakEstimate([], config)
+    for request in requests[1:]:
+        estimate.add(request)
+    assert estimate.pages(*requests[:1]) == peak
+    assert estimate.pages() <= peak
 
 
 def test_peak_is_below_the_sum_where_short_requests_end_early() -> None:
     config = EngineConfig(page_tokens=1, admission_output_tokens=None)
     requests = [_request(100, 1), _request(10, 100)]
     # Both run for one token (101 + 11); then the second goes on alone up to 110.
-    assert peak_kv_pages(requests, config) == 112
-    assert peak_kv_pages([], config) == 0
+    assert PeakEstimate(requests, config).pages() == 112
+    assert PeakEstimate([], config).pages() == 0

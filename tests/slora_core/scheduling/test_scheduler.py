@@ -7,35 +7,10 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from slora_core.config import EngineConfig, SamplingParams
 from slora_core.errors import InvalidRequestError
 from slora_core.memory.sizing import pages_for
-from slora_core.types import FinishReason, Request
-from tests.slora_core.scheduling.harness import EOS, Harness
-
-
-def _config(
-    num_pages: int,
-    *,
-    page_tokens: int = 4,
-    budget: int = 64,
-    max_running: int = 8,
-    assumed: int | None = None,
-) -> EngineConfig:
-    return EngineConfig(
-        page_tokens=page_tokens,
-        num_pool_tokens=num_pages * page_tokens,
-        max_batched_tokens=budget,
-        max_running_requests=max_running,
-        admission_output_tokens=assumed,
-    )
-
-
-def _request(
-    request_id: str, num_prompt: int, max_tokens: int = 4, adapter_id: str | None = None, **params
-) -> Request:
-    sampling = SamplingParams(max_tokens=max_tokens, **params)
-    return Request(request_id, [7] * num_prompt, sampling, adapter_id)
+from slora_core.types import FinishReason
+from tests.slora_core.scheduling.harness import EOS, Harness, make_config, make_request
 
 
 def _chunks(harness: Harness) -> list[tuple[str, int, int]]:
@@ -51,9 +26,9 @@ def _chunks(harness: Harness) -> list[tuple[str, int, int]]:
 
 
 def test_a_long_prompt_is_computed_in_contiguous_chunks_beside_decodes() -> None:
-    harness = Harness(_config(40, budget=10))
-    harness.add(_request("short", 6, max_tokens=9))
-    harness.add(_request("long", 25))
+    harness = Harness(make_config(40, budget=10))
+    harness.add(make_request("short", 6, max_tokens=9))
+    harness.add(make_request("long", 25))
     assert _chunks(harness) == [("short", 0, 6), ("long", 0, 4)]
     assert _chunks(harness) == [("short", 6, 7), ("long", 4, 13)]
     assert _chunks(harness) == [("short", 7, 8), ("long", 13, 22)]
@@ -63,31 +38,35 @@ def test_a_long_prompt_is_computed_in_contiguous_chunks_beside_decodes() -> None
     assert harness.finished == {"short": FinishReason.LENGTH, "long": FinishReason.LENGTH}
 
 
+both = pytest.mark.parametrize("inflight", [1, 2])
+
+
 def test_waiting_requests_start_in_order() -> None:
-    harness = Harness(_config(40, max_running=2))
+    harness = Harness(make_config(40, max_running=2))
     for name in "abcd":
-        harness.add(_request(name, 4, max_tokens=2))
+        harness.add(make_request(name, 4, max_tokens=2))
     assert [name for name, *_ in _chunks(harness)] == ["a", "b"]
     harness.step()
     assert [name for name, *_ in _chunks(harness)] == ["c", "d"]
     harness.run_to_end()
 
 
-def test_the_head_of_the_queue_is_not_overtaken() -> None:
-    harness = Harness(_config(10))
-    harness.add(_request("running", 20, max_tokens=8))
+@both
+def test_the_head_of_the_queue_is_not_overtaken(inflight: int) -> None:
+    harness = Harness(make_config(10, inflight=inflight))
+    harness.add(make_request("running", 20, max_tokens=8))
     harness.step()
-    harness.add(_request("large", 30, max_tokens=8))
-    harness.add(_request("small", 1, max_tokens=1))
+    harness.add(make_request("large", 30, max_tokens=8))
+    harness.add(make_request("small", 1, max_tokens=1))
     assert [name for name, *_ in _chunks(harness)] == ["running"]
     harness.run_to_end()
 
 
 @pytest.mark.parametrize("adapter_pages,fits", [(0, True), (2, True), (3, False)])
 def test_a_request_that_could_never_fit_is_refused(adapter_pages: int, fits: bool) -> None:
-    harness = Harness(_config(10), {"a": adapter_pages})
+    harness = Harness(make_config(10), {"a": adapter_pages})
     # 32 tokens are eight of the ten pages.
-    request = _request("r", 28, max_tokens=4, adapter_id="a")
+    request = make_request("r", 28, max_tokens=4, adapter_id="a")
     if fits:
         harness.add(request)
         harness.run_to_end()
@@ -99,23 +78,26 @@ def test_a_request_that_could_never_fit_is_refused(adapter_pages: int, fits: boo
     assert harness.scheduler.num_waiting == 0
 
 
-def test_finish_reasons() -> None:
-    harness = Harness(_config(40), eos_chance=1.0)
-    harness.add(_request("eos", 3))
-    harness.add(_request("ignores", 3, max_tokens=3, ignore_eos=True))
-    harness.add(_request("stop id", 3, max_tokens=3, ignore_eos=True, stop_token_ids=(EOS,)))
+@both
+def test_finish_reasons(inflight: int) -> None:
+    harness = Harness(make_config(40, inflight=inflight), eos_chance=1.0)
+    harness.add(make_request("eos", 3))
+    harness.add(make_request("ignores", 3, max_tokens=3, ignore_eos=True))
+    harness.add(make_request("stop id", 3, max_tokens=3, ignore_eos=True, stop_token_ids=(EOS,)))
     harness.run_to_end()
     assert harness.finished == {
         "eos": FinishReason.STOP,
         "ignores": FinishReason.LENGTH,
         "stop id": FinishReason.STOP,
     }
+    # Each stop was seen a step late.
+    assert harness.num_discarded == (2 if inflight == 2 else 0)
 
 
 def test_abort_anywhere() -> None:
-    harness = Harness(_config(12, budget=8, max_running=2), {"a": 2})
+    harness = Harness(make_config(12, budget=8, max_running=2), {"a": 2})
     for name in ("running", "prefilling", "waiting"):
-        harness.add(_request(name, 12, adapter_id="a"))
+        harness.add(make_request(name, 12, adapter_id="a"))
     harness.step()
     harness.step()
     for name in ("waiting", "prefilling", "running"):
@@ -126,52 +108,57 @@ def test_abort_anywhere() -> None:
     assert harness.step() == []
 
 
-def test_the_youngest_is_preempted_and_recomputed() -> None:
+@both
+def test_the_youngest_is_preempted_and_recomputed(inflight: int) -> None:
     # Each believes it will have one token; together they outgrow the ten pages.
-    harness = Harness(_config(10, assumed=0))
+    harness = Harness(make_config(10, assumed=0, inflight=inflight))
     for name in ("old", "young"):
-        harness.add(_request(name, 12, max_tokens=16))
+        harness.add(make_request(name, 12, max_tokens=16))
     young = harness.live["young"]
     harness.run_to_end()
     assert young.num_preemptions == 1
     assert harness.scheduler.num_preemptions == 1
     assert len(young.output_ids) == 16
+    assert harness.num_blocked == (1 if inflight == 2 else 0)
 
 
-def test_idle_adapters_go_before_requests_are_preempted() -> None:
-    harness = Harness(_config(10, assumed=0), {"idle": 4})
-    harness.add(_request("first", 4, max_tokens=1, adapter_id="idle"))
-    harness.step()
+@both
+def test_idle_adapters_go_before_requests_are_preempted(inflight: int) -> None:
+    harness = Harness(make_config(10, assumed=0, inflight=inflight), {"idle": 4})
+    harness.add(make_request("first", 4, max_tokens=1, adapter_id="idle"))
+    harness.run_to_end()
     assert harness.residency.resident_ids() == ["idle"]
-    harness.add(_request("a", 12, max_tokens=8))
-    harness.add(_request("b", 8, max_tokens=8))
+    harness.add(make_request("a", 12, max_tokens=8))
+    harness.add(make_request("b", 8, max_tokens=8))
     harness.run_to_end()
     assert harness.scheduler.num_preemptions == 0
     assert harness.residency.num_evictions == 1
+    assert harness.num_blocked == 0
 
 
 def test_requests_of_one_adapter_share_its_pages() -> None:
-    harness = Harness(_config(13), {"a": 4})
+    harness = Harness(make_config(13), {"a": 4})
     for name in "xyz":
-        harness.add(_request(name, 4, max_tokens=4, adapter_id="a"))
+        harness.add(make_request(name, 4, max_tokens=4, adapter_id="a"))
     harness.step()
     assert harness.scheduler.num_running == 3
     assert harness.residency.num_loads == 1
     harness.run_to_end()
 
 
-def test_a_stalled_prefill_does_not_starve_behind_a_stream_of_small_requests() -> None:
+@both
+def test_a_stalled_prefill_does_not_starve_behind_small_requests(inflight: int) -> None:
     """The oldest waits for pages while ever new requests, longer than assumed, take them."""
-    harness = Harness(_config(30, budget=64, assumed=1))
+    harness = Harness(make_config(30, budget=64, assumed=1, inflight=inflight))
     for index in range(3):
-        harness.add(_request(f"early-{index}", 8, max_tokens=30))
+        harness.add(make_request(f"early-{index}", 8, max_tokens=30))
     harness.step()
-    harness.add(_request("large", 60, max_tokens=4))
+    harness.add(make_request("large", 60, max_tokens=4))
     large = harness.live["large"]
     for index in range(400):
         if "large" not in harness.live:
             break
-        harness.add(_request(f"late-{index}", 4, max_tokens=40))
+        harness.add(make_request(f"late-{index}", 4, max_tokens=40))
         harness.step()
     assert "large" in harness.finished, f"{large.num_computed} of its tokens after 400 steps"
 
@@ -185,17 +172,21 @@ def test_a_stalled_prefill_does_not_starve_behind_a_stream_of_small_requests() -
     ),
     page_tokens=st.sampled_from([1, 4, 16]),
     gap=st.integers(0, 5),
+    inflight=st.sampled_from([1, 2]),
 )
-def test_without_an_assumed_length_whole_prompts_never_preempt(requests, page_tokens, gap) -> None:
+def test_without_an_assumed_length_whole_prompts_never_preempt(
+    requests, page_tokens, gap, inflight
+) -> None:
     """The estimate of `admission_output_tokens` None is exact where each prompt is one chunk."""
-    config = _config(pages_for(150, page_tokens), page_tokens=page_tokens, budget=1000)
+    num_pages = pages_for(150, page_tokens)
+    config = make_config(num_pages, page_tokens=page_tokens, budget=1000, inflight=inflight)
     harness = Harness(config, {"a": 1, "b": 2})
     for index, (num_prompt, max_tokens, adapter_id) in enumerate(requests):
-        harness.add(_request(str(index), num_prompt, max_tokens, adapter_id))
+        harness.add(make_request(str(index), num_prompt, max_tokens, adapter_id))
         for _ in range(gap):
             harness.step()
     harness.run_to_end()
-    assert harness.scheduler.num_preemptions == 0
+    assert harness.scheduler.num_preemptions == harness.num_blocked == 0
 
 
 ADAPTERS = {"small": 1, "medium": 3, "large": 6}
@@ -216,6 +207,7 @@ operations = st.lists(
         additions,
         additions,
         st.tuples(st.just("step"), st.integers(1, 6)),
+        st.tuples(st.just("flush")),
         st.tuples(st.just("abort"), st.integers(0, 30)),
         st.tuples(st.just("drop"), st.sampled_from(sorted(ADAPTERS))),
     ),
@@ -234,21 +226,35 @@ operations = st.lists(
     assumed=st.sampled_from([None, 0, 1, 5]),
     max_slots=st.integers(1, 4),
     eos_chance=st.sampled_from([0.0, 0.1]),
+    inflight=st.sampled_from([1, 2]),
 )
 def test_random_operations(
-    operations, pool_tokens, page_tokens, budget, max_running, assumed, max_slots, eos_chance
+    operations,
+    pool_tokens,
+    page_tokens,
+    budget,
+    max_running,
+    assumed,
+    max_slots,
+    eos_chance,
+    inflight,
 ) -> None:
     # Room for a few requests of any size beside the drawn tokens, so that most are accepted.
     num_pages = pages_for(40 + pool_tokens, page_tokens)
-    config = _config(
-        num_pages, page_tokens=page_tokens, budget=budget, max_running=max_running, assumed=assumed
+    config = make_config(
+        num_pages,
+        page_tokens=page_tokens,
+        budget=budget,
+        max_running=max_running,
+        assumed=assumed,
+        inflight=inflight,
     )
     harness = Harness(config, ADAPTERS, max_slots, eos_chance)
     accepted = aborted = 0
     for number, (kind, *args) in enumerate(operations):
         if kind == "add":
             num_prompt, max_tokens, adapter_id, ignore_eos = args
-            request = _request(
+            request = make_request(
                 str(number), num_prompt, max_tokens, adapter_id, ignore_eos=ignore_eos
             )
             needed = pages_for(num_prompt + max_tokens, page_tokens) + ADAPTERS.get(adapter_id, 0)
@@ -261,6 +267,8 @@ def test_random_operations(
         elif kind == "step":
             for _ in range(args[0]):
                 harness.step()
+        elif kind == "flush":
+            harness.flush()
         elif kind == "abort":
             if harness.live:
                 names = list(harness.live)
@@ -276,24 +284,30 @@ def test_random_operations(
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_random_operations_under_pressure(seed: int) -> None:
+@both
+def test_random_operations_under_pressure(seed: int, inflight: int) -> None:
     """What shrinking favours is an idle pool; here each run overflows its own many times."""
     rng = random.Random(seed)
     page_tokens = rng.choice([1, 4, 16])
     num_pages = pages_for(rng.randint(100, 200), page_tokens)
-    config = _config(
+    config = make_config(
         num_pages,
         page_tokens=page_tokens,
-        budget=rng.choice([3, 16, 64]),
+        budget=rng.choice([8, 16, 64]),
         max_running=rng.randint(8, 16),
         assumed=rng.choice([0, 1, 3]),
+        inflight=inflight,
     )
     sizes = {f"adapter-{index}": rng.randint(1, max(1, num_pages // 6)) for index in range(6)}
-    harness = Harness(config, sizes, max_slots=rng.randint(4, 6), seed=seed)
+    max_slots = rng.randint(4, 6)
+    # Few stops, which end requests before they outgrow the pool.
+    harness = Harness(config, sizes, max_slots, 0.02 * (seed % 2), seed)
     accepted = aborted = 0
     for number in range(50):
         adapter_id = rng.choice([None, *sizes])
-        request = _request(str(number), rng.choice([1, 5, 30, 60]), rng.randint(1, 40), adapter_id)
+        request = make_request(
+            str(number), rng.choice([1, 5, 30, 60]), rng.randint(10, 40), adapter_id
+        )
         with contextlib.suppress(InvalidRequestError):
             harness.add(request)
             accepted += 1
@@ -308,3 +322,4 @@ def test_random_operations_under_pressure(seed: int) -> None:
     assert len(harness.finished) == accepted - aborted >= 25
     assert harness.scheduler.num_preemptions > 0
     assert harness.residency.num_evictions > 0
+    assert (harness.num_blocked > 0) == (inflight == 2)

@@ -1,0 +1,115 @@
+"""The requests that hold pages, a row and an adapter, and when they give them back.
+
+Called by the scheduler, which decides who starts, grows and leaves.
+"""
+
+from collections.abc import Iterator
+
+from slora_core.adapters.residency import AdapterResidency
+from slora_core.config import EngineConfig
+from slora_core.memory.page_pool import PagePool
+from slora_core.memory.sizing import pages_for
+from slora_core.types import AdapterLoad, Request
+
+
+class RunningSet:
+    """Running requests in the order of their admission, and ended ones that drain.
+
+    A request that ends while steps in flight have chunks of it leaves the running ones at once and
+    drains: nothing that such a step reads or writes may become another's before it is committed.
+    """
+
+    def __init__(self, config: EngineConfig, pool: PagePool, residency: AdapterResidency) -> None:
+        self._config = config
+        self._pool = pool
+        self._residency = residency
+        self._running: dict[str, Request] = {}
+        # Not by id, which may be in use again.
+        self._draining: set[Request] = set()
+        self._free_rows = list(range(config.max_running_requests - 1, -1, -1))
+        # How often a request gave back what it held.
+        self.num_released = 0
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __iter__(self) -> Iterator[Request]:
+        """Running requests, the oldest first; what leaves meanwhile is still visited."""
+        return iter(list(self._running.values()))
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._running
+
+    @property
+    def youngest(self) -> Request:
+        return next(reversed(self._running.values()))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row is taken, by running requests or by ones that drain."""
+        return not self._free_rows
+
+    @property
+    def holds_nothing(self) -> bool:
+        return not self._running and not self._draining
+
+    @property
+    def num_draining_pages(self) -> int:
+        return sum(len(request.page_ids) for request in self._draining)
+
+    def start(self, request: Request, num_adapter_pages: int) -> AdapterLoad | None:
+        """Add the youngest; returns the copy that is due where its adapter was not resident."""
+        load = None
+        if request.adapter_id is not None:
+            request.adapter_slot, load = self._residency.acquire(
+                request.adapter_id, num_adapter_pages
+            )
+        request.row = self._free_rows.pop()
+        self._running[request.request_id] = request
+        return load
+
+    def end(self, request: Request) -> None:
+        """Take a request out that will not go on."""
+        del self._running[request.request_id]
+        request.ended = True
+        if request.num_inflight:
+            self._draining.add(request)
+        else:
+            self._release(request)
+
+    def settle(self, request: Request) -> None:
+        """A step with a chunk of an ended request was committed."""
+        if not request.num_inflight:
+            self._draining.remove(request)
+            self._release(request)
+
+    def preempt(self, request: Request) -> None:
+        """Take a request out that will be computed anew; no step in flight may have it."""
+        assert not request.num_inflight
+        del self._running[request.request_id]
+        self._release(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+
+    def check_integrity(self, num_inflight: int) -> None:
+        """Assert one owner a page and a row, and that block tables cover what is computed."""
+        holding = [*self._running.values(), *self._draining]
+        held = [page_id for request in holding for page_id in request.page_ids]
+        self._pool.check_integrity(held, self._residency.page_ids())
+        rows = sorted([*self._free_rows, *(request.row for request in holding)])
+        assert rows == list(range(self._config.max_running_requests))
+        for request in holding:
+            computed = pages_for(request.num_computed, self._config.page_tokens)
+            assert len(request.page_ids) >= computed
+            assert request.num_pending <= request.num_inflight <= num_inflight
+        assert all(request.ended and request.num_inflight for request in self._draining)
+
+    def _release(self, request: Request) -> None:
+        self._pool.free(request.page_ids)
+        request.page_ids = []
+        self._free_rows.append(request.row)
+        request.row = -1
+        if request.adapter_id is not None:
+            self._residency.release(request.adapter_id)
+            request.adapter_slot = None
+        self.num_released += 1
