@@ -31,7 +31,9 @@ def check_logits(model: ModelConfig, weights: DecoderWeights, device: str) -> tu
         model.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1)
     ).to(device)
     views = checkpoint_views(model, weights)
-    exact = _transformers_logits(model, {name: view.float() for name, view in views.items()}, prompt)
+    exact = _transformers_logits(
+        model, {name: view.float() for name, view in views.items()}, prompt
+    )
     theirs = _relative_error(_transformers_logits(model, views, prompt), exact)
     config = EngineConfig(
         device=device, dtype=dtype, num_pool_tokens=1024, max_running_requests=1, cuda_graphs=False

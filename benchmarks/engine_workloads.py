@@ -115,8 +115,9 @@ class DummyAdapters:
         return PackedAdapter(adapter_name(index), layout, host)
 
 
-def _request(prompt_len: int, output_len: int, adapter: int | None, vocab_size: int,
-             rng: random.Random) -> GenerationRequest:
+def _request(
+    prompt_len: int, output_len: int, adapter: int | None, vocab_size: int, rng: random.Random
+) -> GenerationRequest:
     return GenerationRequest(
         prompt_ids=rng.choices(range(vocab_size), k=prompt_len),
         params=SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True),
@@ -133,14 +134,15 @@ def fixed_batch(
 
 
 def trace(
-    adapters: Sequence[int | None], vocab_size: int, seed: int, shortest: int = 8,
+    adapters: Sequence[int | None],
+    vocab_size: int,
+    seed: int,
+    shortest: int = 8,
     longest: int = 512,
 ) -> list[GenerationRequest]:
     """One request an entry of `adapters`; lengths in and out uniform in [shortest, longest]."""
     rng = random.Random(seed)
     return [
-        _request(
-            rng.randint(shortest, longest), rng.randint(shortest, longest), a, vocab_size, rng
-        )
+        _request(rng.randint(shortest, longest), rng.randint(shortest, longest), a, vocab_size, rng)
         for a in adapters
     ]

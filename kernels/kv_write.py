@@ -51,8 +51,8 @@ def rotary_kv_write(
         cos_sin: [max_positions, head_dim], cos of half the frequencies and then their sin.
         positions: int32 or int64 [rows].
         kv_cache: mutated at `layer`.
-        slot_mapping: int32 or int64 [rows], page_id * page_tokens + offset of each row's token; -1 is a
-            row that pads the batch, of which nothing is read or written.
+        slot_mapping: int32 or int64 [rows], page_id * page_tokens + offset of each row's token;
+            -1 is a row that pads the batch, of which nothing is read or written.
     """
     rows, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]

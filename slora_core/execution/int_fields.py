@@ -15,9 +15,7 @@ class IntFields:
         self._values: list[int] = []
         self._bounds: dict[str, tuple[int, int]] = {}
 
-    def add(
-        self, name: str, values: Sequence[int], size: int | None = None, fill: int = 0
-    ) -> None:
+    def add(self, name: str, values: Sequence[int], size: int | None = None, fill: int = 0) -> None:
         """Append a field, padded with `fill` to `size` values where a size is given."""
         start = len(self._values)
         self._values += values

@@ -46,7 +46,9 @@ def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: Decoder
         f"{logits / gib:.2f} logits, {available / gib:.1f} for the pool"
     )
     if num_pages < 1:
-        raise UnsupportedModelError(f"the model leaves no memory for the pool on {device}: {figures}")
+        raise UnsupportedModelError(
+            f"the model leaves no memory for the pool on {device}: {figures}"
+        )
     logger.info(
         "pool of %d pages, %d tokens: %s", num_pages, num_pages * engine.page_tokens, figures
     )
