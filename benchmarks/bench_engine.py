@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,24 +93,24 @@ class Bench:
         }
 
     def mixed(self, batch: int, chunk: int) -> dict[str, Any]:
-        """ms of a step of `batch` decodes and one prefill chunk, beside the decodes alone."""
+        """ms of a step of `batch` decodes and a prompt of `chunk` tokens, one after another."""
         requests = fixed_batch([None] * batch, PROMPT_LEN, 64, self._vocab_size, SEED)
-        prompts = fixed_batch([None] * 16, chunk, 1, self._vocab_size, SEED + 1)
+        prompts = fixed_batch([None] * 32, chunk, 1, self._vocab_size, SEED + 1)
         live = self._add(requests)
         while any(request.num_computed < PROMPT_LEN for request in live):
             self._engine.step()
-        seconds = 0.0
-        for warm_up in (True, False):
-            for prompt in prompts:
-                self._add([prompt])
+        started = 0.0
+        for index, prompt in enumerate(prompts):
+            if index == len(prompts) // 2:
                 self._settle()
                 started = time.perf_counter()
-                self._engine.step()
-                self._settle()
-                seconds += 0.0 if warm_up else time.perf_counter() - started
+            self._add([prompt])
+            self._engine.step()
+        self._settle()
+        seconds = time.perf_counter() - started
         while self._engine.has_work:
             self._engine.step()
-        return {"mixed_step_ms": 1e3 * seconds / len(prompts)}
+        return {"mixed_step_ms": 1e3 * seconds / (len(prompts) - len(prompts) // 2)}
 
     def profile(self, batch: int, num_adapters: int, path: Path) -> None:
         """Write what the GPU does in eight decode steps, kernel by kernel, to `path`."""
@@ -176,23 +176,23 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def measure(bench: Bench, workload: str, num_distinct: Sequence[int]) -> list[dict[str, Any]]:
+def measure(
+    bench: Bench, workload: str, batches: Sequence[int], num_distinct: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     """Rows of one workload, each with its own parameters beside its figures."""
     match workload:
         case "decode":
-            cases = [
-                {"batch": batch, "num_adapters": n}
-                for batch in DECODE_BATCHES
-                for n in dict.fromkeys((0, 1, batch))
-            ]
-            return [{**case, **bench.decode(**case)} for case in cases]
+            for batch in batches:
+                for n in dict.fromkeys((0, 1, batch)):
+                    yield {"batch": batch, "num_adapters": n, **bench.decode(batch, n)}
         case "prefill":
-            cases = [{"batch": 64, "num_adapters": n} for n in (0, 1, 64)]
-            return [{**case, **bench.prefill(**case)} for case in cases]
+            for n in (0, 1, 64):
+                yield {"batch": 64, "num_adapters": n, **bench.prefill(64, n)}
         case "trace":
-            return [{"num_adapters": n, **bench.trace(n)} for n in num_distinct]
+            for n in num_distinct:
+                yield {"num_adapters": n, **bench.trace(n)}
         case "mixed":
-            return [{"batch": 64, "chunk": 256, **bench.mixed(64, 256)}]
+            yield {"batch": 64, "chunk": 256, **bench.mixed(64, 256)}
         case _:
             raise ValueError(workload)
 
@@ -204,6 +204,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--setting", choices=list(SETTINGS), default="S1")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--batches", type=int, nargs="+", default=list(DECODE_BATCHES))
     parser.add_argument("--num-adapters", type=int, nargs="+", default=[0, 5, 1000, 2000])
     parser.add_argument("--max-running-requests", type=int, default=256)
     parser.add_argument("--max-batched-tokens", type=int, default=8192)
@@ -249,7 +250,7 @@ def main() -> None:
         for batch, num_adapters in ((1, 0), (1, 1), (64, 0), (64, 64)):
             bench.profile(batch, num_adapters, args.profile)
     for workload in args.workloads:
-        for figures in measure(bench, workload, args.num_adapters):
+        for figures in measure(bench, workload, args.batches, args.num_adapters):
             publish(
                 make_row("engine", {"workload": workload, **figures}, settings, SEED),
                 args.output,

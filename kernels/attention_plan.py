@@ -15,8 +15,7 @@ CHUNK_STEP = 64
 # Below this, starting a program costs more than sharing a row between two saves. It binds for
 # batches of few rows only.
 MIN_CHUNK_TOKENS = 128
-# Programs beyond one a row and KV head that splitting may add: several waves of a large GPU, so
-# that its multiprocessors finish close together.
+# Programs beyond one a row and KV head that splitting may add, and that fill a large GPU.
 SPLIT_PROGRAMS = 2048
 # Prefill tiles are halved until there are as many programs as multiprocessors, about.
 MIN_PREFILL_PROGRAMS = 128
@@ -71,10 +70,12 @@ def max_decode_items(num_decodes: int, num_kv_heads: int) -> int:
 def plan_decode(
     context_lens: Sequence[int], max_items: int, min_chunk_tokens: int = MIN_CHUNK_TOKENS
 ) -> DecodePlan:
-    """The finest cut into equal chunks that `max_items` items have room for, on the CPU.
+    """Cut contexts into equal chunks, on the CPU, so that the spare items fill the GPU.
 
-    chunk = the least multiple of CHUNK_STEP, at least `min_chunk_tokens`, with
-    sum(ceil(context_lens / chunk)) <= max_items.
+    chunk = sum(context_lens) / (max_items - num_rows), rounded up to a multiple of CHUNK_STEP and
+    at least `min_chunk_tokens`: then sum(ceil(context_lens / chunk)) <= max_items. Where rows
+    alone fill the GPU, this splits only the rows that are much longer than others, since parts
+    cost a second pass.
 
     Args:
         context_lens: of each decode row; 0 is a row that only pads the batch and has no items.
@@ -101,16 +102,9 @@ def plan_decode(
 
 
 def _chunk_tokens(lens: torch.Tensor, max_items: int, min_chunk_tokens: int) -> int:
-    """Bisect for the chunk of `plan_decode`: more tokens a chunk never make more items."""
-    low = -(-min_chunk_tokens // CHUNK_STEP)
-    high = max(low, -(-max(lens.tolist(), default=0) // CHUNK_STEP))
-    while low < high:
-        middle = (low + high) // 2
-        if int(_ceil_div(lens, middle * CHUNK_STEP).sum()) <= max_items:
-            high = middle
-        else:
-            low = middle + 1
-    return low * CHUNK_STEP
+    num_spare = max_items - lens.shape[0]
+    wanted = -(-int(lens.sum()) // num_spare) if num_spare else max(lens.tolist(), default=0)
+    return -(-max(wanted, min_chunk_tokens) // CHUNK_STEP) * CHUNK_STEP
 
 
 def _ceil_div(x: torch.Tensor, divisor: int) -> torch.Tensor:

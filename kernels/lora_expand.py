@@ -63,6 +63,8 @@ def lora_expand(
         tiles.slots,
         tiles.row_starts,
         tiles.row_ends,
+        tiles.shares,
+        tiles.num_shares,
         y.stride(0),
         pool.stride(0),
         segments.page_tables.stride(0),
@@ -101,6 +103,8 @@ def _expand_kernel(
     tile_slots_ptr,
     tile_starts_ptr,
     tile_ends_ptr,
+    tile_shares_ptr,
+    tile_num_shares_ptr,
     y_stride,
     page_stride,
     table_stride,
@@ -187,7 +191,9 @@ def _expand_kernel(
         row_mask = rows < row_end
         v_rows_ptr = v_ptr + rows * v_row_stride
         y_rows_ptr = y_ptr + rows * y_stride
-        for n in range(0, BLOCK_N, DOT_BLOCK_N):
+        share = tl.load(tile_shares_ptr + tile)
+        num_shares = tl.load(tile_num_shares_ptr + tile)
+        for n in range(share * DOT_BLOCK_N, BLOCK_N, num_shares * DOT_BLOCK_N):
             columns = (n + tl.arange(0, DOT_BLOCK_N))[None, :]
             y_mask = row_mask & (columns < num_columns)
             y_tile = tl.load(y_rows_ptr + columns, mask=y_mask)  # [T, N]

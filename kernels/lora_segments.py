@@ -6,7 +6,7 @@ The batch builder makes one `LoraSegments` a step; kernels only read it.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -24,42 +24,69 @@ class HostSegment:
     scaling: list[list[float]]
 
 
+# Rows of a tile for decoding: what one matrix instruction takes at least.
+DECODE_BLOCK_ROWS = 16
+PROMPT_BLOCK_ROWS = 64
+# Entries that a tile of many rows is shared by, at most.
+MAX_SHARES = 8
+# With so many large tiles there are programs enough without shares.
+MANY_TILES = 64
+
+
+class Tile(NamedTuple):
+    """Rows [row_start, row_end) of the adapter in `slot`, or one share of their work.
+
+    Share s of `num_shares` computes every num_shares-th run of columns of `lora_expand`, from the
+    s-th on; share 0 computes `lora_shrink` alone.
+    """
+
+    slot: int
+    row_start: int
+    row_end: int
+    share: int = 0
+    num_shares: int = 1
+
+
+# Slot -1 is an entry of which nothing is computed.
+UNUSED_TILE = Tile(-1, 0, 0)
+
+
 @dataclass(frozen=True)
 class LoraTiles:
-    """Segments cut into tiles of at most `block_rows` rows of one adapter: a program each.
+    """Segments cut into tiles of at most `block_rows` rows of one adapter: a program an entry.
 
-    Rows [row_starts[i], row_ends[i]) use slot `slots[i]`; slot -1 is an unused entry, so that a
-    batch of any composition fits tensors of one size.
+    Fields are those of `Tile`. With unused entries, a batch of any composition fits tensors of one
+    size: there are never more entries than rows.
     """
 
     # int32 [num_tiles] each.
     slots: torch.Tensor
     row_starts: torch.Tensor
     row_ends: torch.Tensor
+    shares: torch.Tensor
+    num_shares: torch.Tensor
     # 16, 32, 64 or 128.
     block_rows: int
 
     @classmethod
     def of(
         cls,
-        entries: Sequence[tuple[int, int, int]],
+        tiles: Sequence[Tile],
         block_rows: int,
         num_tiles: int | None = None,
         device: torch.device | None = None,
     ) -> Self:
         """Tensors of what `plan_tiles` gave, with unused entries up to `num_tiles`."""
-        padding = [(-1, 0, 0)] * (0 if num_tiles is None else num_tiles - len(entries))
-        table = torch.tensor([*entries, *padding], dtype=torch.int32).view(-1, 3)
-        slots, row_starts, row_ends = table.T.contiguous().to(device)
-        return cls(slots, row_starts, row_ends, block_rows)
+        padding = [UNUSED_TILE] * (0 if num_tiles is None else num_tiles - len(tiles))
+        table = torch.tensor([*tiles, *padding], dtype=torch.int32).view(-1, len(Tile._fields))
+        return cls(*table.T.contiguous().to(device), block_rows)
 
     def to(self, device: torch.device) -> Self:
-        return replace(
-            self,
-            slots=self.slots.to(device),
-            row_starts=self.row_starts.to(device),
-            row_ends=self.row_ends.to(device),
-        )
+        return replace(self, **{name: getattr(self, name).to(device) for name in TILE_FIELDS})
+
+
+# Names of the tensors of `LoraTiles`, in the order of `Tile`.
+TILE_FIELDS = ("slots", "row_starts", "row_ends", "shares", "num_shares")
 
 
 @dataclass(frozen=True)
@@ -114,16 +141,29 @@ class LoraSegments:
         ]
 
 
-def plan_tiles(
-    seg_indptr: Sequence[int], seg_slots: Sequence[int], block_rows: int
-) -> list[tuple[int, int, int]]:
-    """(slot, first row, end row) of each tile of `LoraTiles`; rows of the base model have none."""
-    return [
-        (slot, row, min(row + block_rows, seg_indptr[s + 1]))
+def plan_tiles(seg_indptr: Sequence[int], seg_slots: Sequence[int], block_rows: int) -> list[Tile]:
+    """Tiles of the rows that have an adapter.
+
+    A tile of k rows is cut into up to k shares, so that a few tiles of many rows keep a GPU as
+    busy as many tiles of one.
+    """
+    tiles = [
+        Tile(slot, row, min(row + block_rows, seg_indptr[s + 1]))
         for s, slot in enumerate(seg_slots)
         if slot >= 0
         for row in range(seg_indptr[s], seg_indptr[s + 1], block_rows)
     ]
+    if block_rows >= PROMPT_BLOCK_ROWS and len(tiles) >= MANY_TILES:
+        return tiles
+    return [share for tile in tiles for share in _shares(tile)]
+
+
+def _shares(tile: Tile) -> list[Tile]:
+    num_rows = tile.row_end - tile.row_start
+    if num_rows == 1:
+        return [tile]
+    count = min(MAX_SHARES, 1 << (num_rows.bit_length() - 1))
+    return [tile._replace(share=share, num_shares=count) for share in range(count)]
 
 
 def choose_block_rows(num_rows: int, num_segments: int) -> int:
@@ -132,4 +172,5 @@ def choose_block_rows(num_rows: int, num_segments: int) -> int:
     Small tiles for decoding, where segments of a row or two share nothing, and large ones for
     prompts, where a tile reads its adapter's weights once for all its rows.
     """
-    return 16 if num_rows <= 32 * max(1, num_segments) else 64
+    few = num_rows <= 32 * max(1, num_segments)
+    return DECODE_BLOCK_ROWS if few else PROMPT_BLOCK_ROWS

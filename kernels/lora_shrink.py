@@ -66,6 +66,7 @@ def lora_shrink(
         tiles.slots,
         tiles.row_starts,
         tiles.row_ends,
+        tiles.shares,
         x.stride(0),
         pool.stride(0),
         segments.page_tables.stride(0),
@@ -104,6 +105,7 @@ def _shrink_kernel(
     tile_slots_ptr,
     tile_starts_ptr,
     tile_ends_ptr,
+    tile_shares_ptr,
     x_stride,
     page_stride,
     table_stride,
@@ -129,9 +131,10 @@ def _shrink_kernel(
     slot = tl.load(tile_slots_ptr + tile).to(tl.int64)
     row_start = tl.load(tile_starts_ptr + tile).to(tl.int64)
     row_end = tl.load(tile_ends_ptr + tile)
+    share = tl.load(tile_shares_ptr + tile)
     # The tests for an early end, here and below, ask for all that was loaded: what no test needs is
     # loaded after it, and loads that wait for one another are most of a small launch's time.
-    if (slot < 0) | (row_end <= row_start):
+    if (slot < 0) | (row_end <= row_start) | (share > 0):
         return
     m = tl.program_id(0) // num_rank_tiles
     first_rank = tl.program_id(0) % num_rank_tiles * BLOCK_R

@@ -12,16 +12,21 @@ from typing import Self
 import torch
 
 from kernels.attention_plan import DecodePlan, PrefillPlan
-from kernels.lora_segments import LoraSegments, LoraTiles, choose_block_rows, plan_tiles
+from kernels.lora_segments import (
+    DECODE_BLOCK_ROWS,
+    TILE_FIELDS,
+    UNUSED_TILE,
+    LoraSegments,
+    LoraTiles,
+    choose_block_rows,
+    plan_tiles,
+)
 from slora_core.adapters.device_tables import DeviceAdapterTables
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.execution.buckets import RANK_BUCKETS, bucket_of
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.row_state import RowState
 from slora_core.types import AttentionBatch, ForwardBatch, SamplingBatch, ScheduledChunk
-
-# Rows of a LoRA tile in a step of decodes: what one matrix instruction takes at least.
-DECODE_BLOCK_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -232,9 +237,9 @@ class BatchBuilder:
         if self._planner is None:
             return
         tiles = plan_tiles(indptr, slots, shape.lora_block_rows)
-        fields.add("tile_slots", [slot for slot, _, _ in tiles], num_rows, fill=-1)
-        fields.add("tile_starts", [start for _, start, _ in tiles], num_rows)
-        fields.add("tile_ends", [end for _, _, end in tiles], num_rows)
+        for index, name in enumerate(TILE_FIELDS):
+            column = [tile[index] for tile in tiles]
+            fields.add("tile_" + name, column, num_rows, fill=UNUSED_TILE[index])
 
     def _segments(
         self, views: Mapping[str, torch.Tensor], shape: BatchShape, max_rank: int
@@ -242,9 +247,8 @@ class BatchBuilder:
         tables = self._tables
         tiles = None
         if self._planner is not None:
-            tiles = LoraTiles(
-                views["tile_slots"], views["tile_starts"], views["tile_ends"], shape.lora_block_rows
-            )
+            tensors = [views["tile_" + name] for name in TILE_FIELDS]
+            tiles = LoraTiles(*tensors, shape.lora_block_rows)
         return LoraSegments(
             seg_indptr=views["seg_indptr"],
             seg_slots=views["seg_slots"],

@@ -27,6 +27,7 @@ class DecoderLayer:
         index: int,
         groups: dict[str, LoraGroup],
         weights: LayerWeights,
+        side_stream: torch.cuda.Stream | None,
     ) -> None:
         self._config = config
         self._ops = ops
@@ -34,7 +35,7 @@ class DecoderLayer:
         self._weights = weights
 
         def linear(group: str, weight: torch.Tensor, bias: torch.Tensor | None) -> LoraLinear:
-            return LoraLinear(ops, pool, index, groups[group], weight, bias)
+            return LoraLinear(ops, pool, index, groups[group], weight, bias, side_stream)
 
         self._qkv = linear(QKV, weights.qkv, weights.qkv_bias)
         self._o = linear(O_PROJ, weights.o, weights.o_bias)
@@ -83,11 +84,12 @@ class Decoder:
         self, config: ModelConfig, weights: DecoderWeights, ops: ModuleType, pool: torch.Tensor
     ) -> None:
         groups = lora_groups(config)
+        side_stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
         self._config = config
         self._weights = weights
         self._ops = ops
         self._layers = [
-            DecoderLayer(config, ops, pool, index, groups, layer)
+            DecoderLayer(config, ops, pool, index, groups, layer, side_stream)
             for index, layer in enumerate(weights.layers)
         ]
 

@@ -62,11 +62,17 @@ def test_decode_items_cover_each_row_once(
 
 @pytest.mark.parametrize("context_lens", LENGTHS)
 @pytest.mark.parametrize("spare", [0, 9, 200])
-def test_decode_chunks_are_the_smallest_that_fit(context_lens: list[int], spare: int) -> None:
+def test_decode_chunks_make_no_more_parts_than_fill_the_gpu(
+    context_lens: list[int], spare: int
+) -> None:
     max_items = len(context_lens) + spare
     chunk = int(plan_decode(context_lens, max_items, 128).chunk_tokens)
-    smaller = chunk - CHUNK_STEP
-    assert smaller < 128 or sum(-(-length // smaller) for length in context_lens) > max_items
+    assert sum(-(-length // chunk) for length in context_lens) <= max_items
+    if spare:
+        # The next finer chunk would cut the tokens into more pieces than there are spare items.
+        assert chunk == 128 or (chunk - CHUNK_STEP) * spare < sum(context_lens)
+    else:
+        assert chunk >= max(context_lens, default=0)
 
 
 def test_decode_items_are_in_order_of_falling_length() -> None:

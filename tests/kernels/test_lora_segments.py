@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.lora_segments import LoraTiles, choose_block_rows, plan_tiles
+from kernels.lora_segments import LoraTiles, Tile, choose_block_rows, plan_tiles
 
 
 @pytest.mark.parametrize("block_rows", [1, 16, 64])
@@ -21,19 +21,36 @@ def test_tiles_cover_the_rows_of_adapters_once(
 ) -> None:
     bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
     row_slots = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
+    tiles = plan_tiles(bounds, slots, block_rows)
+    # What a CUDA graph of as many rows has room for.
+    assert len(tiles) <= len(row_slots)
     covered = []
-    for slot, start, end in plan_tiles(bounds, slots, block_rows):
+    for index, tile in enumerate(tiles):
+        slot, start, end, share, num_shares = tile
         assert 0 < end - start <= block_rows
         assert {row_slots[row] for row in range(start, end)} == {slot}
-        covered += range(start, end)
+        assert tiles[index - share : index - share + num_shares] == [
+            tile._replace(share=other) for other in range(num_shares)
+        ]
+        if share == 0:
+            covered += range(start, end)
     assert covered == [row for row, slot in enumerate(row_slots) if slot >= 0]
 
 
+def test_tiles_of_many_rows_are_shared_by_programs() -> None:
+    shares = [tile.num_shares for tile in plan_tiles([0, 1, 4, 36], [3, 5, 0], 16)]
+    assert shares == [1, 2, 2, *[8] * 16]
+    # Long prompts have programs enough.
+    assert {tile.num_shares for tile in plan_tiles([0, 8192], [0], 64)} == {1}
+
+
 def test_tensors_of_tiles_are_padded_with_unused_ones() -> None:
-    tiles = LoraTiles.of([(3, 0, 16), (0, 17, 18)], 16, num_tiles=4)
+    tiles = LoraTiles.of([Tile(3, 0, 16, 1, 8), Tile(0, 17, 18)], 16, num_tiles=4)
     assert tiles.slots.tolist() == [3, 0, -1, -1]
     assert tiles.row_starts.tolist() == [0, 17, 0, 0]
     assert tiles.row_ends.tolist() == [16, 18, 0, 0]
+    assert tiles.shares.tolist() == [1, 0, 0, 0]
+    assert tiles.num_shares.tolist() == [8, 1, 1, 1]
     assert {tiles.slots.dtype, tiles.row_starts.dtype, tiles.row_ends.dtype} == {torch.int32}
     assert LoraTiles.of([], 16).slots.shape == (0,)
 
