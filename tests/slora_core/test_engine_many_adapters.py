@@ -100,7 +100,7 @@ def _make_requests() -> list[Request]:
 def texts_alone(
     model_dir: Path, adapters: dict[str, PackedAdapter]
 ) -> Callable[[], list[list[int]]]:
-    """Gives what each request gets with nothing beside it; computed once, in a test's one thread."""
+    """Gives what each request gets with nothing beside it; made once, in a test's one thread."""
 
     @functools.cache
     def texts() -> list[list[int]]:
