@@ -1,6 +1,8 @@
 """Hundreds of adapters on a pool that holds a few: every request ends, none is another's."""
 
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,11 +97,19 @@ def _make_requests() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def texts_alone(model_dir: Path, adapters: dict[str, PackedAdapter]) -> list[list[int]]:
-    """What each request gets with nothing beside it."""
-    engine = _engine(model_dir, adapters, 2000)
-    entries = [GenerationRequest(r.prompt_ids, r.params, r.adapter_id) for r in _make_requests()]
-    return [engine.generate([entry])[0] for entry in entries]
+def texts_alone(
+    model_dir: Path, adapters: dict[str, PackedAdapter]
+) -> Callable[[], list[list[int]]]:
+    """Gives what each request gets with nothing beside it; made once, in a test's one thread."""
+
+    @functools.cache
+    def texts() -> list[list[int]]:
+        engine = _engine(model_dir, adapters, 2000)
+        requests = _make_requests()
+        entries = [GenerationRequest(r.prompt_ids, r.params, r.adapter_id) for r in requests]
+        return [engine.generate([entry])[0] for entry in entries]
+
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +121,7 @@ def oracle(model_dir: Path, adapters: dict[str, PackedAdapter]) -> GreedyOracle:
 def test_six_hundred_requests_on_three_hundred_adapters(
     model_dir: Path,
     adapters: dict[str, PackedAdapter],
-    texts_alone: list[list[int]],
+    texts_alone: Callable[[], list[list[int]]],
     oracle: GreedyOracle,
     inflight: int,
 ) -> None:
@@ -141,7 +151,7 @@ def test_six_hundred_requests_on_three_hundred_adapters(
     assert 10 <= most_resident <= 40
     assert stats.num_adapter_evictions > 50
 
-    for request, expected in zip(requests, texts_alone, strict=True):
+    for request, expected in zip(requests, texts_alone(), strict=True):
         assert_same_greedy(
             oracle, request.prompt_ids, request.output_ids, expected, request.adapter_id
         )

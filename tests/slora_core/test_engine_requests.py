@@ -16,7 +16,7 @@ from slora_core.errors import (
     InvalidRequestError,
     UnsupportedModelError,
 )
-from slora_core.types import FinishReason, Request
+from slora_core.types import FinishReason, Request, StepPlan
 from tests.factories import ALL_MODULES, make_model, make_random_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,6 +249,30 @@ def test_a_dropped_adapter_ends_its_requests_and_gives_its_pages_back(engine: En
     engine.release_adapter("a")
     with pytest.raises(AdapterNotFoundError):
         engine.add_request(_request("again", adapter_id="a"))
+
+
+def test_release_of_an_adapter_waits_for_a_step_that_copies_it(
+    engine: Engine, inflight: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host pages may go as soon as the call returns, even where its request was aborted."""
+    launch, waited_for = engine.runner.launch, []
+
+    class Handle:
+        def __init__(self, plan: StepPlan) -> None:
+            self.plan, self._handle = plan, launch(plan)
+
+        def token_ids(self) -> list[int]:
+            waited_for.append(self.plan)
+            return self._handle.token_ids()
+
+    monkeypatch.setattr(engine.runner, "launch", Handle)
+    engine.add_request(_request("r", adapter_id="a"))
+    engine.step()
+    assert len(waited_for) == (1 if inflight == 1 else 0)
+    engine.abort("r")
+    engine.release_adapter("a")
+    assert len(waited_for) == 1
+    assert _run(engine) == {}
 
 
 def test_a_new_version_of_an_adapter_serves_beside_the_old(

@@ -103,20 +103,21 @@ def test_pages_of_an_ended_request_count_until_they_are_free() -> None:
 
 
 def test_preemption_waits_until_no_step_is_in_flight() -> None:
-    # Together they outgrow the ten pages where both have 20 tokens.
-    harness = _harness(10, assumed=0)
+    # Both need a page for their 17th token, and one of nine is left, which "old" gets.
+    harness = _harness(9, assumed=0)
     for name in ("old", "young"):
         harness.add(make_request(name, 12, max_tokens=16))
-    for _ in range(9):
+    for _ in range(5):
         harness.step()
+    assert harness.pool.num_free == 1
     plan = harness.launch()
     assert plan.blocked and plan.chunks == [], "a step of some decodes alone is a waste"
-    assert harness.scheduler.num_preemptions == 0
+    assert harness.pool.num_free == harness.scheduler.num_preemptions == 0
     harness.flush()
     plan = harness.launch()
     assert not plan.blocked
-    assert _shape(plan) == [("old", 20, 21, True, False)]
-    assert harness.scheduler.num_preemptions == 1
+    assert _shape(plan) == [("old", 16, 17, True, False)]
+    assert harness.live["young"].num_preemptions == 1
     harness.run_to_end()
 
 
