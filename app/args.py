@@ -139,4 +139,6 @@ class SLoRAArgs(BaseModel):
             max_running_requests=self.max_running_requests,
             max_model_len=self.max_model_len,
             admission_output_tokens=self.admission_output_tokens,
+            # A GPU is kept busy by planning a step while the one before computes.
+            max_inflight_steps=1 if self.device == "cpu" else 2,
         )

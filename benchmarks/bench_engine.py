@@ -247,7 +247,7 @@ def main() -> None:
     }
     print(f"ready in {ready_s:.1f} s, {settings['num_pages']} pages", file=sys.stderr)
     if args.profile is not None:
-        for batch, num_adapters in ((1, 0), (1, 1), (64, 0), (64, 64)):
+        for batch, num_adapters in ((1, 1), (64, 0), (64, 1), (64, 64)):
             bench.profile(batch, num_adapters, args.profile)
     for workload in args.workloads:
         for figures in measure(bench, workload, args.batches, args.num_adapters):

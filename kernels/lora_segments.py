@@ -110,6 +110,8 @@ class LoraSegments:
     scaling: torch.Tensor
     # At least the largest rank of any adapter in `seg_slots`.
     max_rank: int
+    # At least the modules of any adapter in `seg_slots`: others need no launch.
+    modules: frozenset[int]
     # What Triton kernels loop over instead of the segments; None where no such kernel runs.
     tiles: LoraTiles | None = None
 

@@ -65,6 +65,12 @@ class AdapterLayout:
     offsets: torch.Tensor
     scaling: torch.Tensor
 
+    @property
+    def modules(self) -> frozenset[int]:
+        """Indices in LORA_MODULES of the modules that it has weights for in some layer."""
+        present = self.offsets[:, :, 0].any(dim=0)
+        return frozenset(index for index, has in enumerate(present.tolist()) if has)
+
 
 @dataclass(frozen=True)
 class PackedAdapter:

@@ -23,7 +23,7 @@ from kernels.lora_segments import (
 )
 from slora_core.adapters.device_tables import DeviceAdapterTables
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.execution.buckets import RANK_BUCKETS, bucket_of
+from slora_core.execution.buckets import RANK_BUCKETS, LoraShape, bucket_of
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.row_state import RowState
 from slora_core.types import AttentionBatch, ForwardBatch, SamplingBatch, ScheduledChunk
@@ -35,16 +35,16 @@ class BatchShape:
 
     num_decodes: int
     num_prefills: int
-    # At least the largest rank in the batch; None where all rows are the base model's.
-    max_rank: int | None
+    # None where all rows are the base model's.
+    lora: LoraShape | None
     # Rows of a LoRA tile.
     lora_block_rows: int = DECODE_BLOCK_ROWS
     # Packed query rows of a tile of the prefills' attention; 0 where it is not planned.
     prefill_block_rows: int = 0
 
     @classmethod
-    def of_decodes(cls, num_decodes: int, max_rank: int | None) -> Self:
-        return cls(num_decodes, 0, max_rank)
+    def of_decodes(cls, num_decodes: int, lora: LoraShape | None) -> Self:
+        return cls(num_decodes, 0, lora)
 
 
 class BatchBuilder:
@@ -67,13 +67,9 @@ class BatchBuilder:
     def shape(self, chunks: Sequence[ScheduledChunk]) -> BatchShape:
         """The shape of a plan's chunks."""
         num_decodes = sum(chunk.is_decode for chunk in chunks)
-        slots = {chunk.slot for chunk in chunks} - {-1}
-        max_rank = max((self._tables.max_ranks[slot] for slot in slots), default=None)
-        if max_rank is not None and self._planner is not None:
-            # Few values, for each of which kernels are compiled and graphs captured.
-            max_rank = bucket_of(max_rank, RANK_BUCKETS)
+        lora = self._lora_shape({chunk.slot for chunk in chunks} - {-1})
         if num_decodes == len(chunks):
-            return BatchShape.of_decodes(num_decodes, max_rank)
+            return BatchShape.of_decodes(num_decodes, lora)
         chunk_lens = [chunk.end - chunk.start for chunk in chunks]
         prefill_rows = 0
         if self._planner is not None:
@@ -81,7 +77,7 @@ class BatchBuilder:
         return BatchShape(
             num_decodes,
             len(chunks) - num_decodes,
-            max_rank,
+            lora,
             choose_block_rows(sum(chunk_lens), len(chunks)),
             prefill_rows,
         )
@@ -99,7 +95,7 @@ class BatchBuilder:
         fields = IntFields()
         self._add_rows(fields, chunks, num_rows)
         self._add_attention(fields, chunks, shape, num_rows)
-        if shape.max_rank is not None:
+        if shape.lora is not None:
             self._add_lora(fields, chunks, shape, num_rows)
         if not all(is_plain_decode(chunk) for chunk in chunks):
             fields.add("logit_rows", _logit_rows(chunks))
@@ -121,7 +117,7 @@ class BatchBuilder:
             input_ids=input_ids,
             positions=views["positions"],
             attention=self._attention(views, shape),
-            lora=None if shape.max_rank is None else self._segments(views, shape, shape.max_rank),
+            lora=None if shape.lora is None else self._segments(views, shape, shape.lora),
             logit_rows=views.get("logit_rows"),
         )
 
@@ -139,6 +135,16 @@ class BatchBuilder:
             token_index=self._int64([chunk.token_index for chunk in chunks]),
             filtered_rows=self._int64([row for row, p in enumerate(params) if p.filtered]),
         )
+
+    def _lora_shape(self, slots: set[int]) -> LoraShape | None:
+        if not slots:
+            return None
+        max_rank = max(self._tables.max_ranks[slot] for slot in slots)
+        if self._planner is not None:
+            # Few values, for each of which kernels are compiled.
+            max_rank = bucket_of(max_rank, RANK_BUCKETS)
+        modules = frozenset().union(*(self._tables.modules[slot] for slot in slots))
+        return LoraShape(max_rank, modules)
 
     def _add_rows(
         self, fields: IntFields, chunks: Sequence[ScheduledChunk], num_rows: int | None
@@ -242,20 +248,25 @@ class BatchBuilder:
             fields.add("tile_" + name, column, num_rows, fill=UNUSED_TILE[index])
 
     def _segments(
-        self, views: Mapping[str, torch.Tensor], shape: BatchShape, max_rank: int
+        self, views: Mapping[str, torch.Tensor], shape: BatchShape, lora: LoraShape
     ) -> LoraSegments:
         tables = self._tables
         tiles = None
         if self._planner is not None:
-            tensors = [views["tile_" + name] for name in TILE_FIELDS]
-            tiles = LoraTiles(*tensors, shape.lora_block_rows)
+            slots, row_starts, row_ends, shares, num_shares = (
+                views["tile_" + name] for name in TILE_FIELDS
+            )
+            tiles = LoraTiles(
+                slots, row_starts, row_ends, shares, num_shares, shape.lora_block_rows
+            )
         return LoraSegments(
             seg_indptr=views["seg_indptr"],
             seg_slots=views["seg_slots"],
             page_tables=tables.page_tables,
             offsets=tables.offsets,
             scaling=tables.scaling,
-            max_rank=max_rank,
+            max_rank=lora.max_rank,
+            modules=lora.modules,
             tiles=tiles,
         )
 

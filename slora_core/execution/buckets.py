@@ -1,9 +1,30 @@
 """Sizes that a step is padded to, so that few kernels are compiled and few graphs captured."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slora_core.config import LORA_MODULES
 
 # Ranks that LoRA kernels are launched for; a batch takes the smallest that holds its largest.
 RANK_BUCKETS = (16, 32, 64, 128, 256)
+
+# Sets of modules, by index in LORA_MODULES, that have graphs: what most adapters target, and all.
+MODULE_BUCKETS = (frozenset(range(4)), frozenset(range(len(LORA_MODULES))))
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What the LoRA kernels of a step are launched for."""
+
+    # At least the largest rank of any adapter in the step.
+    max_rank: int
+    # At least the modules, by index in LORA_MODULES, of any adapter in the step.
+    modules: frozenset[int]
+
+    def graph_bucket(self) -> "LoraShape":
+        """The smallest shape with a graph that holds this one."""
+        modules = next(bucket for bucket in MODULE_BUCKETS if self.modules <= bucket)
+        return LoraShape(bucket_of(self.max_rank, RANK_BUCKETS), modules)
 
 
 def batch_buckets(max_rows: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: captured once for each batch size and rank bucket, then replayed.
+"""CUDA graphs of decode steps: captured once for each batch size and shape of LoRA, then replayed.
 
 A step replays the graph of the smallest batch size that holds it; its padding rows have no context,
 no cache slot and no adapter. Knows no requests: it is given a step's fields.
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from slora_core.execution.buckets import bucket_of
+from slora_core.execution.buckets import LoraShape, bucket_of
 from slora_core.execution.int_fields import IntFields
 
 
 @dataclass(frozen=True)
 class GraphKey:
-    """Rows of the batch, and the rank its LoRA kernels are launched for (None: base only)."""
+    """Rows of the batch, and what its LoRA kernels are launched for (None: base only)."""
 
     num_rows: int
-    max_rank: int | None
+    lora: LoraShape | None
 
 
 @dataclass(frozen=True)

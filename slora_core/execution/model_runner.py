@@ -18,7 +18,12 @@ from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import EngineConfig, ModelConfig
 from slora_core.execution.batch_builder import BatchBuilder, BatchShape, is_plain_decode
-from slora_core.execution.buckets import RANK_BUCKETS, batch_buckets
+from slora_core.execution.buckets import (
+    MODULE_BUCKETS,
+    RANK_BUCKETS,
+    LoraShape,
+    batch_buckets,
+)
 from slora_core.execution.decode_graphs import DecodeGraphs, GraphKey
 from slora_core.execution.row_state import RowState
 from slora_core.execution.sampler import sample
@@ -65,16 +70,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Record decode steps of every batch size, for the base model and each rank bucket."""
+        """Record decode steps of every batch size, for the base model and each shape of LoRA."""
         started = time.perf_counter()
         sizes = batch_buckets(self._engine.max_running_requests)
         self._graph_logits = torch.empty(sizes[-1], self._model.vocab_size, device=self._device)
         self._graphs = DecodeGraphs(self._device, sizes)
-        ranks = [rank for rank in RANK_BUCKETS if rank <= self._engine.graph_max_rank]
+        loras = [
+            LoraShape(rank, modules)
+            for rank in RANK_BUCKETS
+            if rank <= self._engine.graph_max_rank
+            for modules in MODULE_BUCKETS
+        ]
         # Large ones first: the others find room in the memory that these took.
         for num_rows in reversed(sizes):
-            for max_rank in (None, *ranks):
-                self._capture(GraphKey(num_rows, max_rank))
+            for lora in (None, *loras):
+                self._capture(GraphKey(num_rows, lora))
         seconds = time.perf_counter() - started
         logger.info("captured %d decode graphs in %.1f s", len(self._graphs), seconds)
 
@@ -115,11 +125,12 @@ class ModelRunner:
         num_rows = self._graphs.batch_size(len(chunks))
         if num_rows is None:
             return None
-        shape = self._builder.shape(chunks)
-        key = GraphKey(num_rows, shape.max_rank)
+        lora = self._builder.shape(chunks).lora
+        key = GraphKey(num_rows, None if lora is None else lora.graph_bucket())
         if key not in self._graphs:
-            logger.warning("capturing a decode graph of %d rows, rank %s", num_rows, key.max_rank)
+            logger.warning("capturing a decode graph that was not captured at start: %s", key)
             self._capture(key)
+        shape = BatchShape.of_decodes(len(chunks), key.lora)
         fields = self._builder.fields(chunks, shape, num_rows)
         inputs = self._graphs.replay(key, fields)
         rows = fields.views(inputs)["decode_rows"][: len(chunks)]
@@ -128,7 +139,7 @@ class ModelRunner:
 
     def _capture(self, key: GraphKey) -> None:
         assert self._graphs is not None and self._graph_logits is not None
-        shape = BatchShape.of_decodes(key.num_rows, key.max_rank)
+        shape = BatchShape.of_decodes(key.num_rows, key.lora)
         fields = self._builder.fields([], shape, key.num_rows)
         logits = self._graph_logits[: key.num_rows]
 

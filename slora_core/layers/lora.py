@@ -70,9 +70,9 @@ class LoraLinear:
 
     def __call__(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
         """[rows, in_features] to [rows, out_features]; `lora` None is the base model."""
-        if lora is None:
-            return F.linear(x, self._weight, self._bias)
         modules = self._group.modules
+        if lora is None or lora.modules.isdisjoint(modules):
+            return F.linear(x, self._weight, self._bias)
         # Outside of a graph the events would cost the host more than they save.
         if self._side_stream is not None and torch.cuda.is_current_stream_capturing():
             stream = torch.cuda.current_stream()

@@ -224,6 +224,7 @@ def make_lora_case(
         offsets=offsets,
         scaling=scaling,
         max_rank=max_rank,
+        modules=frozenset(range(num_modules)),
         tiles=tiles,
     )
     row_slots = [slot for slot, count in runs for _ in range(count)]
