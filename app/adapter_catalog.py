@@ -16,10 +16,10 @@ from ray.experimental import internal_kv
 
 from app.args import SLoRAArgs
 from app.model_source import resolve_model
-from app.remote_errors import typed
 from slora_core.adapters.catalog import AdapterCatalog, AdapterRecord, CatalogSnapshot
 from slora_core.adapters.catalog_state import StateFile
 from slora_core.adapters.page_layout import AdapterGeometry
+from slora_core.errors import SLoRAError
 from slora_core.models.hf_config import load_model_config
 
 logger = logging.getLogger(__name__)
@@ -52,19 +52,25 @@ class AdapterCatalogServer:
             logger.debug("no change from revision %s in %s s", revision, timeout_s)
         return self._catalog.snapshot()
 
-    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
-        """Register an adapter directory; raises as `AdapterCatalog.load`."""
+    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord | SLoRAError:
+        """Register an adapter directory; returns what `AdapterCatalog.load` raises."""
         return await self._change(lambda: self._catalog.load(name, path, replace))
 
-    async def unload(self, name: str) -> AdapterRecord:
-        """Drop a registration; raises as `AdapterCatalog.unload`."""
+    async def unload(self, name: str) -> AdapterRecord | SLoRAError:
+        """Drop a registration; returns what `AdapterCatalog.unload` raises."""
         return await self._change(lambda: self._catalog.unload(name))
 
-    async def _change(self, change: Callable[[], T]) -> T:
-        """Run a change in a thread and wake the polls, also where the caller has left."""
+    async def _change(self, change: Callable[[], T]) -> T | SLoRAError:
+        """Run a change in a thread and wake the polls, also where the caller has left.
+
+        A user's error is a value here: Serve would log each with its traceback.
+        """
         task = asyncio.create_task(asyncio.to_thread(change))
         task.add_done_callback(self._announce)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except SLoRAError as error:
+            return error
 
     def _announce(self, task: "asyncio.Task[Any]") -> None:
         if not task.cancelled():
@@ -75,22 +81,32 @@ class AdapterCatalogServer:
 
 
 class CatalogClient:
-    """Calls the catalog through its Serve handle; its typed errors arrive as themselves."""
+    """Calls the catalog through its Serve handle; its typed errors are raised here."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     async def snapshot(self) -> CatalogSnapshot:
-        return await typed(self._handle.snapshot.remote())
+        snapshot: CatalogSnapshot = await self._handle.snapshot.remote()
+        return snapshot
 
     async def wait_for_change(self, revision: int, timeout_s: float) -> CatalogSnapshot:
-        return await typed(self._handle.wait_for_change.remote(revision, timeout_s))
+        snapshot: CatalogSnapshot = await self._handle.wait_for_change.remote(revision, timeout_s)
+        return snapshot
 
     async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
-        return await typed(self._handle.load.remote(name, path, replace))
+        record: AdapterRecord = _raised(await self._handle.load.remote(name, path, replace))
+        return record
 
     async def unload(self, name: str) -> None:
-        await typed(self._handle.unload.remote(name))
+        _raised(await self._handle.unload.remote(name))
+
+
+def _raised(result: Any) -> Any:
+    """A result of the catalog, or the error that it is."""
+    if isinstance(result, SLoRAError):
+        raise result
+    return result
 
 
 def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:

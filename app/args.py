@@ -121,7 +121,7 @@ class SLoRAArgs(BaseModel):
         roots = [*self.allowed_adapter_roots]
         if self.adapters_dir is not None:
             roots.append(self.adapters_dir)
-        return [str(Path(root).expanduser().resolve()) for root in roots]
+        return list(dict.fromkeys(str(Path(root).expanduser().resolve()) for root in roots))
 
     def engine_config(self) -> "EngineConfig":
         # Here, so that reading the arguments does not import torch.

@@ -4,6 +4,7 @@ Owns what becomes of a replica that fails: a request that has no token yet is se
 another replica. It knows nothing of text or HTTP.
 """
 
+import contextvars
 import itertools
 import logging
 from collections.abc import AsyncGenerator
@@ -73,7 +74,11 @@ class EngineClient:
         adapter_id = request.record.adapter_id if request.record is not None else ""
         # By value, over gRPC: several times cheaper a chunk than Ray's object references.
         handle = self._handle.options(stream=True, session_id=adapter_id, _by_reference=False)
-        responses = handle.generate.remote(replace(request, request_id=request_id))
+        # In a context of its own: Serve's router takes calls from within one HTTP request for one
+        # and the same, and would let all but one of several prompts wait for ever.
+        responses = contextvars.Context().run(
+            handle.generate.remote, replace(request, request_id=request_id)
+        )
         has_ended = False
         try:
             async for chunk in responses:

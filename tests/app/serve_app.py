@@ -13,7 +13,7 @@ from tests.tiny_tokenizer import VOCAB_SIZE, make_tokenizer
 
 BASE = "base"
 CONTEXT_LEN = 2048
-NUM_POOL_TOKENS = 8192
+NUM_POOL_TOKENS = 3840
 PAGE_TOKENS = 16
 NUM_ADAPTERS = 12
 ADAPTERS = [f"adapter-{i}" for i in range(NUM_ADAPTERS)]

@@ -112,6 +112,24 @@ def test_each_name_answers_as_its_own_weights_do(app):
     assert actual == list(texts.values())
 
 
+def test_several_prompts_in_one_request(client):
+    """More of them than Serve's routers try at one time, beside another request."""
+    prompts = [f"prompt {index}" for index in range(2 * NUM_REPLICAS + 3)]
+    options = {"model": ADAPTERS[0], "max_tokens": 6, "temperature": 0, "timeout": 60}
+    alone = [
+        client.completions.create(prompt=prompt, **options).choices[0].text for prompt in prompts
+    ]
+    answer = client.completions.create(prompt=prompts, **options)
+    assert [choice.text for choice in answer.choices] == alone
+    with client.completions.create(prompt=prompts, stream=True, **options) as stream:
+        assert client.completions.create(prompt=prompts[0], **options).choices[0].text == alone[0]
+        streamed = [""] * len(prompts)
+        for chunk in stream:
+            for choice in chunk.choices:
+                streamed[choice.index] += choice.text
+    assert streamed == alone
+
+
 def test_an_adapter_keeps_its_replica(app):
     for name in ADAPTERS[:4]:
         before = app.finished()
@@ -199,7 +217,7 @@ def test_malformed_json(app, body):
 
 def test_a_request_that_never_fits_beside_its_adapter(app):
     path = make_random_adapter(
-        app.extra_dir / "big", app.model, rank=400, target_modules=ALL_MODULES, scale=0.01
+        app.extra_dir / "big", app.model, rank=160, target_modules=ALL_MODULES, scale=0.01
     )
     card = app.load("big", path).json()
     assert (card["id"], card["parent"], card["root"]) == ("big", BASE, str(path))
@@ -212,7 +230,7 @@ def test_a_request_that_never_fits_beside_its_adapter(app):
 
 def test_an_adapter_too_large_for_the_pool(app):
     path = make_random_adapter(
-        app.extra_dir / "huge", app.model, rank=2048, target_modules=ALL_MODULES
+        app.extra_dir / "huge", app.model, rank=256, target_modules=ALL_MODULES
     )
     message = error_of(app.load("huge", path), 400)["message"]
     assert str(NUM_POOL_TOKENS // PAGE_TOKENS) in message
