@@ -3,6 +3,7 @@
 The batch builder makes one `LoraSegments` a step; kernels only read it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,22 @@ class HostSegment:
     offsets: list[list[list[int]]]
     # [layer][module]
     scaling: list[list[float]]
+
+
+@dataclass(frozen=True)
+class LoraTiles:
+    """Segments cut into tiles of at most `block_rows` rows of one adapter: a program each.
+
+    Rows [row_starts[i], row_ends[i]) use slot `slots[i]`; slot -1 is an unused entry, so that a
+    batch of any composition fits tensors of one size.
+    """
+
+    # int32 [num_tiles] each.
+    slots: torch.Tensor
+    row_starts: torch.Tensor
+    row_ends: torch.Tensor
+    # 16, 32, 64 or 128.
+    block_rows: int
 
 
 @dataclass(frozen=True)
@@ -41,8 +58,10 @@ class LoraSegments:
     offsets: torch.Tensor
     # float32 [num_slots, num_layers, num_modules]: alpha / r, or alpha / sqrt(r) for rsLoRA.
     scaling: torch.Tensor
-    # Largest rank of any adapter in `seg_slots`.
+    # At least the largest rank of any adapter in `seg_slots`.
     max_rank: int
+    # What Triton kernels loop over instead of the segments; None where no such kernel runs.
+    tiles: LoraTiles | None = None
 
     @cached_property
     def on_host(self) -> list[HostSegment]:
@@ -59,3 +78,15 @@ class LoraSegments:
             for s, slot in enumerate(self.seg_slots.tolist())
             if slot >= 0 and bounds[s + 1] > bounds[s]
         ]
+
+
+def plan_tiles(
+    seg_indptr: Sequence[int], seg_slots: Sequence[int], block_rows: int
+) -> list[tuple[int, int, int]]:
+    """(slot, first row, end row) of each tile of `LoraTiles`; rows of the base model have none."""
+    return [
+        (slot, row, min(row + block_rows, seg_indptr[s + 1]))
+        for s, slot in enumerate(seg_slots)
+        if slot >= 0
+        for row in range(seg_indptr[s], seg_indptr[s + 1], block_rows)
+    ]

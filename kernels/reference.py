@@ -8,6 +8,7 @@ page_tokens, num_kv_heads, head_dim]. Activations are [rows, features], row-cont
 import torch
 import torch.nn.functional as F
 
+from kernels.attention_plan import DecodePlan, PrefillPlan
 from kernels.lora_segments import LoraSegments
 
 # Rows of packed adapters are padded to this many elements (`AdapterLayout`).
@@ -78,6 +79,7 @@ def paged_decode(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     sm_scale: float,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     """Attention of one query token a request over its paged context.
 
@@ -86,7 +88,9 @@ def paged_decode(
     Args:
         q: [num_decodes, num_heads, head_dim].
         block_tables: int32 [num_decodes, max_pages]; entries past the context are ignored.
-        context_lens: int32 [num_decodes], the query's own token included.
+        context_lens: int32 [num_decodes], the query's own token included; 0 for a row that pads
+            the batch, whose output is unspecified.
+        plan: how kernels divide the work; ignored.
 
     Returns:
         [num_decodes, num_heads, head_dim]
@@ -162,6 +166,7 @@ def paged_prefill(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     sm_scale: float,
+    plan: PrefillPlan | None = None,
 ) -> torch.Tensor:
     """Causal attention of chunks of prompts over their paged context.
 
@@ -171,6 +176,7 @@ def paged_prefill(
         q: [rows, num_heads, head_dim]; request p has rows [query_indptr[p], query_indptr[p + 1]).
         block_tables: int32 [num_requests, max_pages].
         context_lens: int32 [num_requests], the chunk's own tokens included.
+        plan: how kernels divide the work; ignored.
 
     Returns:
         [rows, num_heads, head_dim]
@@ -216,12 +222,13 @@ def lora_shrink(
         modules: indices of modules that read the same input (q, k, v; gate, up).
 
     Returns:
-        fp32 [len(modules), rows, max_rank]. Columns from the row's rank on, and rows of the base
+        fp32 [num_splits, len(modules), rows, max_rank]: sums over parts of in_features, to be
+        added up in order; here one part. Columns from the row's rank on, and rows of the base
         model, are unspecified: `lora_expand` does not read them.
     """
     in_features = x.shape[1]
     v = torch.empty(
-        len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device
+        1, len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device
     )
     layer_pool = pool[:, layer]
     for segment in segments.on_host:
@@ -230,7 +237,7 @@ def lora_shrink(
             rank, offset_a, _ = segment.offsets[layer][module]
             if rank:
                 a = _stream_rows(layer_pool, segment.page_ids, offset_a, rank, in_features)
-                v[m, segment.start : segment.end, :rank] = rows @ a.T
+                v[0, m, segment.start : segment.end, :rank] = rows @ a.T
     return v
 
 
@@ -261,7 +268,7 @@ def lora_expand(
             if rank:
                 left, right = out_offsets[m], out_offsets[m + 1]
                 b = _stream_rows(layer_pool, segment.page_ids, offset_b, rank, right - left)
-                shrunk = v[m, segment.start : segment.end, :rank].to(b.dtype)
+                shrunk = v[0, m, segment.start : segment.end, :rank].to(b.dtype)
                 rows[:, left:right].addmm_(shrunk, b, alpha=segment.scaling[layer][module])
 
 

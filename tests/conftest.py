@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # makes everything ten times slower. Read when torch is imported, which nobody has yet.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Without a GPU, Triton kernels run in Triton's interpreter; read when triton is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def ray_cluster():

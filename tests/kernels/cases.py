@@ -6,9 +6,11 @@ not the project's packer, so that the two check each other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 
 from kernels.lora_segments import LoraSegments
 
@@ -18,13 +20,19 @@ ALIGNMENT = 64
 TOLERANCES = {
     torch.float32: (1e-5, 1e-5),
     torch.float16: (4e-3, 4e-3),
+    torch.bfloat16: (3.2e-2, 3.2e-2),
 }
+
+# Where Triton kernels run in the tests, and in what: its CPU interpreter multiplies bf16 wrongly.
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if ON_GPU else ())
 
 
 def assert_close(actual: torch.Tensor, expected64: torch.Tensor, dtype: torch.dtype) -> None:
     """Compare with an fp64 oracle under the tolerance of the dtype the op computed in."""
     rtol, atol = TOLERANCES[dtype]
-    torch.testing.assert_close(actual.double(), expected64, rtol=rtol, atol=atol)
+    torch.testing.assert_close(actual.double().cpu(), expected64.cpu(), rtol=rtol, atol=atol)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -55,6 +63,15 @@ class PagedCase:
     # Of each request: [context_len, num_kv_heads, head_dim].
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+
+    def to(self, device: torch.device) -> Self:
+        """The same case with what kernels read on `device`; the dense copies stay."""
+        return replace(
+            self,
+            kv_cache=self.kv_cache.to(device),
+            block_tables=self.block_tables.to(device),
+            context_lens=self.context_lens.to(device),
+        )
 
 
 def make_paged_case(
@@ -91,6 +108,24 @@ def make_paged_case(
         values.append(kv[1])
     lens = torch.tensor(context_lens, dtype=torch.int32)
     return PagedCase(kv_cache, layer, block_tables, lens, keys, values)
+
+
+def attention64(q: torch.Tensor, case: PagedCase, request: int, sm_scale: float) -> torch.Tensor:
+    """torch SDPA of the last rows of a context, causal, over contiguous fp64 KV."""
+    rows, num_heads, _ = q.shape
+    keys, values = (
+        x[request].double().repeat_interleave(num_heads // x[request].shape[1], dim=1)
+        for x in (case.keys, case.values)
+    )
+    length = keys.shape[0]
+    mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+    return F.scaled_dot_product_attention(
+        q.double().transpose(0, 1),
+        keys.transpose(0, 1),
+        values.transpose(0, 1),
+        attn_mask=mask,
+        scale=sm_scale,
+    ).transpose(0, 1)
 
 
 @dataclass

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from kernels import reference
 from tests.kernels.cases import (
-    PagedCase,
     assert_close,
+    attention64,
     bits,
     make_lora_case,
     make_paged_case,
@@ -105,24 +104,6 @@ def test_rotary_kv_write(
     assert torch.equal(bits(kv_cache), bits(expected_cache)), "wrote beside the rows' own tokens"
 
 
-def _attention64(q: torch.Tensor, case: PagedCase, request: int, sm_scale: float) -> torch.Tensor:
-    """torch SDPA of the last rows of a context, causal, over contiguous fp64 KV."""
-    rows, num_heads, _ = q.shape
-    keys, values = (
-        x[request].double().repeat_interleave(num_heads // x[request].shape[1], dim=1)
-        for x in (case.keys, case.values)
-    )
-    length = keys.shape[0]
-    mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
-    return F.scaled_dot_product_attention(
-        q.double().transpose(0, 1),
-        keys.transpose(0, 1),
-        values.transpose(0, 1),
-        attn_mask=mask,
-        scale=sm_scale,
-    ).transpose(0, 1)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_tokens", [8, 16, 64])
 @pytest.mark.parametrize("num_kv_heads,group", [(1, 1), (1, 8), (2, 2), (3, 5), (8, 1)])
@@ -143,7 +124,7 @@ def test_paged_decode(
         q, case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.3
     )
     expected = torch.cat(
-        [_attention64(q[i : i + 1], case, i, 0.3) for i in range(len(context_lens))]
+        [attention64(q[i : i + 1], case, i, 0.3) for i in range(len(context_lens))]
     )
     assert_close(out, expected, dtype)
     assert torch.equal(bits(case.kv_cache), before)
@@ -156,6 +137,19 @@ def test_paged_decode_takes_strided_queries() -> None:
     args = case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.25
     out = reference.paged_decode(q, *args)
     assert torch.equal(out, reference.paged_decode(q.contiguous(), *args))
+
+
+@pytest.mark.parametrize("context_lens", [[0], [0, 9, 0], [40, 0, 1]])
+def test_paged_decode_beside_padding_rows(context_lens: list[int]) -> None:
+    case = make_paged_case(context_lens)
+    q = _randn(len(context_lens), 4, 16)
+    out = reference.paged_decode(
+        q, case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.3
+    )
+    for row, length in enumerate(context_lens):
+        if length:
+            expected = attention64(q[row : row + 1], case, row, 0.3)
+            assert_close(out[row : row + 1], expected, torch.float32)
 
 
 def test_paged_decode_pads_no_request_far_beyond_its_own_length(
@@ -177,8 +171,8 @@ def test_paged_decode_pads_no_request_far_beyond_its_own_length(
         q, case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.3
     )
     assert sum(gathered) <= 2 * sum(context_lens)
-    assert_close(out[5:6], _attention64(q[5:6], case, 5, 0.3), torch.float32)
-    assert_close(out[31:], _attention64(q[31:], case, 31, 0.3), torch.float32)
+    assert_close(out[5:6], attention64(q[5:6], case, 5, 0.3), torch.float32)
+    assert_close(out[31:], attention64(q[31:], case, 31, 0.3), torch.float32)
 
 
 # (context length, rows of it that are computed in this step)
@@ -222,7 +216,7 @@ def test_paged_prefill(
         0.3,
     )
     expected = torch.cat(
-        [_attention64(q[bounds[i] : bounds[i + 1]], case, i, 0.3) for i in range(len(chunks))]
+        [attention64(q[bounds[i] : bounds[i + 1]], case, i, 0.3) for i in range(len(chunks))]
     )
     assert_close(out, expected, dtype)
     assert torch.equal(bits(case.kv_cache), before)
@@ -274,15 +268,17 @@ def _check_lora(
     for layer in (0, 1):
         v = reference.lora_shrink(x, case.pool, layer, modules, case.segments)
         assert v.dtype == torch.float32
-        assert v.shape == (len(modules), num_rows, case.segments.max_rank)
+        assert v.shape == (1, len(modules), num_rows, case.segments.max_rank)
         # What is unspecified must not be read: poison it.
         for m, module in enumerate(modules):
             for row, slot in enumerate(case.row_slots):
                 weights = case.weights.get((slot, layer, module))
                 rank = 0 if weights is None else weights[0].shape[0]
                 if weights is not None:
-                    assert_close(v[m, row, :rank], x[row].double() @ weights[0].double().T, dtype)
-                v[m, row, rank:] = torch.nan
+                    assert_close(
+                        v[0, m, row, :rank], x[row].double() @ weights[0].double().T, dtype
+                    )
+                v[0, m, row, rank:] = torch.nan
 
         y = _randn(num_rows, out_offsets[-1], dtype=dtype, seed=2)
         base = y.clone()

@@ -1,0 +1,16 @@
+"""Fixtures of the kernel tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch.empty give NaN, so that what an op forgets to write is seen."""
+    empty = torch.empty
+
+    def poisoned_empty(*args: object, **kwargs: object) -> torch.Tensor:
+        x = empty(*args, **kwargs)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
