@@ -1,26 +1,66 @@
 """A plan becomes rows, tables and segments: each tensor against what the plan says."""
 
+import itertools
+
 import pytest
 import torch
 
 from slora_core.adapters.device_tables import DeviceAdapterTables
-from slora_core.config import SamplingParams
-from slora_core.execution.batch_builder import BatchBuilder
-from slora_core.types import Request, StepPlan
+from slora_core.attention.planner import AttentionPlanner
+from slora_core.config import ModelConfig, SamplingParams
+from slora_core.execution.batch_builder import BatchBuilder, BatchShape
+from slora_core.execution.buckets import LoraShape
+from slora_core.execution.row_state import RowState
+from slora_core.types import ForwardBatch, Request, StepPlan
 
 PAGE_TOKENS = 4
+MAX_PAGES = 5
+NUM_ROWS = 8
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=PAGE_TOKENS * MAX_PAGES,
+)
+
+
+class Builder(BatchBuilder):
+    """A builder for the CPU, with the row state that it reads."""
+
+    def __init__(self, tables: DeviceAdapterTables, planner: AttentionPlanner | None) -> None:
+        self.rows = RowState(NUM_ROWS, MAX_PAGES, CPU)
+        super().__init__(PAGE_TOKENS, tables, self.rows, planner)
+
+    def build(self, plan: StepPlan) -> ForwardBatch:
+        shape = self.shape(plan.chunks)
+        return self.forward_batch(self.fields(plan.chunks, shape).to(CPU), shape)
 
 
 @pytest.fixture
 def tables() -> DeviceAdapterTables:
-    tables = DeviceAdapterTables(torch.zeros(32, 2, 128), max_slots=6)
+    tables = DeviceAdapterTables(torch.zeros(32, 2, 128), max_slots=6, max_pages=8)
     tables.max_ranks = [4, 8, 64, 2, 16, 1]
+    tables.modules = [frozenset({slot}) for slot in range(6)]
     return tables
 
 
 @pytest.fixture
-def builder(tables: DeviceAdapterTables) -> BatchBuilder:
-    return BatchBuilder(PAGE_TOKENS, tables, torch.device("cpu"))
+def builder(tables: DeviceAdapterTables) -> Builder:
+    return Builder(tables, None)
+
+
+@pytest.fixture
+def planning_builder(tables: DeviceAdapterTables) -> Builder:
+    """As for Triton's kernels."""
+    return Builder(tables, AttentionPlanner(MODEL, torch.float32))
+
+
+_rows = itertools.count()
 
 
 def _request(
@@ -44,6 +84,7 @@ def _request(
         num_computed=computed,
         page_ids=pages,
         adapter_slot=slot,
+        row=next(_rows) % NUM_ROWS,
     )
 
 
@@ -55,7 +96,7 @@ def _plan(*chunks: tuple[Request, int]) -> StepPlan:
     return plan
 
 
-def test_mixed_step(builder: BatchBuilder, tables: DeviceAdapterTables) -> None:
+def test_mixed_step(builder: Builder, tables: DeviceAdapterTables) -> None:
     """Two decodes, a whole prompt, and the middle of a recomputed prompt, on three adapters."""
     decode = _request("decode", 5, 2, computed=6, pages=[9, 3], slot=2, first_token=10)
     base = _request("base", 3, 1, computed=3, pages=[7], first_token=30)
@@ -79,22 +120,28 @@ def test_mixed_step(builder: BatchBuilder, tables: DeviceAdapterTables) -> None:
         *[82, 83, 16, 17, 18, 19, 44],
     ]
     assert attention.num_decodes == 2
-    assert attention.decode_block_tables.tolist() == [[7, 0], [9, 3]]
+    assert attention.decode_block_tables[0, :1].tolist() == [7]
+    assert attention.decode_block_tables[1, :2].tolist() == [9, 3]
     assert attention.decode_context_lens.tolist() == [4, 7]
     assert attention.query_indptr.tolist() == [0, 6, 13]
-    # The fourth page of "middle" is not reached yet.
-    assert attention.prefill_block_tables.tolist() == [[1, 0, 0], [20, 4, 11]]
+    assert attention.prefill_block_tables[0, :2].tolist() == [1, 0]
+    assert attention.prefill_block_tables[1, :4].tolist() == [20, 4, 11, 2]
     assert attention.prefill_context_lens.tolist() == [6, 9]
 
     assert batch.lora is not None
     assert batch.lora.seg_indptr.tolist() == [0, 1, 2, 8, 15]
     assert batch.lora.seg_slots.tolist() == [-1, 2, 1, 2]
     assert batch.lora.max_rank == 64
+    assert batch.lora.modules == {1, 2}
+    assert batch.lora.tiles is None
+    assert attention.decode_plan is None and attention.prefill_plan is None
     assert batch.lora.page_tables is tables.page_tables
 
-    for tensor in (batch.input_ids, batch.positions, batch.logit_rows, attention.slot_mapping):
-        assert tensor.dtype == torch.int64
     for tensor in (
+        batch.input_ids,
+        batch.positions,
+        batch.logit_rows,
+        attention.slot_mapping,
         attention.decode_block_tables,
         attention.decode_context_lens,
         attention.query_indptr,
@@ -106,7 +153,7 @@ def test_mixed_step(builder: BatchBuilder, tables: DeviceAdapterTables) -> None:
         assert tensor.dtype == torch.int32
 
 
-def test_rows_of_one_adapter_are_one_segment_across_the_phases(builder: BatchBuilder) -> None:
+def test_rows_of_one_adapter_are_one_segment_across_the_phases(builder: Builder) -> None:
     decodes = [
         _request(str(i), 2, 1, computed=2, pages=[i], slot=slot) for i, slot in enumerate([3, 0, 3])
     ]
@@ -119,43 +166,102 @@ def test_rows_of_one_adapter_are_one_segment_across_the_phases(builder: BatchBui
     assert batch.lora.max_rank == 4
 
 
-def test_base_only_has_no_segments(builder: BatchBuilder) -> None:
+def test_base_only_has_no_segments(builder: Builder) -> None:
     batch = builder.build(
         _plan((_request("a", 2, 1, computed=2, pages=[1]), 3), (_request("b", 3, pages=[2]), 3))
     )
     assert batch.lora is None
 
 
-def test_decodes_only_and_prefills_only(builder: BatchBuilder) -> None:
+def test_decodes_only_and_prefills_only(builder: Builder) -> None:
     decode = builder.build(_plan((_request("a", 4, 1, computed=4, pages=[1, 2]), 5))).attention
     assert decode.num_decodes == 1
-    assert decode.prefill_block_tables.shape == (0, 0)
+    assert len(decode.prefill_block_tables) == 0
     assert decode.query_indptr.tolist() == [0]
     # One token at position 0 is a prefill: there is nothing before it.
     prefill = builder.build(_plan((_request("b", 1, pages=[1]), 1))).attention
     assert prefill.num_decodes == 0
-    assert prefill.decode_block_tables.shape == (0, 0)
+    assert len(prefill.decode_block_tables) == 0
     assert prefill.query_indptr.tolist() == [0, 1]
 
 
-def test_one_token_of_a_prompt_is_a_decode_row_that_does_not_sample(builder: BatchBuilder) -> None:
+def test_one_token_of_a_prompt_is_a_decode_row_that_does_not_sample(builder: Builder) -> None:
     batch = builder.build(_plan((_request("a", 9, computed=4, pages=[5, 6]), 5)))
     assert batch.attention.num_decodes == 1
-    assert batch.attention.decode_block_tables.tolist() == [[5, 6]]
-    assert batch.logit_rows.tolist() == []
-    assert batch.sampling.temperature.shape == (0,)
+    assert batch.attention.decode_block_tables[0, :2].tolist() == [5, 6]
+    assert batch.logit_rows is not None and batch.logit_rows.tolist() == []
 
 
-def test_sampling_settings_follow_the_rows_that_sample(builder: BatchBuilder) -> None:
+def test_sampling_settings_follow_the_rows_that_sample(builder: Builder) -> None:
     first = _request("first", 2, 3, computed=4, pages=[0, 1], temperature=0.5, top_p=0.9, seed=-7)
     unfinished = _request("unfinished", 9, pages=[2, 3], slot=0, temperature=0.1, seed=1)
     last = _request("last", 4, pages=[4], slot=1, temperature=0.0, top_k=5, min_p=0.25, seed=2**62)
-    sampling = builder.build(_plan((last, 4), (unfinished, 8), (first, 5))).sampling
+    plan = _plan((last, 4), (unfinished, 8), (first, 5))
+    sampling = builder.sampling([chunk for chunk in plan.chunks if chunk.samples])
+    assert sampling is not None
     assert sampling.temperature.tolist() == [0.5, 0.0]
     assert sampling.top_p.tolist() == pytest.approx([0.9, 1.0])
     assert sampling.min_p.tolist() == [0.0, 0.25]
     assert sampling.top_k.tolist() == [0, 5]
     assert sampling.seed.tolist() == [-7, 2**62]
     assert sampling.token_index.tolist() == [3, 0]
-    assert sampling.all_greedy is False
-    assert builder.build(_plan((last, 4))).sampling.all_greedy is True
+    # Only where a token may be cut is anything sorted.
+    assert sampling.filtered_rows.tolist() == [0]
+    assert builder.sampling(_plan((last, 4)).chunks) is None
+
+
+def test_a_step_in_which_every_row_samples_needs_no_rows(builder: Builder) -> None:
+    decodes = [_request(str(i), 2, 1, computed=2, pages=[i]) for i in range(3)]
+    assert builder.build(_plan(*((r, 3) for r in decodes))).logit_rows is None
+
+
+def test_a_pending_token_is_the_last_one_of_its_row(builder: Builder) -> None:
+    known = _request("known", 3, 1, computed=3, pages=[1], first_token=40)
+    pending = _request("pending", 3, computed=3, pages=[2], first_token=50)
+    pending.num_pending = 1
+    builder.rows.write_last_tokens(torch.tensor([pending.row]), torch.tensor([77]).int())
+    builder.rows.write_last_tokens(torch.tensor([known.row]), torch.tensor([88]).int())
+    batch = builder.build(_plan((known, 4), (pending, 4)))
+    assert batch.input_ids.tolist() == [43, 77]
+
+
+def test_plans_cover_what_triton_runs(planning_builder: Builder) -> None:
+    decode = _request("decode", 5, 2, computed=6, pages=[9, 3], slot=2)
+    prefill = _request("prefill", 6, pages=[1, 0], slot=1)
+    batch = planning_builder.build(_plan((decode, 7), (prefill, 6)))
+    attention = batch.attention
+    assert attention.decode_plan is not None and attention.prefill_plan is not None
+    assert attention.decode_plan.item_rows[0] == 0
+    assert set(attention.decode_plan.item_rows[1:].tolist()) == {-1}
+    assert attention.prefill_plan.tile_requests.tolist() == [0]
+    assert batch.lora is not None and batch.lora.tiles is not None
+    # Ranks come in few sizes there.
+    assert batch.lora.max_rank == 64
+    covered = set()
+    for slot, start, end in zip(
+        batch.lora.tiles.slots.tolist(),
+        batch.lora.tiles.row_starts.tolist(),
+        batch.lora.tiles.row_ends.tolist(),
+        strict=True,
+    ):
+        covered |= {(slot, row) for row in range(start, end)}
+    assert covered == {(2, 0), *((1, row) for row in range(1, 7))}
+
+
+def test_steps_of_one_size_have_one_layout_and_harmless_padding(planning_builder: Builder) -> None:
+    lora = LoraShape(16, frozenset(range(7)))
+    shape = BatchShape.of_decodes(4, lora)
+    nothing = planning_builder.fields([], shape, num_rows=4)
+    request = _request("one", 2, 1, computed=2, pages=[6], slot=0)
+    one = planning_builder.fields(_plan((request, 3)).chunks, shape, num_rows=4)
+    assert len(one) == len(nothing)
+    views = nothing.views(torch.empty(len(nothing), dtype=torch.int32))
+    for name, view in one.to(CPU).items():
+        assert view.shape == views[name].shape
+    batch = planning_builder.forward_batch(one.to(CPU), shape)
+    assert batch.attention.slot_mapping.tolist() == [6 * 4 + 2, -1, -1, -1]
+    assert batch.attention.decode_context_lens.tolist() == [3, 0, 0, 0]
+    assert batch.logit_rows is None
+    assert batch.lora is not None and batch.lora.tiles is not None
+    assert batch.lora.tiles.slots.tolist() == [0, -1, -1, -1]
+    assert planning_builder.rows.block_tables(torch.tensor([request.row]))[0, 0] == 6

@@ -65,7 +65,6 @@ def _batch(params: list[SamplingParams], token_index: list[int] | None = None) -
         filtered_rows=torch.tensor(
             [row for row, p in enumerate(params) if p.filtered], dtype=torch.int64
         ),
-        all_greedy=all(p.greedy for p in params),
     )
 
 
@@ -190,6 +189,7 @@ def test_greedy_takes_the_first_largest() -> None:
     expected = [int(np.argmax(row.numpy())) for row in logits]
     assert expected[2] == 3
     assert sample(logits, _batch(greedy)).tolist() == expected
+    assert sample(logits, None).tolist() == expected
     mixed = [*greedy[:4], SamplingParams(seed=1)]
     assert sample(logits, _batch(mixed)).tolist()[:4] == expected[:4]
 
