@@ -79,7 +79,8 @@ class LoraTiles:
         """Tensors of what `plan_tiles` gave, with unused entries up to `num_tiles`."""
         padding = [UNUSED_TILE] * (0 if num_tiles is None else num_tiles - len(tiles))
         table = torch.tensor([*tiles, *padding], dtype=torch.int32).view(-1, len(Tile._fields))
-        return cls(*table.T.contiguous().to(device), block_rows)
+        slots, row_starts, row_ends, shares, num_shares = table.T.contiguous().to(device)
+        return cls(slots, row_starts, row_ends, shares, num_shares, block_rows)
 
     def to(self, device: torch.device) -> Self:
         return replace(self, **{name: getattr(self, name).to(device) for name in TILE_FIELDS})
