@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
 from slora_core.adapters.residency import AdapterResidency
@@ -37,7 +38,17 @@ class GenerationRequest:
 
 
 class Engine:
-    def __init__(self, model: ModelConfig, config: EngineConfig, weights: DecoderWeights) -> None:
+    """Args:
+    ops: the kernel module, as of `ModelRunner`; None takes the device's.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        weights: DecoderWeights,
+        ops: ModuleType | None = None,
+    ) -> None:
         if config.num_pool_tokens is None:
             num_pages = profile_num_pages(model, config, weights)
             config = replace(config, num_pool_tokens=num_pages * config.page_tokens)
@@ -45,7 +56,7 @@ class Engine:
         self.config = config
         self.geometry = AdapterGeometry.of(model, config)
         max_slots = min(config.num_pages, MAX_ADAPTER_SLOTS)
-        self.runner = ModelRunner(model, config, weights, max_slots)
+        self.runner = ModelRunner(model, config, weights, max_slots, ops)
         if config.device == "cuda" and config.cuda_graphs:
             self.runner.capture_graphs()
         self._host_copies: dict[str, PackedAdapter] = {}
