@@ -54,6 +54,9 @@ class SLoRAArgs(BaseModel):
     max_running_requests: int = Field(default=64, ge=1)
     # Prompt + output, tokens; None: the model's own limit.
     max_model_len: int | None = Field(default=None, ge=2)
+    # Keep the KV of past requests, while there is room, for later ones of the same adapter that
+    # begin with the same tokens: system prompts, conversations.
+    prefix_caching: bool = True
     # Output tokens a request is assumed to produce when it is admitted; null assumes max_tokens.
     # 256 is more than most answers need: lower admits more at once and preempts more.
     admission_output_tokens: int | None = Field(default=256, ge=1)
@@ -139,6 +142,7 @@ class SLoRAArgs(BaseModel):
             max_running_requests=self.max_running_requests,
             max_model_len=self.max_model_len,
             admission_output_tokens=self.admission_output_tokens,
+            prefix_caching=self.prefix_caching,
             # A GPU is kept busy by planning a step while the one before computes.
             max_inflight_steps=1 if self.device == "cpu" else 2,
         )

@@ -98,6 +98,8 @@ class EngineConfig:
     # max_tokens). Lower admits more and preempts more; None assumes max_tokens, and preempts only
     # where a prompt takes so many steps that others grow past the estimate meanwhile.
     admission_output_tokens: int | None = 256
+    # Keep full pages of KV for requests of the same adapter that begin with the same tokens.
+    prefix_caching: bool = True
     # On CUDA: replay decode steps as graphs, captured at start for ranks up to graph_max_rank;
     # larger ones are captured when first used, which stalls one step for a second.
     cuda_graphs: bool = True

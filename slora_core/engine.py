@@ -17,7 +17,9 @@ from slora_core.errors import AdapterNotFoundError, AdapterTooLargeError, Invali
 from slora_core.execution.memory_profile import profile_num_pages
 from slora_core.execution.model_runner import ModelRunner
 from slora_core.execution.step_handle import StepHandle
+from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
+from slora_core.memory.prefix_cache import PrefixCache
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import DecoderWeights, dummy_weights, load_weights
 from slora_core.scheduling.scheduler import Scheduler
@@ -61,11 +63,17 @@ class Engine:
             self.runner.capture_graphs()
         self._host_copies: dict[str, PackedAdapter] = {}
         self._pool = PagePool(config.num_pages)
-        self._residency = AdapterResidency(self._pool, max_slots)
+        queue = EvictionQueue(self._pool)
+        self._residency = AdapterResidency(self._pool, queue, max_slots)
+        self._prefixes = PrefixCache(
+            self._pool, queue, config.page_tokens, enabled=config.prefix_caching
+        )
         self.scheduler = Scheduler(
             config,
             self._pool,
+            queue,
             self._residency,
+            self._prefixes,
             lambda adapter_id: self._host_copies[adapter_id].layout.num_pages,
             model.eos_token_ids,
         )
@@ -128,8 +136,9 @@ class Engine:
         self._host_copies.pop(adapter_id, None)
 
     def drop_adapter(self, adapter_id: str) -> None:
-        """Free an unloaded adapter's pool pages, once its running requests have ended."""
+        """Free an unloaded adapter's pages and prefixes, once its running requests have ended."""
         self._residency.drop(adapter_id)
+        self._prefixes.drop(adapter_id)
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
@@ -191,7 +200,8 @@ class Engine:
             num_running=scheduler.num_running,
             num_pages=pool.num_pages,
             num_free_pages=pool.num_free,
-            num_kv_pages=pool.num_owned(PageOwner.KV),
+            num_kv_pages=pool.num_owned(PageOwner.KV) - self._prefixes.num_idle_pages,
+            num_idle_prefix_pages=self._prefixes.num_idle_pages,
             num_adapter_pages=pool.num_owned(PageOwner.ADAPTER),
             resident_adapters=tuple(residency.resident_ids()),
             num_adapter_loads=residency.num_loads,
@@ -202,6 +212,7 @@ class Engine:
             num_aborted=self._num_aborted,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_prompt_tokens=scheduler.num_cached_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
         )
 

@@ -9,10 +9,12 @@ class EngineStats:
 
     num_waiting: int
     num_running: int
-    # Pages of the unified pool by owner; they add up to num_pages.
+    # Pages of the unified pool; free ones, KV of requests, KV kept as prefixes that no request uses
+    # and adapters add up to num_pages.
     num_pages: int
     num_free_pages: int
     num_kv_pages: int
+    num_idle_prefix_pages: int
     num_adapter_pages: int
     # Adapters with pages in the pool, used or idle, by content hash.
     resident_adapters: tuple[str, ...]
@@ -24,4 +26,6 @@ class EngineStats:
     num_aborted: int
     num_steps: int
     num_prompt_tokens: int
+    # Of these, ones whose KV was found in the prefix cache.
+    num_cached_prompt_tokens: int
     num_output_tokens: int

@@ -39,6 +39,9 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     page_ids: list[int] = field(default_factory=list)
+    # Of its pages, the first ones that the prefix cache has, and the first that it found there.
+    num_prefix_pages: int = 0
+    num_matched_pages: int = 0
     # Slot of the adapter while the request runs; None for the base model or a waiting request.
     adapter_slot: int | None = None
     # Its index in [0, max_running_requests) for as long as it holds pages; -1 while it waits.

@@ -2,10 +2,9 @@
 
 Pure choice: it frees nothing. `HostStore` owns the entries and does what is chosen here.
 
-Entries are valued by GreedyDual-Size-Frequency (Cherkasova, 1998): priority = clock + uses x
-reload cost / bytes, where the clock is the priority of what was last evicted, so that disuse
-ages. Of all runs of neighbours whose removal leaves a long enough hole, the run with the smallest
-sum of priority x bytes is chosen: a large cold adapter rather than many small ones here and there.
+Entries are worth what `memory.eviction` says, by the seconds that reloading a byte takes. Of all
+runs of neighbours whose removal leaves a long enough hole, the run with the smallest sum of
+worth x bytes is chosen: a large cold adapter rather than many small ones here and there.
 """
 
 from collections import Counter
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 
 from slora_core.adapters.page_layout import AdapterLayout
 from slora_core.adapters.slab import Slab, SlabRange
+from slora_core.memory.eviction import CacheEntry, GreedyDualClock
 
 # Seconds to bring one adapter back, measured on two cores: open, check and plan, then read, hash
 # and pack its bytes. Under about 0.5 MB adapters cost the same to reload, whatever their size.
@@ -22,7 +22,7 @@ _RELOAD_BYTES_PER_S = 3.3e8
 
 
 @dataclass(eq=False)
-class StoreEntry:
+class StoreEntry(CacheEntry):
     """One adapter in the slab, its leases counted by holder pid."""
 
     adapter_id: str
@@ -33,8 +33,6 @@ class StoreEntry:
     # Removed: freed with its last lease.
     draining: bool = False
     leases: Counter[int] = field(default_factory=Counter)
-    num_uses: int = 0
-    priority: float = 0.0
 
     @property
     def evictable(self) -> bool:
@@ -43,24 +41,24 @@ class StoreEntry:
     @property
     def loss(self) -> float:
         """What evicting it costs, against the loss of other entries."""
-        return self.priority * self.range.nbytes
+        return self.worth * self.range.nbytes
 
 
 class EvictionPolicy:
-    """The clock of GreedyDual-Size-Frequency, and the choice of victims."""
+    """What entries are worth, and the choice of victims."""
 
     def __init__(self) -> None:
-        self._clock = 0.0
+        self._clock = GreedyDualClock()
 
     def used(self, entry: StoreEntry) -> None:
         """Note one use of an entry: its packing or a lease."""
         nbytes = entry.range.nbytes
         cost_s = _RELOAD_FIXED_S + nbytes / _RELOAD_BYTES_PER_S
         entry.num_uses += 1
-        entry.priority = self._clock + entry.num_uses * cost_s / nbytes
+        self._clock.rate(entry, cost_s / nbytes)
 
     def evicted(self, entry: StoreEntry) -> None:
-        self._clock = max(self._clock, entry.priority)
+        self._clock.evicted(entry)
 
     def victims(
         self, slab: Slab, entries: Iterable[StoreEntry], nbytes: int

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.memory.page_pool import PagePool
+from slora_core.memory.prefix_cache import PrefixCache
 from slora_core.scheduling.running_set import RunningSet
 from slora_core.types import Request
 
@@ -40,18 +41,22 @@ class PeakEstimate:
 
     def __init__(self, requests: Iterable[Request], config: EngineConfig) -> None:
         self._config = config
-        # (remaining tokens negated, tokens), ascending.
-        self._lengths = sorted(self._length(request) for request in requests)
+        # (remaining tokens negated, tokens on pages of its own), ascending.
+        self._lengths = sorted(self._length(r, r.num_matched_pages) for r in requests)
 
     def add(self, request: Request) -> None:
-        insort(self._lengths, self._length(request))
+        insort(self._lengths, self._length(request, request.num_matched_pages))
 
-    def pages(self, candidate: Request | None = None) -> int:
-        """The peak, with a candidate beside the requests where one is given."""
+    def pages(self, candidate: Request | None = None, num_matched_pages: int = 0) -> int:
+        """The peak, with a candidate beside the requests where one is given.
+
+        Pages that requests found in the prefix cache, the candidate `num_matched_pages`, are not
+        counted: they are nobody's own.
+        """
         lengths = self._lengths
         if candidate is not None:
             lengths = lengths.copy()
-            insort(lengths, self._length(candidate))
+            insort(lengths, self._length(candidate, num_matched_pages))
         page_tokens = self._config.page_tokens
         peak = held_tokens = 0
         for count, (negated, num_tokens) in enumerate(lengths, start=1):
@@ -61,9 +66,10 @@ class PeakEstimate:
                 peak = rounded_up
         return peak // page_tokens
 
-    def _length(self, request: Request) -> tuple[int, int]:
+    def _length(self, request: Request, num_matched_pages: int) -> tuple[int, int]:
         num_tokens = request.num_tokens
-        return num_tokens - expected_total_tokens(request, self._config), num_tokens
+        num_own = num_tokens - num_matched_pages * self._config.page_tokens
+        return num_tokens - expected_total_tokens(request, self._config), num_own
 
 
 class Admission:
@@ -74,12 +80,14 @@ class Admission:
         config: EngineConfig,
         pool: PagePool,
         residency: AdapterResidency,
+        prefixes: PrefixCache,
         running: RunningSet,
         adapter_pages: Callable[[str], int],
     ) -> None:
         self._config = config
         self._pool = pool
         self._residency = residency
+        self._prefixes = prefixes
         self._running = running
         self._adapter_pages = adapter_pages
         # Of the running requests in one step; made when it is first asked for.
@@ -120,8 +128,12 @@ class Admission:
         if self._running.holds_nothing:
             # Alone it fits to the end: the scheduler made sure when it was queued.
             return True
-        # The peak counts what each holds now, so what fits by it can also start now. What drains
-        # grows no more; that it goes before the peak is worth no thought for a step or two.
-        kv_pages = estimate.pages(request) + self._running.num_draining_pages
+        # The peak counts what each holds now, so what fits by it can also start now. Shared pages
+        # count once more, beside those of the request that computed them if that still runs. What
+        # drains grows no more; that it goes before the peak is worth no thought for a step or two.
+        tokens = request.token_ids(0, request.num_tokens)
+        matched = self._prefixes.match(request.adapter_id, tokens)
+        kv_pages = estimate.pages(request, len(matched)) + self._running.num_draining_pages
+        kv_pages += self._prefixes.num_shared_pages + self._prefixes.num_newly_shared(matched)
         adapter_pages = self._residency.num_pinned_pages + new_pinned
         return kv_pages + adapter_pages <= self._pool.num_pages

@@ -3,11 +3,13 @@
 Called by the scheduler, which decides who starts, grows and leaves.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.memory.page_pool import PagePool
+from slora_core.memory.prefix_cache import PrefixCache
 from slora_core.memory.sizing import pages_for
 from slora_core.types import AdapterLoad, Request
 
@@ -19,16 +21,25 @@ class RunningSet:
     drains: nothing that such a step reads or writes may become another's before it is committed.
     """
 
-    def __init__(self, config: EngineConfig, pool: PagePool, residency: AdapterResidency) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: PagePool,
+        residency: AdapterResidency,
+        prefixes: PrefixCache,
+    ) -> None:
         self._config = config
         self._pool = pool
         self._residency = residency
+        self._prefixes = prefixes
         self._running: dict[str, Request] = {}
         # Not by id, which may be in use again.
         self._draining: set[Request] = set()
         self._free_rows = list(range(config.max_running_requests - 1, -1, -1))
         # How often a request gave back what it held.
         self.num_released = 0
+        # Tokens of prompts that started, found in the prefix cache; not of ones computed anew.
+        self.num_cached_prompt_tokens = 0
 
     def __len__(self) -> int:
         return len(self._running)
@@ -58,7 +69,17 @@ class RunningSet:
         return sum(len(request.page_ids) for request in self._draining)
 
     def start(self, request: Request, num_adapter_pages: int) -> AdapterLoad | None:
-        """Add the youngest; returns the copy that is due where its adapter was not resident."""
+        """Add the youngest, with the pages that the prefix cache has of it.
+
+        Returns the copy that is due where its adapter was not resident.
+        """
+        # Held before the adapter asks for room, which may evict what is idle.
+        tokens = request.token_ids(0, request.num_tokens)
+        request.page_ids = self._prefixes.acquire(self._prefixes.match(request.adapter_id, tokens))
+        request.num_prefix_pages = request.num_matched_pages = len(request.page_ids)
+        request.num_computed = len(request.page_ids) * self._config.page_tokens
+        if not request.num_preemptions:
+            self.num_cached_prompt_tokens += request.num_computed
         load = None
         if request.adapter_id is not None:
             request.adapter_slot, load = self._residency.acquire(
@@ -67,6 +88,21 @@ class RunningSet:
         request.row = self._free_rows.pop()
         self._running[request.request_id] = request
         return load
+
+    def computed(self, request: Request) -> None:
+        """Let later requests, of this step too, find what the step just planned computes.
+
+        A step writes the KV of all its rows before any row reads it.
+        """
+        known = len(request.prompt_ids) + len(request.output_ids)
+        num_tokens = min(request.num_computed, known)
+        if num_tokens // self._config.page_tokens > request.num_prefix_pages:
+            request.num_prefix_pages = self._prefixes.extend(
+                request.adapter_id,
+                request.token_ids(0, num_tokens),
+                request.page_ids,
+                request.num_prefix_pages,
+            )
 
     def end(self, request: Request) -> None:
         """Take a request out that will not go on."""
@@ -94,22 +130,32 @@ class RunningSet:
     def check_integrity(self, num_inflight: int) -> None:
         """Assert one owner a page and a row, and that block tables cover what is computed."""
         holding = [*self._running.values(), *self._draining]
-        held = [page_id for request in holding for page_id in request.page_ids]
-        self._pool.check_integrity(held, self._residency.page_ids())
+        holders = Counter(page_id for request in holding for page_id in request.page_ids)
+        self._prefixes.check_integrity(holders)
+        kv_pages = [*holders, *self._prefixes.idle_page_ids()]
+        self._pool.check_integrity(kv_pages, self._residency.page_ids())
         rows = sorted([*self._free_rows, *(request.row for request in holding)])
         assert rows == list(range(self._config.max_running_requests))
         for request in holding:
             computed = pages_for(request.num_computed, self._config.page_tokens)
-            assert len(request.page_ids) >= computed
+            assert len(request.page_ids) >= computed >= request.num_prefix_pages
+            assert request.num_prefix_pages >= request.num_matched_pages
             assert request.num_pending <= request.num_inflight <= num_inflight
         assert all(request.ended and request.num_inflight for request in self._draining)
 
     def _release(self, request: Request) -> None:
-        self._pool.free(request.page_ids)
+        self.computed(request)
+        self._prefixes.release(
+            request.page_ids, request.num_prefix_pages, request.num_matched_pages
+        )
         request.page_ids = []
+        request.num_prefix_pages = request.num_matched_pages = 0
         self._free_rows.append(request.row)
         request.row = -1
         if request.adapter_id is not None:
             self._residency.release(request.adapter_id)
             request.adapter_slot = None
+            if not self._residency.is_resident(request.adapter_id):
+                # It was dropped while it was used.
+                self._prefixes.drop(request.adapter_id)
         self.num_released += 1

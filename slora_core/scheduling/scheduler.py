@@ -11,7 +11,9 @@ from collections.abc import Callable
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.errors import InvalidRequestError
+from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
+from slora_core.memory.prefix_cache import PrefixCache
 from slora_core.memory.sizing import pages_for
 from slora_core.scheduling.admission import Admission
 from slora_core.scheduling.running_set import RunningSet
@@ -23,8 +25,8 @@ class Scheduler:
 
     Running requests are kept in the order they were admitted. Decodes go first, then prefill
     chunks of running requests, then the head of the waiting queue. Where pages run out, idle
-    adapters are evicted, then the youngest running request is preempted: its KV is freed and
-    recomputed later. The oldest running request is never preempted, so every step makes progress.
+    adapters and prefixes are evicted, then the youngest running request is preempted: it starts
+    anew later. The oldest running request is never preempted, so every step makes progress.
 
     A step is in flight from `schedule` to `commit`, in that order for all steps. What a request
     holds is given back only when no step in flight has a chunk of it: one that ends earlier drains,
@@ -39,21 +41,23 @@ class Scheduler:
         self,
         config: EngineConfig,
         pool: PagePool,
+        queue: EvictionQueue,
         residency: AdapterResidency,
+        prefixes: PrefixCache,
         adapter_pages: Callable[[str], int],
         eos_token_ids: tuple[int, ...],
     ) -> None:
         self._config = config
         self._pool = pool
-        self._residency = residency
+        self._queue = queue
         self._adapter_pages = adapter_pages
         self._eos_token_ids = frozenset(eos_token_ids)
         self._waiting: deque[Request] = deque()
-        self._running = RunningSet(config, pool, residency)
+        self._running = RunningSet(config, pool, residency, prefixes)
         # Waiting and running ones.
         self._requests: dict[str, Request] = {}
         self._num_inflight = 0
-        self._admission = Admission(config, pool, residency, self._running, adapter_pages)
+        self._admission = Admission(config, pool, residency, prefixes, self._running, adapter_pages)
         self.num_preemptions = 0
 
     @property
@@ -63,6 +67,10 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def num_cached_prompt_tokens(self) -> int:
+        return self._running.num_cached_prompt_tokens
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -188,12 +196,13 @@ class Scheduler:
             load = self._running.start(request, num_pages)
             if load is not None:
                 plan.adapter_loads.append(load)
-            end = min(budget, request.num_uncomputed)
+            num_uncomputed = min(budget, request.num_uncomputed)
+            end = request.num_computed + num_uncomputed
             grown = self._grow(plan, request, end)
             assert grown, "`fits` counted the pages"
             self._compute(plan, request, end)
             self._admission.started(request)
-            budget -= end
+            budget -= num_uncomputed
 
     def _compute(self, plan: StepPlan, request: Request, end: int) -> None:
         """Plan the request's tokens up to `end`, and take them for computed from here on."""
@@ -201,6 +210,8 @@ class Scheduler:
         request.num_computed = end
         request.num_inflight += 1
         request.num_pending += chunk.samples
+        if not chunk.is_decode:
+            self._running.computed(request)
 
     def _grow(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
         """Make the block table cover `num_tokens`, evicting and preempting where it must.
@@ -213,7 +224,7 @@ class Scheduler:
         missing = pages_for(num_tokens, self._config.page_tokens) - len(request.page_ids)
         if missing <= 0:
             return True
-        self._residency.make_room(missing)
+        self._queue.make_room(missing)
         while not self._pool.can_allocate(missing):
             if self._num_inflight:
                 plan.blocked = True
@@ -224,8 +235,8 @@ class Scheduler:
             self._waiting.appendleft(youngest)
             if youngest is request:
                 return False
-            # The adapter of the preempted request may be idle now.
-            self._residency.make_room(missing)
+            # Its full pages are a prefix now, and its adapter may be idle.
+            self._queue.make_room(missing)
         request.page_ids += self._pool.allocate(missing, PageOwner.KV)
         return True
 

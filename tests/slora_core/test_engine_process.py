@@ -183,7 +183,7 @@ def test_closing_the_generator_aborts_and_frees_pages(model_dir: Path) -> None:
 
             async def is_free() -> bool:
                 stats = await engine.stats()
-                return stats.num_running == 0 and stats.num_free_pages == stats.num_pages
+                return stats.num_running == stats.num_kv_pages == 0
 
             await until(is_free)
             assert (await engine.stats()).num_aborted == 1

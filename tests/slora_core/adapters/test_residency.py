@@ -1,4 +1,4 @@
-"""Slots and pages of resident adapters: pinning, LRU eviction, dropping, random sequences."""
+"""Slots and pages of resident adapters: pinning, eviction, dropping, random sequences."""
 
 import pytest
 from hypothesis import settings
@@ -11,13 +11,17 @@ from hypothesis.stateful import (
 )
 
 from slora_core.adapters.residency import AdapterResidency
+from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
 from slora_core.types import AdapterLoad
 
 
-def _make(num_pages: int = 10, max_slots: int = 4) -> tuple[PagePool, AdapterResidency]:
+def _make(
+    num_pages: int = 10, max_slots: int = 4
+) -> tuple[PagePool, EvictionQueue, AdapterResidency]:
     pool = PagePool(num_pages)
-    return pool, AdapterResidency(pool, max_slots)
+    queue = EvictionQueue(pool)
+    return pool, queue, AdapterResidency(pool, queue, max_slots)
 
 
 def _use(residency: AdapterResidency, adapter_id: str, num_pages: int) -> AdapterLoad | None:
@@ -28,7 +32,7 @@ def _use(residency: AdapterResidency, adapter_id: str, num_pages: int) -> Adapte
 
 
 def test_first_use_loads_and_later_ones_hit() -> None:
-    pool, residency = _make()
+    pool, _, residency = _make()
     slot, load = residency.acquire("a", 3)
     assert load is not None
     assert (load.adapter_id, load.slot, len(load.page_ids)) == ("a", slot, 3)
@@ -42,36 +46,53 @@ def test_first_use_loads_and_later_ones_hit() -> None:
     assert (residency.num_loads, residency.num_hits, residency.num_evictions) == (1, 2, 0)
 
 
-def test_least_recently_used_goes_first() -> None:
-    pool, residency = _make(num_pages=9)
+def test_of_equally_popular_ones_the_least_recently_used_goes_first() -> None:
+    pool, queue, residency = _make(num_pages=9)
     for adapter_id in "abc":
         assert _use(residency, adapter_id, 3) is not None
-    assert _use(residency, "a", 3) is None
-    residency.make_room(2)
-    assert residency.resident_ids() == ["c", "a"]
+    for adapter_id in "acb":
+        assert _use(residency, adapter_id, 3) is None
+    queue.make_room(2)
+    assert residency.resident_ids() == ["c", "b"]
     assert pool.num_free == 3
-    residency.make_room(6)
-    assert residency.resident_ids() == ["a"]
+    queue.make_room(6)
+    assert residency.resident_ids() == ["b"]
     assert residency.num_evictions == 2
 
 
+def test_a_popular_one_stays_until_the_others_were_used_as_often() -> None:
+    _, queue, residency = _make(num_pages=6)
+    for _ in range(3):
+        _use(residency, "popular", 3)
+    for index in range(2):
+        _use(residency, f"once-{index}", 3)
+        assert "popular" in residency.resident_ids()
+    # Each eviction moved the clock on: what is used now is worth what "popular" was then.
+    for index in range(2, 5):
+        _use(residency, f"once-{index}", 3)
+    assert "popular" not in residency.resident_ids()
+    assert residency.num_evictions == 4
+    queue.make_room(6)
+    assert residency.num_evictions == 6
+
+
 def test_pinned_adapters_are_never_evicted() -> None:
-    pool, residency = _make(num_pages=6)
+    pool, queue, residency = _make(num_pages=6)
     residency.acquire("a", 3)
     _use(residency, "b", 3)
-    residency.make_room(6)
+    queue.make_room(6)
     assert residency.resident_ids() == ["a"]
     assert pool.num_free == 3
 
 
 def test_an_idle_adapter_is_not_evicted_to_make_room_for_itself() -> None:
-    _, residency = _make(num_pages=4)
+    _, _, residency = _make(num_pages=4)
     _use(residency, "a", 4)
     assert residency.acquire("a", 4)[1] is None
 
 
 def test_a_slot_is_freed_by_eviction_where_pages_are_plenty() -> None:
-    _, residency = _make(num_pages=10, max_slots=2)
+    _, _, residency = _make(num_pages=10, max_slots=2)
     slot_a, _ = residency.acquire("a", 1)
     _use(residency, "b", 1)
     assert residency.can_acquire("c")
@@ -83,7 +104,7 @@ def test_a_slot_is_freed_by_eviction_where_pages_are_plenty() -> None:
 
 
 def test_drop_of_an_idle_adapter_frees_its_pages_at_once() -> None:
-    pool, residency = _make()
+    pool, _, residency = _make()
     _use(residency, "a", 3)
     residency.drop("a")
     assert residency.resident_ids() == [] and pool.num_free == 10
@@ -93,7 +114,7 @@ def test_drop_of_an_idle_adapter_frees_its_pages_at_once() -> None:
 
 
 def test_drop_of_a_used_adapter_waits_for_its_last_user() -> None:
-    pool, residency = _make()
+    pool, _, residency = _make()
     for _ in range(2):
         residency.acquire("a", 3)
     residency.drop("a")
@@ -104,7 +125,7 @@ def test_drop_of_a_used_adapter_waits_for_its_last_user() -> None:
 
 
 def test_use_after_drop_keeps_the_adapter() -> None:
-    _, residency = _make()
+    _, _, residency = _make()
     residency.acquire("a", 3)
     residency.drop("a")
     assert residency.acquire("a", 3)[1] is None
@@ -114,7 +135,7 @@ def test_use_after_drop_keeps_the_adapter() -> None:
 
 
 def test_release_without_a_user_is_a_defect() -> None:
-    _, residency = _make()
+    _, _, residency = _make()
     _use(residency, "a", 1)
     with pytest.raises(KeyError):
         residency.release("a")
@@ -127,9 +148,9 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool, self.residency = _make(num_pages=12, max_slots=3)
+        self.pool, self.queue, self.residency = _make(num_pages=12, max_slots=3)
         self.users = dict.fromkeys(self.SIZES, 0)
-        self.idle: list[str] = []
+        self.idle: set[str] = set()
         self.dropped: set[str] = set()
         self.kv: list[int] = []
         self.slots: dict[str, int] = {}
@@ -151,8 +172,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         if resident:
             assert slot == self.slots[name]
         self.slots[name] = slot
-        if name in self.idle:
-            self.idle.remove(name)
+        self.idle.discard(name)
         self._forget_evicted()
         self.users[name] += 1
         self.dropped.discard(name)
@@ -167,19 +187,18 @@ class ResidencyMachine(RuleBasedStateMachine):
             if name in self.dropped:
                 self.dropped.discard(name)
             else:
-                self.idle.append(name)
+                self.idle.add(name)
 
     @rule(name=st.sampled_from(sorted(SIZES)))
     def drop(self, name: str) -> None:
         self.residency.drop(name)
-        if name in self.idle:
-            self.idle.remove(name)
-        elif self.users[name]:
+        self.idle.discard(name)
+        if self.users[name]:
             self.dropped.add(name)
 
     @rule(count=st.integers(0, 4))
     def take_kv(self, count: int) -> None:
-        self.residency.make_room(count)
+        self.queue.make_room(count)
         self._forget_evicted()
         if self.pool.can_allocate(count):
             self.kv += self.pool.allocate(count, PageOwner.KV)
@@ -192,11 +211,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.kv = []
 
     def _forget_evicted(self) -> None:
-        """Evicted adapters must be a prefix of the idle ones, least recently used first."""
-        resident = set(self.residency.resident_ids())
-        kept = [name for name in self.idle if name in resident]
-        assert kept == self.idle[len(self.idle) - len(kept) :]
-        self.idle = kept
+        """Only idle adapters may be missing."""
+        self.idle &= set(self.residency.resident_ids())
 
     @invariant()
     def agrees_with_the_model(self) -> None:

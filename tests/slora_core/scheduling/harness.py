@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig, SamplingParams
+from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
+from slora_core.memory.prefix_cache import PrefixCache
 from slora_core.scheduling.scheduler import Scheduler
 from slora_core.types import FinishReason, Request, RequestOutput, ScheduledChunk, StepPlan
 
@@ -27,6 +29,7 @@ def make_config(
     max_running: int = 8,
     assumed: int | None = None,
     inflight: int = 1,
+    prefix_caching: bool = False,
 ) -> EngineConfig:
     return EngineConfig(
         page_tokens=page_tokens,
@@ -35,14 +38,23 @@ def make_config(
         max_running_requests=max_running,
         admission_output_tokens=assumed,
         max_inflight_steps=inflight,
+        prefix_caching=prefix_caching,
     )
 
 
 def make_request(
-    request_id: str, num_prompt: int, max_tokens: int = 4, adapter_id: str | None = None, **params
+    request_id: str,
+    num_prompt: int,
+    max_tokens: int = 4,
+    adapter_id: str | None = None,
+    *,
+    first_token: int = 7,
+    **params,
 ) -> Request:
+    """Prompts of one `first_token` share their prefix."""
     sampling = SamplingParams(max_tokens=max_tokens, **params)
-    return Request(request_id, [7] * num_prompt, sampling, adapter_id)
+    prompt = [first_token] + [7] * (num_prompt - 1)
+    return Request(request_id, prompt, sampling, adapter_id)
 
 
 @dataclass(frozen=True)
@@ -68,9 +80,19 @@ class Harness:
 
     def __post_init__(self) -> None:
         self.pool = PagePool(self.config.num_pages)
-        self.residency = AdapterResidency(self.pool, self.max_slots)
+        queue = EvictionQueue(self.pool)
+        self.residency = AdapterResidency(self.pool, queue, self.max_slots)
+        self.prefixes = PrefixCache(
+            self.pool, queue, self.config.page_tokens, enabled=self.config.prefix_caching
+        )
         self.scheduler = Scheduler(
-            self.config, self.pool, self.residency, self.adapter_sizes.__getitem__, (EOS,)
+            self.config,
+            self.pool,
+            queue,
+            self.residency,
+            self.prefixes,
+            self.adapter_sizes.__getitem__,
+            (EOS,),
         )
         self.live: dict[str, Request] = {}
         self.finished: dict[str, FinishReason] = {}
@@ -86,8 +108,11 @@ class Harness:
         self._num_sampled: Counter[Request] = Counter()
         # Ended requests with their outputs, which must not change any more.
         self._ended: list[tuple[Request, list[int]]] = []
-        # (page id, offset) of KV, page ids of adapters: who wrote there last.
-        self._kv: dict[tuple[int, int], tuple[Request, int]] = {}
+        # Of each request, a hash of adapter and tokens up to each token that was an input.
+        self._texts: dict[Request, list[int]] = {}
+        # (page id, offset) of KV: what lies there, and who wrote it in which run of a request.
+        self._kv: dict[tuple[int, int], tuple[int, tuple[Request, int, int]]] = {}
+        # Page ids of adapters: who was written there last.
         self._adapter_pages: dict[int, tuple[str, int]] = {}
         self._slots: dict[int, tuple[str, list[int]]] = {}
 
@@ -105,6 +130,7 @@ class Harness:
 
     def drop_adapter(self, adapter_id: str) -> None:
         self.residency.drop(adapter_id)
+        self.prefixes.drop(adapter_id)
         self._check()
 
     def step(self) -> list[RequestOutput]:
@@ -139,9 +165,14 @@ class Harness:
     def commit(self) -> list[RequestOutput]:
         """Pretend to run the oldest step in flight, commit, check."""
         plan, chunks = self.inflight.popleft()
+        # As on a device, all rows are written before any is read.
         for launched in chunks:
-            self._compute(launched)
+            self._write(launched)
+        for launched in chunks:
+            self._read(launched)
         sampled = [(chunk.request, self._token()) for chunk in plan.chunks if chunk.samples]
+        for request, token in sampled:
+            self._extend_text(request, [token])
         expected = [
             (request, token, len(request.output_ids))
             for request, token in sampled
@@ -178,7 +209,8 @@ class Harness:
             self.step()
             assert self.num_steps - start <= limit, "requests starve"
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
-        assert self.pool.num_owned(PageOwner.KV) == 0
+        assert self.pool.num_owned(PageOwner.KV) == self.prefixes.num_idle_pages
+        assert self.prefixes.num_shared_pages == 0
         assert self.residency.num_pinned_pages == 0
         for request, output_ids in self._ended:
             assert request.output_ids == output_ids
@@ -209,8 +241,6 @@ class Harness:
         assert not (preempted and self.inflight), "preempted with steps in flight"
         self.running = [request for request in self.running if request not in preempted]
         self.waiting = preempted + self.waiting
-        # What a preempted request wrote may lie on a page that it is given again.
-        self._kv = {place: kv for place, kv in self._kv.items() if kv[0] not in preempted}
         started = [c.request for c in plan.chunks if c.request not in self.running]
         assert {r.request_id for r in started} == {
             r.request_id for r in self.waiting[: len(started)]
@@ -272,21 +302,36 @@ class Harness:
             assert adapter[0] == request.adapter_id
         return LaunchedChunk(chunk, list(request.page_ids), request.row, adapter)
 
-    def _compute(self, launched: LaunchedChunk) -> None:
-        """Read what the chunk depends on, write what it computes."""
-        page_tokens = self.config.page_tokens
+    def _extend_text(self, request: Request, tokens: list[int]) -> list[int]:
+        """Hashes of the request's text, which grows by what is sampled, discarded or not."""
+        if request not in self._texts:
+            self._texts[request] = []
+            self._extend_text(request, request.prompt_ids)
+        text = self._texts[request]
+        for token in tokens:
+            text.append(hash((text[-1] if text else request.adapter_id, token)))
+        return text
+
+    def _place(self, launched: LaunchedChunk, token: int) -> tuple[int, int]:
+        page, offset = divmod(token, self.config.page_tokens)
+        return launched.page_ids[page], offset
+
+    def _write(self, launched: LaunchedChunk) -> None:
         request, start, end = launched.chunk[:3]
-
-        def place(token: int) -> tuple[int, int]:
-            return launched.page_ids[token // page_tokens], token % page_tokens
-
-        for token in range(start):
-            assert self._kv.get(place(token)) == (request, token), "KV was lost"
+        text = self._extend_text(request, [])
         for token in range(start, end):
-            # Never computed twice: what lies there is not this token's own KV.
-            assert self._kv.get(place(token)) != (request, token)
-            self._kv[place(token)] = request, token
-            self._adapter_pages.pop(place(token)[0], None)
+            place = self._place(launched, token)
+            writer = request, token, request.num_preemptions
+            assert place not in self._kv or self._kv[place][1] != writer, "computed twice"
+            self._kv[place] = text[token], writer
+            self._adapter_pages.pop(place[0], None)
+
+    def _read(self, launched: LaunchedChunk) -> None:
+        request, _, end = launched.chunk[:3]
+        text = self._extend_text(request, [])
+        for token in range(end):
+            content, _ = self._kv.get(self._place(launched, token), (None, None))
+            assert content == text[token], "KV was lost"
         if launched.adapter is not None:
             adapter_id, page_ids = launched.adapter
             for index, page_id in enumerate(page_ids):

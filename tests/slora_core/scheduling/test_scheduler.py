@@ -166,23 +166,37 @@ def test_a_stalled_prefill_does_not_starve_behind_small_requests(inflight: int) 
 @settings(max_examples=100, deadline=None)
 @given(
     requests=st.lists(
-        st.tuples(st.integers(1, 30), st.integers(1, 60), st.sampled_from([None, "a", "b"])),
+        st.tuples(
+            st.integers(1, 30),
+            st.integers(1, 60),
+            st.sampled_from([None, "a", "b"]),
+            st.sampled_from([7, 8]),
+        ),
         min_size=2,
         max_size=12,
     ),
     page_tokens=st.sampled_from([1, 4, 16]),
     gap=st.integers(0, 5),
     inflight=st.sampled_from([1, 2]),
+    prefix_caching=st.booleans(),
 )
 def test_without_an_assumed_length_whole_prompts_never_preempt(
-    requests, page_tokens, gap, inflight
+    requests, page_tokens, gap, inflight, prefix_caching
 ) -> None:
     """The estimate of `admission_output_tokens` None is exact where each prompt is one chunk."""
     num_pages = pages_for(150, page_tokens)
-    config = make_config(num_pages, page_tokens=page_tokens, budget=1000, inflight=inflight)
+    config = make_config(
+        num_pages,
+        page_tokens=page_tokens,
+        budget=1000,
+        inflight=inflight,
+        prefix_caching=prefix_caching,
+    )
     harness = Harness(config, {"a": 1, "b": 2})
-    for index, (num_prompt, max_tokens, adapter_id) in enumerate(requests):
-        harness.add(make_request(str(index), num_prompt, max_tokens, adapter_id))
+    for index, (num_prompt, max_tokens, adapter_id, first_token) in enumerate(requests):
+        harness.add(
+            make_request(str(index), num_prompt, max_tokens, adapter_id, first_token=first_token)
+        )
         for _ in range(gap):
             harness.step()
     harness.run_to_end()
@@ -199,6 +213,8 @@ additions = st.tuples(
     st.sampled_from([None, *ADAPTERS]),
     # Ignores the end of sequence.
     st.booleans(),
+    # Its first token: which others it shares a prefix with.
+    st.integers(7, 9),
 )
 operations = st.lists(
     st.one_of(
@@ -227,6 +243,7 @@ operations = st.lists(
     max_slots=st.integers(1, 4),
     eos_chance=st.sampled_from([0.0, 0.1]),
     inflight=st.sampled_from([1, 2]),
+    prefix_caching=st.booleans(),
 )
 def test_random_operations(
     operations,
@@ -238,6 +255,7 @@ def test_random_operations(
     max_slots,
     eos_chance,
     inflight,
+    prefix_caching,
 ) -> None:
     # Room for a few requests of any size beside the drawn tokens, so that most are accepted.
     num_pages = pages_for(40 + pool_tokens, page_tokens)
@@ -248,14 +266,20 @@ def test_random_operations(
         max_running=max_running,
         assumed=assumed,
         inflight=inflight,
+        prefix_caching=prefix_caching,
     )
     harness = Harness(config, ADAPTERS, max_slots, eos_chance)
     accepted = aborted = 0
     for number, (kind, *args) in enumerate(operations):
         if kind == "add":
-            num_prompt, max_tokens, adapter_id, ignore_eos = args
+            num_prompt, max_tokens, adapter_id, ignore_eos, first_token = args
             request = make_request(
-                str(number), num_prompt, max_tokens, adapter_id, ignore_eos=ignore_eos
+                str(number),
+                num_prompt,
+                max_tokens,
+                adapter_id,
+                first_token=first_token,
+                ignore_eos=ignore_eos,
             )
             needed = pages_for(num_prompt + max_tokens, page_tokens) + ADAPTERS.get(adapter_id, 0)
             if needed > num_pages:
@@ -281,11 +305,13 @@ def test_random_operations(
     event(f"preemptions {min(harness.scheduler.num_preemptions, 3)}")
     event(f"evictions {min(harness.residency.num_evictions, 3)}")
     event(f"accepted {accepted // 5 * 5}")
+    event(f"prefixes found {harness.scheduler.num_cached_prompt_tokens > 0}")
 
 
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("prefix_caching", [False, True])
 @both
-def test_random_operations_under_pressure(seed: int, inflight: int) -> None:
+def test_random_operations_under_pressure(seed: int, prefix_caching: bool, inflight: int) -> None:
     """What shrinking favours is an idle pool; here each run overflows its own many times."""
     rng = random.Random(seed)
     page_tokens = rng.choice([1, 4, 16])
@@ -297,6 +323,7 @@ def test_random_operations_under_pressure(seed: int, inflight: int) -> None:
         max_running=rng.randint(8, 16),
         assumed=rng.choice([0, 1, 3]),
         inflight=inflight,
+        prefix_caching=prefix_caching,
     )
     sizes = {f"adapter-{index}": rng.randint(1, max(1, num_pages // 6)) for index in range(6)}
     max_slots = rng.randint(4, 6)
@@ -305,8 +332,10 @@ def test_random_operations_under_pressure(seed: int, inflight: int) -> None:
     accepted = aborted = 0
     for number in range(50):
         adapter_id = rng.choice([None, *sizes])
+        num_prompt, max_tokens = rng.choice([1, 5, 30, 60]), rng.randint(10, 40)
+        first_token = rng.randint(7, 8)
         request = make_request(
-            str(number), rng.choice([1, 5, 30, 60]), rng.randint(10, 40), adapter_id
+            str(number), num_prompt, max_tokens, adapter_id, first_token=first_token
         )
         with contextlib.suppress(InvalidRequestError):
             harness.add(request)
@@ -323,3 +352,6 @@ def test_random_operations_under_pressure(seed: int, inflight: int) -> None:
     assert harness.scheduler.num_preemptions > 0
     assert harness.residency.num_evictions > 0
     assert (harness.num_blocked > 0) == (inflight == 2)
+    if not prefix_caching or page_tokens == 1:
+        # Larger pages are seldom full of the same tokens, or seldom stay.
+        assert (harness.scheduler.num_cached_prompt_tokens > 0) == prefix_caching

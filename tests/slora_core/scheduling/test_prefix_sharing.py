@@ -1,0 +1,129 @@
+"""Requests that begin alike: what is computed once, what a full pool still admits, what stays."""
+
+import pytest
+
+from slora_core.memory.page_pool import PageOwner
+from tests.slora_core.scheduling.harness import Harness, make_config, make_request
+
+both = pytest.mark.parametrize("inflight", [1, 2])
+
+
+def _harness(num_pages: int, adapter_sizes: dict[str, int] | None = None, **config) -> Harness:
+    config = make_config(num_pages, prefix_caching=True, **config)
+    return Harness(config, adapter_sizes or {}, max_slots=8)
+
+
+def _computed(harness: Harness) -> dict[str, tuple[int, int]]:
+    """Launch a step: the tokens of each request in it."""
+    return {chunk.request.request_id: chunk[1:3] for chunk in harness.launch().chunks}
+
+
+@both
+def test_a_prefix_is_computed_once_even_within_one_step(inflight: int) -> None:
+    harness = _harness(60, inflight=inflight)
+    for name in "abc":
+        harness.add(make_request(name, 30, first_token=9))
+    harness.add(make_request("other", 10))
+    assert _computed(harness) == {"a": (0, 30), "b": (28, 30), "c": (28, 30), "other": (0, 10)}
+    assert harness.scheduler.num_cached_prompt_tokens == 56
+    assert harness.pool.num_owned(PageOwner.KV) == 8 + 1 + 1 + 3
+    harness.run_to_end()
+
+
+def test_adapters_do_not_share() -> None:
+    harness = _harness(60, {"x": 2, "y": 2})
+    for name in ("x", "y", "x again"):
+        harness.add(make_request(name, 10, adapter_id=name[0]))
+    harness.add(make_request("base", 10))
+    computed = _computed(harness)
+    assert computed == {"x": (0, 10), "x again": (8, 10), "y": (0, 10), "base": (0, 10)}
+    harness.run_to_end()
+
+
+def test_the_next_turn_finds_prompt_and_answer() -> None:
+    harness = _harness(60)
+    first = make_request("first", 10, max_tokens=10, ignore_eos=True)
+    harness.add(first)
+    harness.run_to_end()
+    assert harness.prefixes.num_idle_pages == 4, "the last token's KV was never computed"
+    second = make_request("second", 1)
+    second.prompt_ids = [*first.prompt_ids, *first.output_ids, 5, 6, 7]
+    harness.add(second)
+    assert _computed(harness) == {"second": (16, 23)}
+    harness.run_to_end()
+
+
+def test_shared_pages_are_counted_once_when_requests_are_admitted() -> None:
+    # Alone a request takes 12 of the 20 pages; each that shares its ten full ones takes two more.
+    harness = _harness(20, max_running=4)
+    harness.add(make_request("seed", 42, max_tokens=1))
+    harness.run_to_end()
+    for name in "abcd":
+        harness.add(make_request(name, 42, max_tokens=4))
+    assert sorted(_computed(harness)) == list("abcd")
+    harness.run_to_end()
+    assert harness.scheduler.num_preemptions == 0
+
+
+@both
+def test_idle_prefixes_make_room_for_requests_and_adapters(inflight: int) -> None:
+    harness = _harness(12, {"x": 6}, inflight=inflight)
+    harness.add(make_request("old", 40, max_tokens=1))
+    harness.run_to_end()
+    assert harness.pool.num_free == 2
+    harness.add(make_request("x", 14, max_tokens=3, adapter_id="x"))
+    harness.add(make_request("base", 42, max_tokens=2))
+    harness.run_to_end()
+    assert sorted(harness.finished) == ["base", "old", "x"]
+    assert harness.scheduler.num_preemptions == 0
+
+
+def test_a_prefix_in_use_is_not_evicted_for_its_own_adapter() -> None:
+    """The pages that a starting request found are held before its adapter asks for room."""
+    harness = _harness(12, {"x": 3, "y": 6})
+    harness.add(make_request("first", 22, max_tokens=1, adapter_id="x"))
+    harness.run_to_end()
+    # It takes the pages of the idle adapter x, and KV of it.
+    harness.add(make_request("between", 4, max_tokens=1, adapter_id="y"))
+    harness.run_to_end()
+    harness.add(make_request("second", 22, max_tokens=1, adapter_id="x"))
+    harness.run_to_end()
+    assert sorted(harness.finished) == ["between", "first", "second"]
+
+
+def test_a_preempted_request_finds_what_is_left_of_its_pages() -> None:
+    harness = _harness(10, assumed=0)
+    for index, name in enumerate(("old", "young")):
+        harness.add(make_request(name, 14, max_tokens=16, first_token=8 + index))
+    young = harness.live["young"]
+    while not young.num_preemptions:
+        harness.step()
+    assert young.num_computed == 0 and young in harness.waiting
+    kept = harness.prefixes.match(None, young.token_ids(0, young.num_tokens))
+    assert kept, "its first pages are the last to go"
+    harness.run_to_end()
+    assert len(young.output_ids) == 16
+
+
+def test_an_aborted_request_leaves_what_it_had_computed() -> None:
+    harness = _harness(20, inflight=2, budget=16)
+    harness.add(make_request("r", 30))
+    harness.launch()
+    harness.abort("r")
+    assert harness.prefixes.num_idle_pages == 0, "its step is in flight"
+    harness.flush()
+    assert harness.prefixes.num_idle_pages == 4
+    harness.add(make_request("r", 30))
+    assert _computed(harness) == {"r": (16, 30)}
+    harness.run_to_end()
+
+
+def test_a_dropped_adapter_leaves_nothing() -> None:
+    harness = _harness(20, {"x": 2})
+    harness.add(make_request("done", 10, max_tokens=2, adapter_id="x"))
+    harness.run_to_end()
+    harness.add(make_request("running", 10, max_tokens=8, adapter_id="x"))
+    harness.step()
+    harness.drop_adapter("x")
+    harness.run_to_end()
+    assert harness.pool.num_free == 20
