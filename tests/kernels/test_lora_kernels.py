@@ -10,7 +10,7 @@ import torch
 from kernels import reference
 from kernels.launch_configs import ExpandLaunch, ShrinkLaunch
 from kernels.lora_expand import lora_expand
-from kernels.lora_segments import LoraSegments, LoraTiles
+from kernels.lora_segments import TILE_FIELDS, LoraSegments, LoraTiles, Tile
 from kernels.lora_shrink import lora_shrink
 from tests.kernels.cases import DEVICE, DTYPES, LoraCase, bits, make_lora_case
 from tests.kernels.lora_checks import (
@@ -226,9 +226,8 @@ def test_a_replayed_graph_equals_eager(block_rows: int) -> None:
         return y
 
     def padded(batch: LoraCase) -> LoraTiles:
-        tiles = batch.segments.tiles
-        entries = torch.stack((tiles.slots, tiles.row_starts, tiles.row_ends), 1).tolist()
-        used = [tuple(entry) for entry in entries if entry[0] >= 0]
+        fields = torch.stack([getattr(batch.segments.tiles, name) for name in TILE_FIELDS], 1)
+        used = [Tile(*entry) for entry in fields.tolist() if entry[0] >= 0]
         return LoraTiles.of(used, block_rows, num_tiles, DEVICE)
 
     eager = [
@@ -242,9 +241,8 @@ def test_a_replayed_graph_equals_eager(block_rows: int) -> None:
         run(static, y)
     for batch, expected in zip(cases, eager, strict=True):
         tiles = padded(batch)
-        static.tiles.slots.copy_(tiles.slots)
-        static.tiles.row_starts.copy_(tiles.row_starts)
-        static.tiles.row_ends.copy_(tiles.row_ends)
+        for name in TILE_FIELDS:
+            getattr(static.tiles, name).copy_(getattr(tiles, name))
         graph.replay()
         assert torch.equal(bits(y), expected)
     assert not torch.equal(eager[0], eager[2])
