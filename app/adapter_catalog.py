@@ -60,6 +60,10 @@ class AdapterCatalogServer:
         """Drop a registration; returns what `AdapterCatalog.unload` raises."""
         return await self._change(lambda: self._catalog.unload(name))
 
+    async def report_pool(self, num_pages: int) -> None:
+        """An engine started with a pool of this size."""
+        await self._change(lambda: self._catalog.report_pool(num_pages))
+
     async def _change(self, change: Callable[[], T]) -> T | SLoRAError:
         """Run a change in a thread and wake the polls, also where the caller has left.
 
@@ -101,6 +105,9 @@ class CatalogClient:
     async def unload(self, name: str) -> None:
         _raised(await self._handle.unload.remote(name))
 
+    async def report_pool(self, num_pages: int) -> None:
+        await self._handle.report_pool.remote(num_pages)
+
 
 def _raised(result: Any) -> Any:
     """A result of the catalog, or the error that it is."""
@@ -136,9 +143,10 @@ class ClusterState:
 
 def _open_catalog(args: SLoRAArgs, app_name: str) -> AdapterCatalog:
     path = args.catalog_state_path
+    engine = args.engine_config()
     catalog = AdapterCatalog(
         adapter_geometry(args),
-        args.engine_config().num_pages,
+        None if engine.num_pool_tokens is None else engine.num_pages,
         args.adapter_roots,
         ClusterState(app_name) if path is None else StateFile(Path(path)),
         {args.base_model_name},

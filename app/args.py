@@ -44,14 +44,19 @@ class SLoRAArgs(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     # Tokens of KV a page holds; 16 keeps the unused tail of a request short.
     page_tokens: int = Field(default=16, ge=1)
-    # Pool size in tokens of KV; adapters take their pages from the same pool. The default holds
-    # two requests of the demo model's whole context and its adapters, in 1.1 GB.
-    num_pool_tokens: int = Field(default=24576, ge=1)
-    # Tokens computed in one step; longer prompts are cut. 512 keeps a step of the demo model under
-    # a second on two cores, so that running requests go on beside a long prompt.
-    max_batched_tokens: int = Field(default=512, ge=1)
-    # Requests computed in one step.
-    max_running_requests: int = Field(default=64, ge=1)
+    # Pool size in tokens of KV; adapters take their pages from the same pool. None: on CUDA what
+    # `memory_utilization` leaves, on the CPU 24576, which holds two requests of the demo model's
+    # whole context and its adapters, in 1.1 GB.
+    num_pool_tokens: int | None = Field(default=None, ge=1)
+    # Share of a GPU's memory for weights, activations, graphs and the pool; the rest is for
+    # fragmentation and other processes.
+    memory_utilization: float = Field(default=0.92, gt=0.0, le=1.0)
+    # Tokens computed in one step; longer prompts are cut. None: on the CPU 512, which keeps a step
+    # of the demo model under a second on two cores, so that running requests go on beside a long
+    # prompt; on CUDA 8192, from where on larger steps gain nothing.
+    max_batched_tokens: int | None = Field(default=None, ge=1)
+    # Requests computed in one step; None: 64 on the CPU, 256 on CUDA.
+    max_running_requests: int | None = Field(default=None, ge=1)
     # Prompt + output, tokens; None: the model's own limit.
     max_model_len: int | None = Field(default=None, ge=2)
     # Keep the KV of past requests, while there is room, for later ones of the same adapter that
@@ -78,9 +83,9 @@ class SLoRAArgs(BaseModel):
     # Processes that take HTTP requests; one serves some thousand tokens a second.
     num_ingress_replicas: int = Field(default=1, ge=1)
 
-    # Requests a replica holds, running and waiting in its engine. Enough that the engine always
-    # finds a next request to admit; beyond it they wait in the ingress.
-    max_ongoing_requests: int = Field(default=256, ge=1)
+    # Requests a replica holds, running and waiting in its engine; beyond it they wait in the
+    # ingress. None: four times max_running_requests, so that the engine always finds a next one.
+    max_ongoing_requests: int | None = Field(default=None, ge=1)
     # Requests that wait in an ingress for a replica; more are refused with 503 at once, so that a
     # client can go elsewhere instead of waiting for its own timeout.
     max_queued_requests: int = Field(default=1024, ge=1)
@@ -99,7 +104,7 @@ class SLoRAArgs(BaseModel):
     def _check_together(self) -> Self:
         if self.device == "cuda" and self.gpus_per_replica == 0:
             raise ValueError("gpus_per_replica is 0 with device cuda; give each replica a GPU")
-        if self.num_pool_tokens < self.page_tokens:
+        if self.num_pool_tokens is not None and self.num_pool_tokens < self.page_tokens:
             raise ValueError(
                 f"num_pool_tokens is {self.num_pool_tokens}; it must be at least page_tokens, "
                 f"{self.page_tokens}"
@@ -110,6 +115,16 @@ class SLoRAArgs(BaseModel):
                 f"store_capacity_bytes, {self.store_capacity_bytes}"
             )
         return self
+
+    @property
+    def num_running_requests(self) -> int:
+        """`max_running_requests`, or the device's default."""
+        return self.max_running_requests or (64 if self.device == "cpu" else 256)
+
+    @property
+    def num_ongoing_requests(self) -> int:
+        """`max_ongoing_requests`, or the default."""
+        return self.max_ongoing_requests or 4 * self.num_running_requests
 
     @property
     def base_model_name(self) -> str:
@@ -132,17 +147,19 @@ class SLoRAArgs(BaseModel):
 
         from slora_core.config import EngineConfig
 
-        default_dtype = "float32" if self.device == "cpu" else "bfloat16"
+        on_cpu = self.device == "cpu"
+        default_dtype = "float32" if on_cpu else "bfloat16"
         return EngineConfig(
             device=self.device,
             dtype=getattr(torch, self.dtype or default_dtype),
             page_tokens=self.page_tokens,
-            num_pool_tokens=self.num_pool_tokens,
-            max_batched_tokens=self.max_batched_tokens,
-            max_running_requests=self.max_running_requests,
+            num_pool_tokens=self.num_pool_tokens or (24576 if on_cpu else None),
+            memory_utilization=self.memory_utilization,
+            max_batched_tokens=self.max_batched_tokens or (512 if on_cpu else 8192),
+            max_running_requests=self.num_running_requests,
             max_model_len=self.max_model_len,
             admission_output_tokens=self.admission_output_tokens,
             prefix_caching=self.prefix_caching,
             # A GPU is kept busy by planning a step while the one before computes.
-            max_inflight_steps=1 if self.device == "cpu" else 2,
+            max_inflight_steps=1 if on_cpu else 2,
         )

@@ -54,7 +54,7 @@ def build(args: SLoRAArgs) -> Application:
     engine = serve.deployment(EngineServer).options(
         name="engine",
         num_replicas=args.num_replicas,
-        max_ongoing_requests=args.max_ongoing_requests,
+        max_ongoing_requests=args.num_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={

@@ -56,14 +56,21 @@ async def follow_catalog(
 class CatalogView:
     """`refresh` or `follow` must have run once before names resolve without asking the catalog.
 
-    `on_gone` is called with the adapter ids that no name means any more.
+    `on_gone` is called with the adapter ids that no name means any more, `on_snapshot` with every
+    snapshot, one at least every `POLL_S`.
     """
 
     def __init__(
-        self, catalog: CatalogReader, on_gone: Callable[[frozenset[str]], None] | None = None
+        self,
+        catalog: CatalogReader,
+        on_gone: Callable[[frozenset[str]], None] | None = None,
+        on_snapshot: Callable[[CatalogSnapshot], None] | None = None,
     ) -> None:
         self._catalog = catalog
         self._on_gone = on_gone
+        self._on_snapshot = on_snapshot
+        # Pages of the smallest engine's pool; None until an engine has told.
+        self.num_pool_pages: int | None = None
         self._revision = -1
         self._records: Mapping[str, AdapterRecord] = {}
         self._adapter_ids: frozenset[str] = frozenset()
@@ -112,6 +119,9 @@ class CatalogView:
         self._records = snapshot.records
         self._adapter_ids = frozenset(record.adapter_id for record in self._records.values())
         self._revision = snapshot.revision
+        self.num_pool_pages = snapshot.num_pool_pages
         gone = old_ids - self._adapter_ids
         if gone and self._on_gone is not None:
             self._on_gone(gone)
+        if self._on_snapshot is not None:
+            self._on_snapshot(snapshot)

@@ -24,23 +24,27 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What the base model and one engine's pool allow."""
+    """What the base model allows, and the size of a page."""
 
     # Largest prompt + output, tokens.
     context_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
-    num_pages: int
     page_tokens: int
 
-    def output_room(self, num_prompt_tokens: int, record: AdapterRecord | None) -> int:
+    def output_room(
+        self, num_prompt_tokens: int, record: AdapterRecord | None, num_pool_pages: int | None
+    ) -> int:
         """Most output tokens that fit the context and the pool, beside the adapter's pages.
 
-        At least 1: where not even that fits, the engine refuses with its own numbers.
+        At least 1: where not even that fits, the engine refuses with its own numbers. None is a
+        pool of which nothing is known yet.
         """
-        num_adapter_pages = 0 if record is None else record.num_pages
-        pool_tokens = (self.num_pages - num_adapter_pages) * self.page_tokens
-        return max(1, min(self.context_len, pool_tokens) - num_prompt_tokens)
+        limit = self.context_len
+        if num_pool_pages is not None:
+            num_adapter_pages = 0 if record is None else record.num_pages
+            limit = min(limit, (num_pool_pages - num_adapter_pages) * self.page_tokens)
+        return max(1, limit - num_prompt_tokens)
 
 
 class CompletionService:
@@ -84,7 +88,7 @@ class CompletionService:
             self._check_token_ids(prompt_ids, "prompt")
             max_tokens = request.max_tokens
             if max_tokens is None:
-                room = self._limits.output_room(len(prompt_ids), record)
+                room = self._output_room(prompt_ids, record)
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
             params = request.sampling_params(max_tokens, seed + index)
@@ -101,7 +105,7 @@ class CompletionService:
         limit = request.token_limit
         self._check_context(len(prompt_ids), "messages", limit, request.limit_name)
         if limit is None:
-            limit = self._limits.output_room(len(prompt_ids), record)
+            limit = self._output_room(prompt_ids, record)
         params = request.sampling_params(limit, secrets.randbits(62))
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         generate = GenerateRequest(answer_id, prompt_ids, params, record)
@@ -138,6 +142,9 @@ class CompletionService:
 
     async def _resolve(self, name: str) -> AdapterRecord | None:
         return None if name == self.base_model_name else await self.catalog.find(name)
+
+    def _output_room(self, prompt_ids: list[int], record: AdapterRecord | None) -> int:
+        return self._limits.output_room(len(prompt_ids), record, self.catalog.num_pool_pages)
 
     def _generation(self, index: int, request: GenerateRequest) -> Generation:
         return Generation(

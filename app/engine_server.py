@@ -7,6 +7,7 @@ itself. It never touches a tensor or a text; `engine_client` calls `generate`.
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from app.catalog_view import CatalogView
 from app.coalesce import coalesce
 from app.messages import GenerateRequest, TokenChunk
 from app.model_source import resolve_model
+from slora_core.adapters.catalog import CatalogSnapshot
 from slora_core.engine_messages import EngineSpec
 from slora_core.engine_process import AsyncEngine
 from slora_core.errors import SLoRAError
@@ -38,10 +40,19 @@ class EngineServer:
         self._replica_id = context.replica_id.unique_id
         self._flush_interval_s = args.flush_interval_s
         self._engine = AsyncEngine(engine_spec(args))
+        started_at = time.monotonic()
         info = await self._engine.start()
-        logger.info("engine process %s has %s pages", info.pid, info.num_pages)
+        logger.info(
+            "engine process %s has %s pages after %.1f s",
+            info.pid,
+            info.num_pages,
+            time.monotonic() - started_at,
+        )
         self._pid = info.pid
-        view = CatalogView(CatalogClient(catalog), on_gone=self._drop_adapters)
+        self._num_pages = info.num_pages
+        self._catalog = CatalogClient(catalog)
+        self._reporting: asyncio.Task[None] | None = None
+        view = CatalogView(self._catalog, self._drop_adapters, self._report_pool)
         await view.refresh()
         self._leases = AdapterLeases(StoreClient(args), self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
@@ -95,6 +106,13 @@ class EngineServer:
     def _slot(self) -> str:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
         return str(serve.get_replica_context().rank.rank)
+
+    def _report_pool(self, snapshot: CatalogSnapshot) -> None:
+        """Tell the catalog of a smaller pool than it knows of, also where it has restarted."""
+        known = snapshot.num_pool_pages
+        if known is None or known > self._num_pages:
+            # Kept, or the loop could lose it; one that fails is made up for by the next snapshot.
+            self._reporting = asyncio.create_task(self._catalog.report_pool(self._num_pages))
 
     def _drop_adapters(self, adapter_ids: frozenset[str]) -> None:
         for adapter_id in adapter_ids:

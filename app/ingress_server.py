@@ -79,13 +79,12 @@ class IngressServer:
 
 
 def model_limits(args: SLoRAArgs) -> ModelLimits:
-    """What the model and the pool of these arguments allow."""
+    """What the model and these arguments allow."""
     model = load_model_config(resolve_model(args.model))
     engine = args.engine_config()
     return ModelLimits(
         context_len=engine.context_len(model),
         vocab_size=model.vocab_size,
         eos_token_ids=frozenset(model.eos_token_ids),
-        num_pages=engine.num_pages,
         page_tokens=engine.page_tokens,
     )

@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dummy", action="store_true", help="random base weights and adapters")
     parser.add_argument("--num-replicas", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the setting's")
+    parser.add_argument("--num-ingress-replicas", type=int, default=1)
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args(argv)
     if args.num_adapter < 0:
@@ -69,11 +70,11 @@ def server_args(args: argparse.Namespace, scratch: Path) -> SLoRAArgs:
     setting = SETTINGS[args.model_setting]
     sources = SHIPPED_ADAPTERS
     changes: dict[str, Any] = {
-        **setting.app_args,
         "served_model_name": setting.served_name(args.dummy),
         "adapters_dir": str(scratch / "adapters"),
         "catalog_state_path": str(scratch / "catalog.json"),
         "num_replicas": args.num_replicas,
+        "num_ingress_replicas": args.num_ingress_replicas,
         **_device_args(args.device or setting.device),
     }
     if args.num_token is not None:
@@ -91,7 +92,10 @@ def server_args(args: argparse.Namespace, scratch: Path) -> SLoRAArgs:
 
 
 def _device_args(device: str) -> dict[str, Any]:
-    return {"device": device, "gpus_per_replica": 1.0 if device == "cuda" else 0.0}
+    if device == "cpu":
+        return {"device": device}
+    # Large extents are registered with CUDA at some 1.5 GiB a second.
+    return {"device": device, "gpus_per_replica": 1.0, "store_extent_bytes": 2**30}
 
 
 def _packed_bytes(sources: list[Path], num_adapters: int, args: SLoRAArgs) -> int:

@@ -45,6 +45,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-adapter", type=int, help="adapters to ask (default: all served)")
     parser.add_argument("--rate", type=float, help="requests a second (default: the setting's)")
     parser.add_argument("--duration", type=float, help="seconds of arrivals")
+    parser.add_argument(
+        "--at-once", action="store_true", help="send rate x duration requests at the start"
+    )
     parser.add_argument("--popularity", choices=POPULARITIES, default="power")
     parser.add_argument(
         "--alpha", type=float, default=1.0, help="of the power law; 1 is uniform, less is skewed"
@@ -162,6 +165,7 @@ def trace_config(args: argparse.Namespace, num_served: int) -> TraceConfig:
         popularity=args.popularity,
         alpha=args.alpha,
         cv=args.cv,
+        at_once=args.at_once,
         seed=args.seed,
     )
 

@@ -4,7 +4,7 @@ S1, S2 and S4 are S-LoRA's (Sheng et al., 2023, section 7 and the suites of its 
 benchmark) and want a GPU. Real is the demo model with the adapters that this repository ships.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from app.args import DEMO_MODEL_NAME
@@ -38,8 +38,6 @@ class Setting:
     # Whether there are real weights; otherwise it runs as a dummy only.
     has_weights: bool = False
     device: str = "cuda"
-    # Arguments of the application (`app.args`) that differ from those of slora.yaml.
-    app_args: dict[str, Any] = field(default_factory=dict)
 
     def served_name(self, dummy: bool) -> str:
         """Name under which the base model is served, so that a client can tell settings apart."""
@@ -95,9 +93,6 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True,
 }
 
-# Enough in a step to keep a GPU busy; the defaults are those of a small CPU demo.
-_GPU_ARGS = {"max_batched_tokens": 4096, "max_running_requests": 256, "gpus_per_replica": 1.0}
-
 SETTINGS = {
     setting.name: setting
     for setting in (
@@ -117,8 +112,8 @@ SETTINGS = {
             device="cpu",
         ),
         # Rates and durations of S-LoRA's table of throughput on one A100.
-        Setting("S1", "llama-7b-s1", LLAMA_7B, (8,), 10, 120, 4, 25, app_args=_GPU_ARGS),
-        Setting("S2", "llama-7b-s2", LLAMA_7B, (64, 32, 16, 8), 10, 120, 4, 25, app_args=_GPU_ARGS),
-        Setting("S4", "llama-13b-s4", LLAMA_13B, (64, 32, 16), 10, 120, 2, 25, app_args=_GPU_ARGS),
+        Setting("S1", "llama-7b-s1", LLAMA_7B, (8,), 10, 120, 4, 25),
+        Setting("S2", "llama-7b-s2", LLAMA_7B, (64, 32, 16, 8), 10, 120, 4, 25),
+        Setting("S4", "llama-13b-s4", LLAMA_13B, (64, 32, 16), 10, 120, 2, 25),
     )
 }

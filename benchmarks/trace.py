@@ -39,6 +39,8 @@ class TraceConfig:
     # Coefficient of variation of the gaps between arrivals; 1 is a Poisson process.
     cv: float = 1.0
     popularity: str = POWER
+    # All are due at the start, whatever the rate.
+    at_once: bool = False
     # Of the power law only: S-LoRA's, 1 is uniform and less asks the first adapters more.
     alpha: float = 1.0
     seed: int = 0
@@ -111,6 +113,8 @@ def power_law_adapters(
 
 def _arrivals(config: TraceConfig) -> list[float]:
     """Sums of gamma-distributed gaps with mean 1 / rate and the coefficient of variation cv."""
+    if config.at_once:
+        return [0.0] * config.num_requests
     rng = _stream(config, "arrivals")
     shape, scale = config.cv**-2, config.cv**2 / config.rate
     times, now = [], 0.0

@@ -23,6 +23,7 @@ from slora_core.memory.prefix_cache import PrefixCache
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import DecoderWeights, dummy_weights, load_weights
 from slora_core.scheduling.scheduler import Scheduler
+from slora_core.stage_timer import StageTimer
 from slora_core.stats import EngineStats
 from slora_core.types import Request, RequestOutput, StepPlan
 
@@ -51,16 +52,25 @@ class Engine:
         weights: DecoderWeights,
         ops: ModuleType | None = None,
     ) -> None:
+        stages = StageTimer()
         if config.num_pool_tokens is None:
-            num_pages = profile_num_pages(model, config, weights)
+            with stages.measure("profile"):
+                num_pages = profile_num_pages(model, config, weights)
             config = replace(config, num_pool_tokens=num_pages * config.page_tokens)
         self.model = model
         self.config = config
         self.geometry = AdapterGeometry.of(model, config)
         max_slots = min(config.num_pages, MAX_ADAPTER_SLOTS)
-        self.runner = ModelRunner(model, config, weights, max_slots, ops)
+        with stages.measure("pool"):
+            self.runner = ModelRunner(model, config, weights, max_slots, ops)
+        if config.device == "cuda":
+            with stages.measure("kernels"):
+                self.runner.warm_up()
         if config.device == "cuda" and config.cuda_graphs:
-            self.runner.capture_graphs()
+            with stages.measure("graphs"):
+                self.runner.capture_graphs()
+        # Seconds of each stage of the start, in order.
+        self.startup_s = stages.seconds
         self._host_copies: dict[str, PackedAdapter] = {}
         self._pool = PagePool(config.num_pages)
         queue = EvictionQueue(self._pool)
@@ -95,13 +105,17 @@ class Engine:
             ValueError: an unknown load_format.
         """
         model = load_model_config(model_dir)
-        if load_format == "safetensors":
-            weights = load_weights(model_dir, model, config.device, config.dtype)
-        elif load_format == "dummy":
-            weights = dummy_weights(model, config.device, config.dtype)
-        else:
-            raise ValueError(f"load_format is {load_format!r}; use 'safetensors' or 'dummy'")
-        return cls(model, config, weights)
+        stages = StageTimer()
+        with stages.measure("weights"):
+            if load_format == "safetensors":
+                weights = load_weights(model_dir, model, config.device, config.dtype)
+            elif load_format == "dummy":
+                weights = dummy_weights(model, config.device, config.dtype)
+            else:
+                raise ValueError(f"load_format is {load_format!r}; use 'safetensors' or 'dummy'")
+        engine = cls(model, config, weights)
+        engine.startup_s = {**stages.seconds, **engine.startup_s}
+        return engine
 
     @property
     def has_work(self) -> bool:

@@ -142,6 +142,11 @@ def main() -> None:
         engine = Engine.from_pretrained(
             Path(spec.model_path), spec.engine, load_format=spec.load_format
         )
+        logger.info(
+            "ready in %.1f s: %s",
+            sum(engine.startup_s.values()),
+            ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in engine.startup_s.items()),
+        )
         loop = EngineLoop(connection, engine)
         info = EngineInfo(
             pid=os.getpid(),

@@ -13,7 +13,7 @@ PRODUCT = ("kernels", "slora_core", "app")
 
 # From the bottom; a module of slora_core imports its own level and those below it.
 CORE_LEVELS = [
-    {"config", "errors", "types", "stats", "tokenizer", "detokenizer"},
+    {"config", "errors", "types", "stats", "stage_timer", "tokenizer", "detokenizer"},
     {"parallel"},
     {"memory", "attention", "layers"},
     {"adapters", "models"},

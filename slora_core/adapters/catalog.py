@@ -46,12 +46,15 @@ class CatalogSnapshot:
 
     revision: int
     records: Mapping[str, AdapterRecord]
+    # Pages of the smallest engine's pool; None until one has told.
+    num_pool_pages: int | None
 
 
 class AdapterCatalog:
     """Registered adapters by name.
 
-    An adapter must leave room for a request in an engine's pool of `num_pool_pages`.
+    An adapter must leave room for a request in an engine's pool of `num_pool_pages`; None is a
+    pool that engines size when they start and tell by `report_pool`, and is not remembered.
     `allowed_roots` are the directories that adapters may come from. `reserved_names` cannot be
     given to an adapter (the base model's name). Every change raises `revision` and is written to
     `store`, from which a new catalog takes up where this one ended; registrations whose
@@ -62,7 +65,7 @@ class AdapterCatalog:
     def __init__(
         self,
         geometry: AdapterGeometry,
-        num_pool_pages: int,
+        num_pool_pages: int | None,
         allowed_roots: Iterable[str | Path],
         store: StateStore | None = None,
         reserved_names: Collection[str] = (),
@@ -91,7 +94,22 @@ class AdapterCatalog:
 
     def snapshot(self) -> CatalogSnapshot:
         with self._lock:
-            return CatalogSnapshot(self._state.revision, dict(self._state.records))
+            return CatalogSnapshot(
+                self._state.revision, dict(self._state.records), self._num_pool_pages
+            )
+
+    def report_pool(self, num_pages: int) -> None:
+        """An engine has a pool of `num_pages`; adapters too large for it are dropped."""
+        with self._lock:
+            if self._num_pool_pages is not None and self._num_pool_pages <= num_pages:
+                return
+            self._num_pool_pages = num_pages
+            for record in self.records().values():
+                try:
+                    self._check_size(record.name, record.num_pages)
+                except AdapterTooLargeError as error:
+                    self._forget(record.name, error)
+            self._changed()
 
     def scan(self, directory: str | Path) -> list[tuple[str, SLoRAError]]:
         """Load every sub-directory as an adapter named by its folder; returns what failed.
@@ -218,7 +236,7 @@ class AdapterCatalog:
 
     def _check_size(self, name: str, num_pages: int) -> None:
         pool = self._num_pool_pages
-        if num_pages >= pool:
+        if pool is not None and num_pages >= pool:
             page_mib = self._geometry.page_bytes / _MIB
             raise AdapterTooLargeError(
                 f"adapter {name!r} takes {num_pages} pages ({num_pages * page_mib:.2f} MiB) and a "
@@ -254,6 +272,9 @@ class AdapterCatalog:
                 else:
                     self._check_size(record.name, record.num_pages)
             except SLoRAError as error:
-                logger.warning("adapter %s is not registered any more: %s", record.name, error)
-                del saved.records[record.name]
+                self._forget(record.name, error)
         self._write()
+
+    def _forget(self, name: str, error: SLoRAError) -> None:
+        logger.warning("adapter %s is not registered any more: %s", name, error)
+        del self._state.records[name]

@@ -5,8 +5,8 @@ returns before the device has computed the step.
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -16,7 +16,7 @@ from slora_core.adapters.device_tables import DeviceAdapterTables
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_adapter_pages
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig, ModelConfig, SamplingParams
 from slora_core.execution.batch_builder import BatchBuilder, BatchShape, is_plain_decode
 from slora_core.execution.buckets import (
     MODULE_BUCKETS,
@@ -31,7 +31,7 @@ from slora_core.execution.step_handle import StepHandle
 from slora_core.memory.sizing import allocate_pool, pages_for
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
-from slora_core.types import StepPlan
+from slora_core.types import Request, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -69,24 +69,51 @@ class ModelRunner:
         self._graph_logits: torch.Tensor | None = None
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """Record decode steps of every batch size, for the base model and each shape of LoRA."""
-        started = time.perf_counter()
-        sizes = batch_buckets(self._engine.max_running_requests)
-        self._graph_logits = torch.empty(sizes[-1], self._model.vocab_size, device=self._device)
-        self._graphs = DecodeGraphs(self._device, sizes)
-        loras = [
+    def warm_up(self) -> None:
+        """Compile and load the kernels of eager steps, so that no request waits for them.
+
+        Prompts of all sizes for which kernels differ, for the base model and each shape of LoRA,
+        by the first layer. They write to pages that nobody has yet.
+        """
+        most = min(self._engine.max_batched_tokens, self._engine.context_len(self._model))
+        most = min(most, self._engine.num_pages * self._engine.page_tokens)
+        sizes = [16, *(64 << i for i in range(most.bit_length()))]
+        for num_tokens in [size for size in sizes if size < most] + [most]:
+            for lora in (None, *self._lora_shapes()):
+                self._warm_up(num_tokens, lora)
+
+    def _warm_up(self, num_tokens: int, lora: LoraShape | None) -> None:
+        request = Request("warm-up", [0] * num_tokens, SamplingParams(), row=0)
+        request.page_ids = list(range(pages_for(num_tokens, self._engine.page_tokens)))
+        if lora is not None:
+            # An empty slot: its kernels find that it has no weights.
+            request.adapter_slot = 0
+        plan = StepPlan()
+        plan.add(request, num_tokens)
+        shape = replace(self._builder.shape(plan.chunks), lora=lora)
+        views = self._builder.fields(plan.chunks, shape).to(self._device)
+        batch = self._builder.forward_batch(views, shape)
+        self._decoder.forward(batch, self._attention, num_layers=1)
+
+    def _lora_shapes(self) -> list[LoraShape]:
+        return [
             LoraShape(rank, modules)
             for rank in RANK_BUCKETS
             if rank <= self._engine.graph_max_rank
             for modules in MODULE_BUCKETS
         ]
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Record decode steps of every batch size, for the base model and each shape of LoRA."""
+        sizes = batch_buckets(self._engine.max_running_requests)
+        self._graph_logits = torch.empty(sizes[-1], self._model.vocab_size, device=self._device)
+        self._graphs = DecodeGraphs(self._device, sizes)
         # Large ones first: the others find room in the memory that these took.
         for num_rows in reversed(sizes):
-            for lora in (None, *loras):
+            for lora in (None, *self._lora_shapes()):
                 self._capture(GraphKey(num_rows, lora))
-        seconds = time.perf_counter() - started
-        logger.info("captured %d decode graphs in %.1f s", len(self._graphs), seconds)
+        logger.info("captured %d decode graphs", len(self._graphs))
 
     def load_adapters(self, plan: StepPlan, host_copy: Callable[[str], PackedAdapter]) -> None:
         """Make the copies a plan asks for; `host_copy` gives the pages of an adapter id."""

@@ -93,12 +93,17 @@ class Decoder:
             for index, layer in enumerate(weights.layers)
         ]
 
-    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> torch.Tensor:
-        """Logits [rows that sample, vocab_size], of the weights' dtype."""
+    def forward(
+        self, batch: ForwardBatch, attention: AttentionBackend, num_layers: int | None = None
+    ) -> torch.Tensor:
+        """Logits [rows that sample, vocab_size], of the weights' dtype.
+
+        `num_layers` computes the first layers alone, which run every kernel there is.
+        """
         attention.plan(batch.attention, batch.positions)
         residual = F.embedding(batch.input_ids, self._weights.embedding)
         delta = None
-        for layer in self._layers:
+        for layer in self._layers[:num_layers]:
             delta = layer(delta, residual, attention, batch.lora)
         assert delta is not None
         if batch.logit_rows is not None:

@@ -30,13 +30,14 @@ class FakeCatalog:
     def __init__(self, *names):
         self.records = {name: make_record(name) for name in names}
         self.revision = 0
+        self.num_pool_pages = 6
         self.num_snapshots = 0
         self.changed = asyncio.Event()
 
     async def snapshot(self):
         self.num_snapshots += 1
         await asyncio.sleep(0.01)
-        return CatalogSnapshot(revision=self.revision, records=dict(self.records))
+        return CatalogSnapshot(self.revision, dict(self.records), self.num_pool_pages)
 
     async def wait_for_change(self, revision, timeout_s):
         while revision == self.revision:

@@ -53,6 +53,17 @@ def test_engine_config_takes_every_setting():
     assert (config.num_pages, config.max_model_len) == (2, 10)
 
 
+def test_a_gpu_has_defaults_of_its_own():
+    gpu = SLoRAArgs(device="cuda", gpus_per_replica=1, memory_utilization=0.5)
+    config = gpu.engine_config()
+    assert config.num_pool_tokens is None and config.memory_utilization == 0.5
+    assert (config.max_batched_tokens, config.max_running_requests) == (8192, 256)
+    assert gpu.num_ongoing_requests == 1024
+    cpu = SLoRAArgs().engine_config()
+    assert (cpu.num_pages, cpu.max_batched_tokens, cpu.max_running_requests) == (1536, 512, 64)
+    assert SLoRAArgs(max_running_requests=10, max_ongoing_requests=5).num_ongoing_requests == 5
+
+
 def test_adapter_roots_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = SLoRAArgs(adapters_dir="a", allowed_adapter_roots=["/b"])

@@ -5,6 +5,7 @@ from app.args import SLoRAArgs
 from app.build import build, with_absolute_paths
 from app.ingress_server import model_limits
 from slora_core.errors import UnsupportedModelError
+from tests.app.fakes import make_record
 from tests.factories import make_model
 
 
@@ -59,7 +60,10 @@ def test_relative_paths_start_where_the_user_is(model, monkeypatch):
 
 
 def test_limits_of_model_and_pool(model):
-    limits = model_limits(SLoRAArgs(model=str(model), num_pool_tokens=320, max_model_len=100))
-    assert (limits.context_len, limits.vocab_size, limits.num_pages) == (100, 256, 20)
+    limits = model_limits(SLoRAArgs(model=str(model), max_model_len=100))
+    assert (limits.context_len, limits.vocab_size, limits.page_tokens) == (100, 256, 16)
     assert limits.eos_token_ids == {2}
-    assert limits.output_room(10, None) == 90
+    # The context, what the pool has, what it has beside an adapter of two pages, and one at least.
+    record = make_record("a")
+    rooms = [(None, None), (None, 6), (None, 4), (record, 4), (record, 2)]
+    assert [limits.output_room(10, *room) for room in rooms] == [90, 86, 54, 22, 1]

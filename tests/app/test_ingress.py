@@ -26,7 +26,6 @@ LIMITS = ModelLimits(
     context_len=100,
     vocab_size=VOCAB_SIZE,
     eos_token_ids=frozenset({2}),
-    num_pages=6,
     page_tokens=16,
 )
 
@@ -284,8 +283,9 @@ def test_the_limit_is_named_as_it_was_given(server):
 
 
 def test_default_length_is_what_fits(server):
-    server.complete(prompt="x" * 95)
-    assert server.engine.requests[0].params.max_tokens == 1  # The pool holds 96 tokens.
+    server.complete(model="sql", prompt="x" * 60)
+    # Beside the adapter's 2 pages, the pool of 6 holds 64 tokens.
+    assert server.engine.requests[0].params.max_tokens == 4
 
 
 def test_template_that_refuses(server):

@@ -52,6 +52,11 @@ def test_lengths_and_ids_are_in_range():
     assert all(min(r.prompt_ids) >= 256 and max(r.prompt_ids) < 1000 for r in trace)
 
 
+def test_a_trace_that_comes_at_once_is_otherwise_the_same():
+    spread, at_once = make_trace(CONFIG), make_trace(replace(CONFIG, at_once=True))
+    assert [replace(request, due_s=0.0) for request in spread] == at_once
+
+
 @pytest.mark.parametrize("cv", [0.5, 1, 3])
 def test_arrivals_have_the_rate_and_the_variation(cv):
     values = gaps(replace(CONFIG, cv=cv))

@@ -341,6 +341,7 @@ def test_load_formats(model_dir: Path, tmp_path: Path) -> None:
     engine = Engine.from_pretrained(tmp_path, config, load_format="dummy")
     (text,) = engine.generate([GenerationRequest([5, 6], SamplingParams(ignore_eos=True))])
     assert len(text) == 16
+    assert list(engine.startup_s) == ["weights", "pool"]
     with pytest.raises(UnsupportedModelError, match="does not exist"):
         Engine.from_pretrained(tmp_path, config)
     with pytest.raises(ValueError, match="load_format is 'pickle'"):

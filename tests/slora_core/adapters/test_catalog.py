@@ -82,6 +82,25 @@ def test_every_change_raises_the_revision(make, add) -> None:
     assert catalog.revision == revisions[-1]
 
 
+def test_engines_tell_the_size_of_their_pools(make, add, caplog) -> None:
+    catalog = make(num_pool_pages=None)
+    small, large = (catalog.load(f"rank-{r}", add(f"rank-{r}", rank=r)) for r in (4, 64))
+    assert catalog.snapshot().num_pool_pages is None
+    catalog.report_pool(large.num_pages + 1)
+    assert set(catalog.records()) == {"rank-4", "rank-64"}
+    revision = catalog.revision
+    # Of two engines the smaller one counts; a larger one changes nothing.
+    catalog.report_pool(large.num_pages + 9)
+    assert catalog.revision == revision
+    catalog.report_pool(small.num_pages + 1)
+    snapshot = catalog.snapshot()
+    assert (set(snapshot.records), snapshot.num_pool_pages) == ({"rank-4"}, small.num_pages + 1)
+    assert snapshot.revision > revision
+    assert "'rank-64' takes" in caplog.text
+    with pytest.raises(AdapterTooLargeError):
+        catalog.load("again", large.path)
+
+
 def test_versions_count_contents_of_a_name(make, add) -> None:
     catalog = make()
     first = catalog.load("a", add("a"))
