@@ -1,15 +1,13 @@
-"""Shapes, adapters and requests of the offline engine benchmark, as S-LoRA's paper sets them.
+"""Shapes, adapter settings and requests of the offline engine benchmark, as S-LoRA sets them.
 
-Adapters are random and already packed: no files are read. Knows the engine's types, not its parts.
+All is a function of its arguments. Knows the engine's types, not its parts.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
-import torch
-
-from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, plan_layout
 from slora_core.config import LORA_MODULES, ModelConfig, SamplingParams
 from slora_core.engine import GenerationRequest
 
@@ -52,9 +50,6 @@ SHAPES = {
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-# Standard deviation of random adapter weights.
-ADAPTER_STD = 0.02
-
 
 @dataclass(frozen=True)
 class AdapterSetting:
@@ -73,60 +68,19 @@ SETTINGS = {
 }
 
 
-def adapter_name(index: int) -> str:
-    return f"adapter-{index}"
+# Names of adapters end in their number.
+STANDARD = "adapter"
+# Of rank 64, that come and go beside the others.
+WIDE = "wide"
 
 
-class DummyAdapters:
-    """Random packed adapters in host memory; many adapters alias a few distinct host copies.
-
-    On the device every adapter has pages of its own, so nothing gets faster by the aliasing.
-    """
-
-    def __init__(
-        self,
-        geometry: AdapterGeometry,
-        setting: AdapterSetting,
-        device: torch.device,
-        num_distinct: int = 64,
-        seed: int = 0,
-    ) -> None:
-        self._geometry = geometry
-        self._setting = setting
-        generator = torch.Generator(device).manual_seed(seed)
-        self._copies = [self._make(index, generator) for index in range(num_distinct)]
-
-    def __getitem__(self, index: int) -> PackedAdapter:
-        """Adapter `index`; its ranks are those of its index, whatever copy it aliases."""
-        copy = self._copies[index % len(self._copies)]
-        return replace(copy, adapter_id=adapter_name(index))
-
-    def _make(self, index: int, generator: torch.Generator) -> PackedAdapter:
-        geometry, ranks = self._geometry, self._setting.ranks
-        rank = ranks[index % len(ranks)]
-        modules = [LORA_MODULES.index(name) for name in self._setting.modules]
-        keys = [(layer, module) for layer in range(geometry.num_layers) for module in modules]
-        layout = plan_layout(geometry, dict.fromkeys(keys, rank), dict.fromkeys(keys, 1.0))
-        shape = (layout.num_pages, geometry.num_layers, geometry.page_elems)
-        pages = torch.empty(shape, dtype=geometry.dtype, device=generator.device)
-        pages.normal_(0.0, ADAPTER_STD, generator=generator)
-        host = torch.empty(shape, dtype=geometry.dtype, pin_memory=generator.device.type == "cuda")
-        host.copy_(pages)
-        return PackedAdapter(adapter_name(index), layout, host)
-
-
-def _request(
-    prompt_len: int, output_len: int, adapter: int | None, vocab_size: int, rng: random.Random
-) -> GenerationRequest:
-    return GenerationRequest(
-        prompt_ids=rng.choices(range(vocab_size), k=prompt_len),
-        params=SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True),
-        adapter_id=None if adapter is None else adapter_name(adapter),
-    )
+def adapter_id(index: int | None, family: str = STANDARD) -> str | None:
+    """Id of adapter `index`; None is the base model."""
+    return None if index is None else f"{family}-{index}"
 
 
 def fixed_batch(
-    adapters: Sequence[int | None], prompt_len: int, output_len: int, vocab_size: int, seed: int
+    adapters: Sequence[str | None], prompt_len: int, output_len: int, vocab_size: int, seed: int
 ) -> list[GenerationRequest]:
     """One request an entry of `adapters`, all of the same lengths."""
     rng = random.Random(seed)
@@ -134,15 +88,48 @@ def fixed_batch(
 
 
 def trace(
-    adapters: Sequence[int | None],
-    vocab_size: int,
-    seed: int,
-    shortest: int = 8,
-    longest: int = 512,
+    adapters: Sequence[str | None], lengths: tuple[int, int], vocab_size: int, seed: int
 ) -> list[GenerationRequest]:
-    """One request an entry of `adapters`; lengths in and out uniform in [shortest, longest]."""
+    """One request an entry of `adapters`; lengths in and out uniform, both ends included."""
     rng = random.Random(seed)
     return [
-        _request(rng.randint(shortest, longest), rng.randint(shortest, longest), a, vocab_size, rng)
-        for a in adapters
+        _request(rng.randint(*lengths), rng.randint(*lengths), a, vocab_size, rng) for a in adapters
     ]
+
+
+def shared_prefix(
+    num_requests: int,
+    prefix_len: int,
+    tail_len: int,
+    output_len: int,
+    adapter: str,
+    vocab_size: int,
+    seed: int,
+    *,
+    shared: bool = True,
+) -> list[GenerationRequest]:
+    """Requests that differ in their last tokens alone, or, not `shared`, in all."""
+    rng = random.Random(f"prefix {seed}")
+    requests = fixed_batch(
+        [adapter] * num_requests, prefix_len + tail_len, output_len, vocab_size, seed
+    )
+    if not shared:
+        return requests
+    prefix = rng.choices(range(vocab_size), k=prefix_len)
+    return [replace(r, prompt_ids=[*prefix, *r.prompt_ids[prefix_len:]]) for r in requests]
+
+
+def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
+    """Seconds after the start at which requests arrive, `rate` a second."""
+    rng = random.Random(seed)
+    return list(accumulate(rng.expovariate(rate) for _ in range(num_requests)))
+
+
+def _request(
+    prompt_len: int, output_len: int, adapter: str | None, vocab_size: int, rng: random.Random
+) -> GenerationRequest:
+    return GenerationRequest(
+        prompt_ids=rng.choices(range(vocab_size), k=prompt_len),
+        params=SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True),
+        adapter_id=adapter,
+    )

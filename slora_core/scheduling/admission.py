@@ -22,10 +22,12 @@ _RETRY_STEPS = 8
 def expected_total_tokens(request: Request, config: EngineConfig) -> int:
     """Prompt + output tokens the request is assumed to reach.
 
-    At least one more than it has, pending ones included, unless those are its max_tokens.
+    Its max_tokens where nothing can stop it before. Else at least one more than it has, pending
+    ones included, unless those are its max_tokens.
     """
-    limit = request.max_total_tokens
-    if config.admission_output_tokens is None:
+    limit, params = request.max_total_tokens, request.params
+    runs_on = params.ignore_eos and not params.stop and not params.stop_token_ids
+    if config.admission_output_tokens is None or runs_on:
         return limit
     expected = len(request.prompt_ids) + config.admission_output_tokens
     return min(limit, max(expected, request.num_tokens + 1))

@@ -38,6 +38,13 @@ def test_expected_total_tokens(assumed: int | None, num_output: int, expected: i
     assert expected_total_tokens(_request(10, 100, num_output), config) == expected
 
 
+def test_nothing_but_max_tokens_ends_a_request() -> None:
+    config = EngineConfig(admission_output_tokens=20)
+    for stops, expected in (({}, 110), ({"stop_token_ids": (5,)}, 30), ({"stop": ("x",)}, 30)):
+        params = SamplingParams(max_tokens=100, ignore_eos=True, **stops)
+        assert expected_total_tokens(Request("r", [1] * 10, params), config) == expected
+
+
 def _simulated_peak(requests: list[Request], config: EngineConfig) -> int:
     """Most pages held at once when all requests grow in lockstep and free when they end."""
     live = [(request.num_tokens, expected_total_tokens(request, config)) for request in requests]
