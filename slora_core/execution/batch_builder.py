@@ -90,14 +90,15 @@ class BatchBuilder:
         Args:
             chunks: of the plan, sorted; of the plan's shape.
             num_rows: pad a step of decodes to this many rows, so that every step of one size has
-                one layout. Padding rows write nothing that is read and sample garbage.
+                one layout. Padding rows write nothing that is read and sample garbage, and every
+                row has logits.
         """
         fields = IntFields()
         self._add_rows(fields, chunks, num_rows)
         self._add_attention(fields, chunks, shape, num_rows)
         if shape.lora is not None:
             self._add_lora(fields, chunks, shape, num_rows)
-        if not all(is_plain_decode(chunk) for chunk in chunks):
+        if num_rows is None and not all(is_plain_decode(chunk) for chunk in chunks):
             fields.add("logit_rows", _logit_rows(chunks))
         return fields
 
@@ -270,6 +271,10 @@ class BatchBuilder:
             tiles=tiles,
         )
 
+    def row_indices(self, rows: Sequence[int]) -> torch.Tensor:
+        """int64 on the device."""
+        return self._int64(list(rows))
+
     def _int64(self, values: list[int]) -> torch.Tensor:
         return self._on_device(torch.tensor(values, dtype=torch.int64))
 
@@ -295,6 +300,22 @@ def _prefill_plan(views: Mapping[str, torch.Tensor], block_rows: int) -> Prefill
     if "query_tile_requests" not in views:
         return None
     return PrefillPlan(views["query_tile_requests"], views["query_tile_starts"], block_rows)
+
+
+def as_decodes(chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
+    """Chunks of one token each: a token of a prompt attends as a decode does, to all up to itself.
+
+    A step writes the KV of all rows before any row reads it.
+    """
+    rows = []
+    for chunk in chunks:
+        if chunk.end - chunk.start == 1:
+            rows.append(chunk)
+            continue
+        for end in range(chunk.start + 1, chunk.end + 1):
+            last = end == chunk.end
+            rows.append(chunk._replace(start=end - 1, end=end, samples=last and chunk.samples))
+    return rows
 
 
 def is_plain_decode(chunk: ScheduledChunk) -> bool:

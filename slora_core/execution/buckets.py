@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slora_core.config import LORA_MODULES
+from slora_core.config import LORA_MODULES, EngineConfig
 
 # Ranks that LoRA kernels are launched for; a batch takes the smallest that holds its largest.
 RANK_BUCKETS = (16, 32, 64, 128, 256)
+
+# Rows of a step with prompts up to which host time counts more than the device's: 512 rows are
+# computed in about the time that launching their kernels one by one takes.
+PROMPT_GRAPH_ROWS = 512
 
 # Sets of modules, by index in LORA_MODULES, that have graphs: what most adapters target, and all.
 MODULE_BUCKETS = (frozenset(range(4)), frozenset(range(len(LORA_MODULES))))
@@ -27,9 +31,15 @@ class LoraShape:
         return LoraShape(bucket_of(self.max_rank, RANK_BUCKETS), modules)
 
 
+def max_graph_rows(engine: EngineConfig) -> int:
+    """Rows of the largest step that has a graph: all running requests, or a few short prompts."""
+    return max(engine.max_running_requests, min(PROMPT_GRAPH_ROWS, engine.max_batched_tokens))
+
+
 def batch_buckets(max_rows: int) -> list[int]:
     """Batch sizes that have a graph, ascending: dense where a row of padding costs most."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows + 1, 32)]
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32)]
+    sizes += range(256, max_rows, 64)
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: captured once for each batch size and shape of LoRA, then replayed.
+"""CUDA graphs of small steps: captured once for each batch size and shape of LoRA, then replayed.
 
 A step replays the graph of the smallest batch size that holds it; its padding rows have no context,
 no cache slot and no adapter. Knows no requests: it is given a step's fields.

@@ -8,6 +8,7 @@ import torch
 
 from slora_core.config import EngineConfig, ModelConfig, SamplingParams
 from slora_core.errors import UnsupportedModelError
+from slora_core.execution.buckets import max_graph_rows
 from slora_core.execution.model_runner import ModelRunner
 from slora_core.memory.sizing import page_bytes, pages_for
 from slora_core.models.weights import DecoderWeights
@@ -15,8 +16,10 @@ from slora_core.types import Request, StepPlan
 
 logger = logging.getLogger(__name__)
 
-# fp32 copies of a batch's logits that graphs and the sampler hold at one time, at most.
-_LOGITS_COPIES = 6
+# fp32 copies of logits held at one time, at most: by the sampler, of running requests; by graphs,
+# of all their rows.
+_SAMPLER_COPIES = 4
+_GRAPH_COPIES = 2
 
 
 def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> int:
@@ -36,7 +39,8 @@ def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: Decoder
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    logits = _LOGITS_COPIES * engine.max_running_requests * model.vocab_size * 4
+    rows = _SAMPLER_COPIES * engine.max_running_requests + _GRAPH_COPIES * max_graph_rows(engine)
+    logits = rows * model.vocab_size * 4
     available = int(total * engine.memory_utilization) - (total - free) - activations - logits
     num_pages = available // page_bytes(model, engine)
     gib = 2**30

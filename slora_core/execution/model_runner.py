@@ -5,7 +5,7 @@ returns before the device has computed the step.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -17,23 +17,27 @@ from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import EngineConfig, ModelConfig, SamplingParams
-from slora_core.execution.batch_builder import BatchBuilder, BatchShape, is_plain_decode
+from slora_core.execution.batch_builder import BatchBuilder, BatchShape, as_decodes
 from slora_core.execution.buckets import (
     MODULE_BUCKETS,
     RANK_BUCKETS,
     LoraShape,
     batch_buckets,
+    max_graph_rows,
 )
 from slora_core.execution.decode_graphs import DecodeGraphs, GraphKey
 from slora_core.execution.row_state import RowState
 from slora_core.execution.sampler import sample
 from slora_core.execution.step_handle import StepHandle
-from slora_core.memory.sizing import allocate_pool, pages_for
+from slora_core.memory.sizing import allocate_pool, page_bytes, pages_for
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
-from slora_core.types import Request, StepPlan
+from slora_core.types import Request, ScheduledChunk, StepPlan
 
 logger = logging.getLogger(__name__)
+
+# Of KV that prompts read again in a graph, an upper bound of it: most comes from the L2 cache.
+MAX_REREAD_BYTES = 80 * 10**9
 
 
 class ModelRunner:
@@ -64,6 +68,8 @@ class ModelRunner:
         self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
         self._decoder = Decoder(model, weights, ops, self.pool)
+        bytes_per_token = page_bytes(model, engine) // engine.page_tokens
+        self._max_reread_tokens = MAX_REREAD_BYTES // bytes_per_token
         self._graphs: DecodeGraphs | None = None
         # fp32 [rows, vocab_size]: what graphs write, outside the memory that they share.
         self._graph_logits: torch.Tensor | None = None
@@ -105,15 +111,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Record decode steps of every batch size, for the base model and each shape of LoRA."""
-        sizes = batch_buckets(self._engine.max_running_requests)
+        """Record small steps of every batch size, for the base model and each shape of LoRA."""
+        sizes = batch_buckets(max_graph_rows(self._engine))
         self._graph_logits = torch.empty(sizes[-1], self._model.vocab_size, device=self._device)
         self._graphs = DecodeGraphs(self._device, sizes)
         # Large ones first: the others find room in the memory that these took.
         for num_rows in reversed(sizes):
             for lora in (None, *self._lora_shapes()):
                 self._capture(GraphKey(num_rows, lora))
-        logger.info("captured %d decode graphs", len(self._graphs))
+        logger.info("captured %d graphs of steps", len(self._graphs))
 
     def load_adapters(self, plan: StepPlan, host_copy: Callable[[str], PackedAdapter]) -> None:
         """Make the copies a plan asks for; `host_copy` gives the pages of an adapter id."""
@@ -146,23 +152,39 @@ class ModelRunner:
 
     def _replay(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What `_run` returns, by a CUDA graph; None where the plan has no graph."""
-        chunks = plan.chunks
-        if self._graphs is None or not all(is_plain_decode(chunk) for chunk in chunks):
+        num_rows = self._graph_rows(plan.chunks)
+        if self._graphs is None or num_rows is None:
             return None
-        num_rows = self._graphs.batch_size(len(chunks))
-        if num_rows is None:
-            return None
+        chunks = as_decodes(plan.chunks)
         lora = self._builder.shape(chunks).lora
         key = GraphKey(num_rows, None if lora is None else lora.graph_bucket())
         if key not in self._graphs:
-            logger.warning("capturing a decode graph that was not captured at start: %s", key)
+            logger.warning("capturing a graph that was not captured at start: %s", key)
             self._capture(key)
         shape = BatchShape.of_decodes(len(chunks), key.lora)
         fields = self._builder.fields(chunks, shape, num_rows)
         inputs = self._graphs.replay(key, fields)
-        rows = fields.views(inputs)["decode_rows"][: len(chunks)]
+        rows = fields.views(inputs)["decode_rows"]
         assert self._graph_logits is not None
-        return self._graph_logits[: len(chunks)], rows
+        if all(chunk.samples for chunk in chunks):
+            return self._graph_logits[: len(chunks)], rows[: len(chunks)]
+        sampling = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        indices = self._builder.row_indices(sampling)
+        return self._graph_logits[indices], rows[indices]
+
+    def _graph_rows(self, chunks: Sequence[ScheduledChunk]) -> int | None:
+        """Rows of the smallest graph that can run the chunks as decodes; None where none should.
+
+        Prompts as decodes read their KV once for every token: on the device that is slower than
+        their own kernels, and a graph starts in no time.
+        """
+        if self._graphs is None:
+            return None
+        num_rows = self._graphs.batch_size(sum(chunk.end - chunk.start for chunk in chunks))
+        if num_rows is None or self._rows.num_new_pages(chunks) > num_rows:
+            return None
+        reread = sum((chunk.end - chunk.start - 1) * chunk.end for chunk in chunks)
+        return num_rows if reread <= self._max_reread_tokens else None
 
     def _capture(self, key: GraphKey) -> None:
         assert self._graphs is not None and self._graph_logits is not None

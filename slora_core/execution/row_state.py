@@ -25,15 +25,17 @@ class RowState:
         """An entry of the tables that nobody reads."""
         return self._tables.numel() - 1
 
+    def num_new_pages(self, chunks: Sequence[ScheduledChunk]) -> int:
+        """How many `new_pages` would return; each request has one chunk."""
+        return sum(len(chunk.request.page_ids) - self._num_sent(chunk.request) for chunk in chunks)
+
     def new_pages(self, chunks: Sequence[ScheduledChunk]) -> tuple[list[int], list[int]]:
         """Entries of the tables that the step's block tables add, and their page ids."""
         entries: list[int] = []
         page_ids: list[int] = []
         for chunk in chunks:
             request = chunk.request
-            owner, preemptions, num_sent = self._sent[chunk.request.row]
-            if owner is not request or preemptions != request.num_preemptions:
-                num_sent = 0
+            num_sent = self._num_sent(request)
             num_pages = len(request.page_ids)
             if num_sent < num_pages:
                 first = chunk.request.row * self._max_pages
@@ -41,6 +43,11 @@ class RowState:
                 page_ids += request.page_ids[num_sent:]
             self._sent[chunk.request.row] = (request, request.num_preemptions, num_pages)
         return entries, page_ids
+
+    def _num_sent(self, request: Request) -> int:
+        owner, preemptions, num_sent = self._sent[request.row]
+        same = owner is request and preemptions == request.num_preemptions
+        return num_sent if same else 0
 
     def write_pages(self, entries: torch.Tensor, page_ids: torch.Tensor) -> None:
         """Write what `new_pages` returned, as int32 device tensors of one length."""

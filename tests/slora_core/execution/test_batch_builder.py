@@ -1,6 +1,7 @@
 """A plan becomes rows, tables and segments: each tensor against what the plan says."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from slora_core.adapters.device_tables import DeviceAdapterTables
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import ModelConfig, SamplingParams
-from slora_core.execution.batch_builder import BatchBuilder, BatchShape
+from slora_core.execution.batch_builder import BatchBuilder, BatchShape, as_decodes
 from slora_core.execution.buckets import LoraShape
 from slora_core.execution.row_state import RowState
 from slora_core.types import ForwardBatch, Request, StepPlan
@@ -265,3 +266,32 @@ def test_steps_of_one_size_have_one_layout_and_harmless_padding(planning_builder
     assert batch.lora is not None and batch.lora.tiles is not None
     assert batch.lora.tiles.slots.tolist() == [0, -1, -1, -1]
     assert planning_builder.rows.block_tables(torch.tensor([request.row]))[0, 0] == 6
+
+
+def test_prompts_as_rows_of_decodes(builder: Builder) -> None:
+    decode = _request("decode", 5, 2, computed=6, pages=[9, 3], slot=2)
+    chunk = _request("chunk", 12, computed=2, pages=[1, 0, 5], slot=1)
+    whole = _request("whole", 3, pages=[7], slot=1)
+    plan = _plan((decode, 7), (chunk, 5), (whole, 3))
+    assert builder.rows.num_new_pages(plan.chunks) == 6
+    rows = as_decodes(plan.chunks)
+    assert [(c.request.request_id, c.start, c.end, c.samples) for c in rows] == [
+        ("decode", 6, 7, True),
+        ("chunk", 2, 3, False),
+        ("chunk", 3, 4, False),
+        ("chunk", 4, 5, False),
+        ("whole", 0, 1, False),
+        ("whole", 1, 2, False),
+        ("whole", 2, 3, True),
+    ]
+    shape = BatchShape.of_decodes(len(rows), LoraShape(64, frozenset({1, 2})))
+    views = builder.fields(rows, shape, 10).to(CPU)
+    assert "logit_rows" not in views
+    assert views["decode_context_lens"].tolist() == [7, 3, 4, 5, 1, 2, 3, 0, 0, 0]
+    assert views["seg_slots"].tolist()[:2] == [2, 1]
+    assert views["seg_indptr"].tolist()[:3] == [0, 1, 7]
+    # Each request's pages go once.
+    assert builder.rows.num_new_pages(plan.chunks) == 0
+    builder.forward_batch(views, replace(shape, num_decodes=10))
+    tables = builder.rows.block_tables(views["decode_rows"][:7].long())
+    assert [table[0] for table in tables.tolist()] == [9, 1, 1, 1, 7, 7, 7]
