@@ -178,6 +178,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.device == "cuda":
+        # As an engine process has it.
+        torch.set_num_threads(1)
     started = time.perf_counter()
     model, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
     weights = dummy_weights(model, args.device, dtype)

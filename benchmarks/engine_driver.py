@@ -59,6 +59,7 @@ class EngineDriver:
 
     def run(self, entries: Sequence[GenerationRequest]) -> float:
         """Seconds from the requests' arrival, all at once, to the last one's end."""
+        gc.collect()
         self.settle()
         started = time.perf_counter()
         live = self.add(entries)
@@ -71,6 +72,7 @@ class EngineDriver:
         self, entries: Sequence[GenerationRequest], arrivals_s: Sequence[float]
     ) -> list[Timing]:
         """Run requests that arrive at these seconds after the start, whatever is still open."""
+        gc.collect()
         self.settle()
         live: list[Request] = []
         timings: dict[str, Timing] = {}
@@ -98,8 +100,7 @@ class EngineDriver:
             self.engine.step()
 
     def settle(self) -> None:
-        """Wait for the device, with no garbage left to be collected."""
-        gc.collect()
+        """Wait for the device."""
         if self.engine.config.device == "cuda":
             torch.cuda.synchronize()
 

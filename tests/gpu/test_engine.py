@@ -129,7 +129,7 @@ def test_shared_prefixes(make, oracle: GreedyOracle) -> None:
 
 
 def test_evicted_adapters_and_preempted_requests(make, oracle: GreedyOracle) -> None:
-    engine = make(num_pool_tokens=1600, admission_output_tokens=1, max_inflight_steps=2)
+    engine = make(num_pool_tokens=2400, admission_output_tokens=1, max_inflight_steps=2)
     _check(oracle, engine, _entries(40, seed=4))
     stats = engine.stats()
     assert stats.num_adapter_evictions > 0 and stats.num_preemptions > 0
