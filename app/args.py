@@ -92,6 +92,10 @@ class SLoRAArgs(BaseModel):
     # Seconds between two pieces of a streamed answer after the first. 30 ms is below what a
     # reader notices, and each piece costs about 0.4 ms of Python in the ingress.
     flush_interval_s: float = Field(default=0.03, ge=0.0, le=10.0)
+    # Pieces a second that one replica sends, all streams together; where there are more streams
+    # each waits longer for its next piece. HTTP costs 0.2 to 0.4 ms of Python for each in every
+    # process on its way, so beyond some thousands answers would queue up behind one another.
+    max_pieces_per_s: float = Field(default=2000.0, gt=0.0)
     # An adapter leaves its replica when that holds this many requests, and more than
     # spill_factor times the mean. 8 requests batch at little cost to each other; 1.25 bounds the
     # imbalance without moving adapters at every fluctuation.

@@ -4,17 +4,18 @@ What a stream costs Serve is per message, not per token. It knows neither engine
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from slora_core.types import FinishReason, RequestOutput
 
 
 async def coalesce(
-    outputs: AsyncGenerator[RequestOutput, None], interval_s: float
+    outputs: AsyncGenerator[RequestOutput, None], interval_s: Callable[[], float]
 ) -> AsyncGenerator[tuple[list[int], FinishReason | None], None]:
-    """Yield (new token ids, finish reason), at least `interval_s` apart but for the last.
+    """Yield (new token ids, finish reason), at least `interval_s()` apart but for the last.
 
-    Closing it closes `outputs`. What `outputs` raises is raised here, after the tokens before it.
+    `interval_s` is asked after every piece: it may follow the load. Closing it closes `outputs`.
+    What `outputs` raises is raised here, after the tokens before it.
     """
     token_ids: list[int] = []
     finish_reason: FinishReason | None = None
@@ -44,7 +45,7 @@ async def coalesce(
                 break
             if not collector.done():
                 # Ends early when the request does.
-                await asyncio.wait({collector}, timeout=interval_s)
+                await asyncio.wait({collector}, timeout=interval_s())
             if token_ids:
                 arrived.set()
         await collector

@@ -39,6 +39,7 @@ class EngineServer:
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._flush_interval_s = args.flush_interval_s
+        self._max_pieces_per_s = args.max_pieces_per_s
         self._engine = AsyncEngine(engine_spec(args))
         started_at = time.monotonic()
         info = await self._engine.start()
@@ -66,11 +67,15 @@ class EngineServer:
                 outputs = self._engine.generate(
                     request.request_id, request.prompt_ids, request.params, location
                 )
-                async with aclosing(coalesce(outputs, self._flush_interval_s)) as chunks:
+                async with aclosing(coalesce(outputs, self._flush_interval)) as chunks:
                     async for token_ids, reason in chunks:
                         yield TokenChunk(token_ids, None if reason is None else reason.value)
         except SLoRAError as error:
             yield TokenChunk(error=error, replica_id=self._replica_id)
+
+    def _flush_interval(self) -> float:
+        """Seconds between two pieces of one stream, so that all together are not too many."""
+        return max(self._flush_interval_s, self._engine.num_streams / self._max_pieces_per_s)
 
     async def is_alive(self) -> bool:
         return self._engine.is_alive()

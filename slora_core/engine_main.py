@@ -5,6 +5,7 @@ main thread, answers with one message a step. Ends when the connection does, or 
 """
 
 import ctypes
+import gc
 import logging
 import os
 import queue
@@ -147,6 +148,9 @@ def main() -> None:
             sum(engine.startup_s.values()),
             ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in engine.startup_s.items()),
         )
+        # What a start made stays: searching it for garbage would hold up a step by 0.1 s or more.
+        gc.collect()
+        gc.freeze()
         loop = EngineLoop(connection, engine)
         info = EngineInfo(
             pid=os.getpid(),

@@ -155,6 +155,11 @@ class AsyncEngine:
         """
         await self._call("check_integrity")
 
+    @property
+    def num_streams(self) -> int:
+        """Requests whose outputs somebody reads."""
+        return len(self._streams)
+
     def is_alive(self) -> bool:
         return self._death is None and self._process is not None and self._process.poll() is None
 

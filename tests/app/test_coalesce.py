@@ -24,7 +24,7 @@ async def outputs(num_tokens, step_s, error=None, closed=None):
 def collect(num_tokens, step_s, interval_s):
     async def run():
         chunks, times = [], []
-        async for chunk in coalesce(outputs(num_tokens, step_s), interval_s):
+        async for chunk in coalesce(outputs(num_tokens, step_s), lambda: interval_s):
             chunks.append(chunk)
             times.append(time.monotonic())
         return chunks, times
@@ -51,6 +51,18 @@ def test_the_first_comes_alone_and_the_rest_on_the_timer():
     assert all(gap >= 0.045 for gap in gaps[:-1])
 
 
+def test_the_timer_follows_the_load():
+    async def run():
+        waits = iter([0.02, 0.1, 0.02, *[0.1] * 9])
+        times = [time.monotonic()]
+        async for _ in coalesce(outputs(100, 0.004), lambda: next(waits)):
+            times.append(time.monotonic())
+        return [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+
+    gaps = asyncio.run(run())
+    assert gaps[0] < 0.1 <= gaps[1] + 0.005 and gaps[2] < 0.1 <= gaps[3] + 0.005
+
+
 def test_the_end_does_not_wait_for_the_timer():
     start = time.monotonic()
     collect(3, 0, 5.0)
@@ -61,7 +73,7 @@ def test_an_error_comes_after_the_tokens_before_it():
     async def run():
         seen = []
         with pytest.raises(EngineDeadError):
-            async for ids, _ in coalesce(outputs(5, 0, EngineDeadError("dead")), 0.01):
+            async for ids, _ in coalesce(outputs(5, 0, EngineDeadError("dead")), lambda: 0.01):
                 seen.extend(ids)
         return seen
 
@@ -72,7 +84,7 @@ def test_an_error_comes_after_the_tokens_before_it():
 def test_leaving_closes_the_source(how):
     async def run():
         closed = asyncio.Event()
-        chunks = coalesce(outputs(1000, 0.001, closed=closed), 0.01)
+        chunks = coalesce(outputs(1000, 0.001, closed=closed), lambda: 0.01)
 
         async def read():
             async for _ in chunks:
