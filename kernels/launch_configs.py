@@ -97,8 +97,7 @@ def shrink_launch(
         )
     programs = num_tiles * num_modules * -(-max_rank // block_r)
     return ShrinkLaunch(
-        # One of two, so that few kernels are compiled.
-        num_splits=8 if programs < BUSY_PROGRAMS // 2 else 1,
+        num_splits=min(8, _power_of_two_from(-(-BUSY_PROGRAMS // max(1, programs)))),
         block_r=block_r,
         row_block_k=ROW_TILE_ELEMS // block_r,
         dot_block_k=(128 if block_r <= 32 else 64) * 2 // itemsize,

@@ -17,7 +17,12 @@ from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import EngineConfig, ModelConfig, SamplingParams
-from slora_core.execution.batch_builder import BatchBuilder, BatchShape, as_decodes
+from slora_core.execution.batch_builder import (
+    BatchBuilder,
+    BatchShape,
+    as_decodes,
+    is_plain_decode,
+)
 from slora_core.execution.buckets import (
     MODULE_BUCKETS,
     RANK_BUCKETS,
@@ -28,16 +33,14 @@ from slora_core.execution.buckets import (
 from slora_core.execution.decode_graphs import DecodeGraphs, GraphKey
 from slora_core.execution.row_state import RowState
 from slora_core.execution.sampler import sample
+from slora_core.execution.step_cost import StepCost
 from slora_core.execution.step_handle import StepHandle
-from slora_core.memory.sizing import allocate_pool, page_bytes, pages_for
+from slora_core.memory.sizing import allocate_pool, pages_for
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
 from slora_core.types import Request, ScheduledChunk, StepPlan
 
 logger = logging.getLogger(__name__)
-
-# Of KV that prompts read again in a graph, an upper bound of it: most comes from the L2 cache.
-MAX_REREAD_BYTES = 80 * 10**9
 
 
 class ModelRunner:
@@ -68,8 +71,7 @@ class ModelRunner:
         self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
         self._decoder = Decoder(model, weights, ops, self.pool)
-        bytes_per_token = page_bytes(model, engine) // engine.page_tokens
-        self._max_reread_tokens = MAX_REREAD_BYTES // bytes_per_token
+        self._cost = StepCost.of(model, engine, weights)
         self._graphs: DecodeGraphs | None = None
         # fp32 [rows, vocab_size]: what graphs write, outside the memory that they share.
         self._graph_logits: torch.Tensor | None = None
@@ -173,18 +175,16 @@ class ModelRunner:
         return self._graph_logits[indices], rows[indices]
 
     def _graph_rows(self, chunks: Sequence[ScheduledChunk]) -> int | None:
-        """Rows of the smallest graph that can run the chunks as decodes; None where none should.
-
-        Prompts as decodes read their KV once for every token: on the device that is slower than
-        their own kernels, and a graph starts in no time.
-        """
+        """Rows of the smallest graph that can run the chunks as decodes; None where none should."""
         if self._graphs is None:
             return None
         num_rows = self._graphs.batch_size(sum(chunk.end - chunk.start for chunk in chunks))
         if num_rows is None or self._rows.num_new_pages(chunks) > num_rows:
             return None
-        reread = sum((chunk.end - chunk.start - 1) * chunk.end for chunk in chunks)
-        return num_rows if reread <= self._max_reread_tokens else None
+        if all(is_plain_decode(chunk) for chunk in chunks):
+            return num_rows
+        lora = any(chunk.slot >= 0 for chunk in chunks)
+        return num_rows if self._cost.graph_pays(chunks, lora=lora) else None
 
     def _capture(self, key: GraphKey) -> None:
         assert self._graphs is not None and self._graph_logits is not None

@@ -103,9 +103,9 @@ def test_texts(make, oracle: GreedyOracle, cuda_graphs: bool, inflight: int) -> 
 
 def test_prompts_in_graphs_and_in_kernels_of_their_own(make, oracle, monkeypatch) -> None:
     replays = {}
-    for limit in (0, 10**12):
-        monkeypatch.setattr("slora_core.execution.model_runner.MAX_REREAD_BYTES", limit)
+    for pays in (False, True):
         engine = make(max_inflight_steps=2)
+        monkeypatch.setattr(engine.runner._cost, "graph_pays", lambda *_, pays=pays, **__: pays)
         graphs = engine.runner._graphs
         counted: list[int] = []
         replay = graphs.replay
@@ -114,8 +114,8 @@ def test_prompts_in_graphs_and_in_kernels_of_their_own(make, oracle, monkeypatch
             replay(key, fields),
         )[1]
         _check(oracle, engine, _entries(20, seed=2))
-        replays[limit] = max(counted)
-    assert replays[0] <= 16 < replays[10**12], "whole prompts are rows of a graph"
+        replays[pays] = max(counted)
+    assert replays[False] <= 16 < replays[True], "whole prompts are rows of a graph"
 
 
 def test_shared_prefixes(make, oracle: GreedyOracle) -> None:
