@@ -1,7 +1,7 @@
-"""LoRA kernels of decode steps on one GPU: bandwidth on the weights that must move, beside a copy.
+"""LoRA kernels of decode steps on one GPU: bandwidth on weights that must move, beside a copy.
 
-`python -m benchmarks.bench_lora_kernels`: shrink and expand of q, k, v and of o of a Llama-7B layer,
-adapters on randomly scattered pages of a unified pool. Every case is first compared with the torch
+`python -m benchmarks.bench_lora_kernels`: shrink and expand of q, k, v and of o of a Llama-7B's
+layers, adapters on randomly scattered pages of a unified pool. Every case is first compared with the torch
 twins; where they differ there is no report. Calls run inside CUDA graphs over layers and adapters
 in turn, so that the L2 cache is cold.
 """
@@ -50,10 +50,8 @@ class Adapters:
 
     def layer_bytes(self, slots: Sequence[int]) -> int:
         """Of the weights that these adapters have in one layer's q, k, v and o."""
-        dims = [
-            self.model.module_dims[m] for g in GROUPS for m in lora_groups(self.model)[g].modules
-        ]
-        elems = sum(in_dim + out_dim for in_dim, out_dim in dims)
+        groups = [lora_groups(self.model)[name] for name in GROUPS]
+        elems = sum(sum(self.model.module_dims[m]) for group in groups for m in group.modules)
         return sum(self.ranks[slot] for slot in set(slots)) * elems * self.pool.element_size()
 
 
@@ -138,21 +136,24 @@ def layer_calls(
 
         shrinks.append(shrink)
         expands.append(expand)
-        _check(x, pool, layer, modules, bounds, segments)
     return shrinks, expands
 
 
-def _check(x, pool, layer, modules, bounds, segments: LoraSegments) -> None:
-    """Raises AssertionError where the kernels are not their twins."""
-    results = []
-    for ops in (triton_ops, reference):
-        y = torch.zeros(x.shape[0], bounds[-1], dtype=x.dtype, device=x.device)
-        v = ops.lora_shrink(x, pool, layer, modules, segments)
-        ops.lora_expand(y, v, pool, layer, modules, bounds, segments)
-        results.append(y.float())
-    actual, expected = results
-    error = float((actual - expected).norm() / expected.norm())
-    assert error < TOLERANCE, f"differs from its twin by {error:.2g} of its norm"
+def check(adapters: Adapters, segments: LoraSegments, layer: int) -> None:
+    """Raises AssertionError where the kernels do not do what their twins do."""
+    rows, pool = int(segments.seg_indptr[-1]), adapters.pool
+    for name in GROUPS:
+        group = lora_groups(adapters.model)[name]
+        x = torch.randn(rows, adapters.model.hidden_size, dtype=pool.dtype, device=pool.device)
+        results = []
+        for ops in (triton_ops, reference):
+            y = torch.zeros(rows, group.out_offsets[-1], dtype=x.dtype, device=x.device)
+            v = ops.lora_shrink(x, pool, layer, group.modules, segments)
+            ops.lora_expand(y, v, pool, layer, group.modules, group.out_offsets, segments)
+            results.append(y.float())
+        actual, expected = results
+        error = float((actual - expected).norm() / expected.norm())
+        assert error < TOLERANCE, f"{name} differs from its twin by {error:.2g} of its norm"
 
 
 def measure(adapters: Adapters, batch: int, popularity: str, seed: int) -> dict[str, Any]:
@@ -162,6 +163,7 @@ def measure(adapters: Adapters, batch: int, popularity: str, seed: int) -> dict[
     if batch == 1:
         drawn = [[i] for i in range(NUM_ADAPTERS)]
     layer_bytes = adapters.layer_bytes(drawn[0])
+    check(adapters, make_segments(adapters, drawn[0]), num_layers - 1)
     num_sets = min(NUM_ADAPTERS, -(-COLD_BYTES // (layer_bytes * num_layers)))
     shrinks, expands = [], []
     for slots in drawn[:num_sets]:

@@ -32,7 +32,6 @@ DECODE = {
 # By the padded head size as above, then by the packed query rows of a tile.
 PREFILL = {
     128: {
-        128: AttentionLaunch(block_tokens=64, num_warps=8, num_stages=3),
         64: AttentionLaunch(block_tokens=64, num_warps=4, num_stages=2),
         32: AttentionLaunch(block_tokens=64, num_warps=4, num_stages=3),
     },
