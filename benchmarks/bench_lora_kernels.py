@@ -1,9 +1,9 @@
 """LoRA kernels of decode steps on one GPU: bandwidth on weights that must move, beside a copy.
 
 `python -m benchmarks.bench_lora_kernels`: shrink and expand of q, k, v and of o of a Llama-7B's
-layers, adapters on randomly scattered pages of a unified pool. Every case is first compared with the torch
-twins; where they differ there is no report. Calls run inside CUDA graphs over layers and adapters
-in turn, so that the L2 cache is cold.
+layers, adapters on randomly scattered pages of a unified pool. Every case is first compared with
+the torch twins; where they differ there is no report. Calls run inside CUDA graphs over layers and
+adapters in turn, so that the L2 cache is cold.
 """
 
 import argparse
