@@ -2,16 +2,17 @@
 
 import ctypes
 import logging
-import mmap
 import threading
-import weakref
+from functools import partial
 
 import torch
+
+from slora_core.adapters.slab_reader import SlabMemory
 
 logger = logging.getLogger(__name__)
 
 
-def pin_in_background(memory: mmap.mmap) -> None:
+def pin_in_background(memory: SlabMemory) -> None:
     """Register a whole mapping, in a thread: it takes 0.6 to 0.8 s a GiB.
 
     Until then, and where it fails, copies from the mapping work too, through a staging buffer and
@@ -20,7 +21,7 @@ def pin_in_background(memory: mmap.mmap) -> None:
     threading.Thread(target=_pin, args=(memory,), name="host-pinning", daemon=True).start()
 
 
-def _pin(memory: mmap.mmap) -> None:
+def _pin(memory: SlabMemory) -> None:
     # Not kept: an exported buffer would keep the mapping alive.
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     error = int(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0))
@@ -32,8 +33,8 @@ def _pin(memory: mmap.mmap) -> None:
             error,
         )
         return
-    # Runs before the memory is unmapped.
-    weakref.finalize(memory, _unpin, address)
+    # The driver must hear of it while the address is still this memory's.
+    memory.before_unmap = partial(_unpin, address)
 
 
 def _unpin(address: int) -> None:

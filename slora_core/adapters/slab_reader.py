@@ -17,9 +17,19 @@ from slora_core.adapters.slab import ExtentId, header, view_pages
 from slora_core.errors import StoreGoneError
 
 
+class SlabMemory(mmap.mmap):
+    """A mapping that tells before it is unmapped, which weak references of it do only after."""
+
+    before_unmap: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        if self.before_unmap is not None:
+            self.before_unmap()
+
+
 @dataclass(frozen=True)
 class _Mapping:
-    memory: mmap.mmap
+    memory: SlabMemory
     inode: int
 
 
@@ -29,7 +39,7 @@ class SlabReader:
     def __init__(
         self,
         geometry: AdapterGeometry,
-        on_map: Callable[[mmap.mmap], None] | None = None,
+        on_map: Callable[[SlabMemory], None] | None = None,
     ) -> None:
         """`on_map` is called with the memory of every extent that is mapped."""
         self._geometry = geometry
@@ -93,6 +103,6 @@ def _map_extent(extent: ExtentId, nbytes: int) -> _Mapping:
         ):
             raise StoreGoneError(f"{path} is not slab {extent.token} any more")
         # Writable, since CUDA registers nothing else and torch has no read-only tensors.
-        return _Mapping(mmap.mmap(fd, nbytes), status.st_ino)
+        return _Mapping(SlabMemory(fd, nbytes), status.st_ino)
     finally:
         os.close(fd)
