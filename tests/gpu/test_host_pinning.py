@@ -1,0 +1,82 @@
+"""Shared memory of a store, registered with CUDA by a reader and given back with its mapping."""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from slora_core.adapters.device_tables import DeviceAdapterTables
+from slora_core.adapters.host_pinning import pin_in_background
+from slora_core.adapters.host_store import AdapterLocation, HostStore
+from slora_core.adapters.page_layout import AdapterGeometry, LoraWeights, pack_adapter, plan_layout
+from slora_core.adapters.slab_reader import SlabReader
+from tests.gpu.cases import needs_gpu
+
+pytestmark = needs_gpu
+
+DIMS = ((256, 256),) + ((256, 128),) * 2 + ((256, 256),) + ((256, 512),) * 2 + ((512, 256),)
+GEOMETRY = AdapterGeometry(2, 4096, DIMS, torch.float32)
+RANK = 16
+
+
+@pytest.fixture
+def weights() -> dict[tuple[int, int], LoraWeights]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        (layer, 0): LoraWeights(
+            torch.randn(RANK, 256, generator=generator),
+            torch.randn(256, RANK, generator=generator),
+            2.0,
+        )
+        for layer in range(GEOMETRY.num_layers)
+    }
+
+
+@pytest.fixture
+def location(weights: dict[tuple[int, int], LoraWeights]) -> Iterator[AdapterLocation]:
+    store = HostStore(GEOMETRY, capacity_bytes=1 << 24, extent_bytes=1 << 22)
+    layout = plan_layout(GEOMETRY, dict.fromkeys(weights, RANK), dict.fromkeys(weights, 2.0))
+    store.put("a", layout, weights)
+    yield store.lease("a", os.getpid())
+    store.close()
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.01)
+
+
+def test_pages_are_copied_from_registered_memory(location, weights) -> None:
+    reader = SlabReader(GEOMETRY, pin_in_background)
+    adapter = reader.open(location)
+    _until(adapter.pages.is_pinned)
+    pool = torch.zeros(64, GEOMETRY.num_layers, GEOMETRY.page_elems, device="cuda")
+    tables = DeviceAdapterTables(pool, max_slots=2, max_pages=32)
+    page_ids = [40 - 2 * page for page in range(adapter.layout.num_pages)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tables.load(1, adapter, page_ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = pack_adapter(GEOMETRY, adapter.layout, weights)
+    assert torch.equal(pool[page_ids].cpu(), expected)
+    assert tables.page_tables[1, : len(page_ids)].tolist() == page_ids
+
+
+def test_the_registration_ends_with_the_mapping(location) -> None:
+    for _ in range(3):
+        reader = SlabReader(GEOMETRY, pin_in_background)
+        pages = reader.open(location).pages
+        _until(pages.is_pinned)
+        reader.close()
+        assert pages.is_pinned(), "a view keeps the mapping"
+        del pages
+        gc.collect()
+        # Mapped anew, as a rule at the address that was just given back.
+        assert not SlabReader(GEOMETRY).open(location).pages.is_pinned()
