@@ -22,6 +22,8 @@ from slora_core.models.weights import dummy_weights
 
 # Of the measured throughput, what arrives in `online` where no rate is given.
 ONLINE_SHARE = 0.7
+# Of the streams beside which adapters are loaded, before anything is measured.
+WARM_UP_TOKENS = 128
 # Adapters of rank 64 alias this few host copies: one of a 7B model is 134 MB.
 NUM_WIDE_COPIES = 4
 
@@ -76,10 +78,13 @@ def cold(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
     # None of the adapters of other workloads.
     first = 1 + max(args.num_spread, args.num_online_adapters, *args.num_adapters)
     yield {"where": "idle", **figures.cold_when_idle(driver, args.num_cold, first)}
+    measure = partial(
+        figures.loads_beside, driver, args.streams, prompt_len=args.prompt_len, rate=args.load_rate
+    )
+    # Kernels of steps that also prefill are compiled when they are first used.
+    measure(num_tokens=min(args.load_tokens, WARM_UP_TOKENS), kind="resident")
     for kind in ("none", "resident", "cold", "none"):
-        row = figures.loads_beside(
-            driver, args.streams, args.load_tokens, args.prompt_len, args.load_rate, kind
-        )
+        row = measure(num_tokens=args.load_tokens, kind=kind)
         yield {"where": "beside streams", "batch": args.streams, **row}
 
 

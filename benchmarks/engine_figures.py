@@ -151,10 +151,13 @@ def cold_when_idle(driver: EngineDriver, num_adapters: int, first_adapter: int) 
     def ttft_ms(adapter: str | None) -> float:
         return 1e3 * driver.run(fixed_batch([adapter], 64, 1, driver.vocab_size, SEED))
 
-    numbers = range(first_adapter, first_adapter + num_adapters)
-    ttft_ms(adapter_id(first_adapter - 1))
-    cold = [ttft_ms(adapter_id(i)) for i in numbers]
-    resident = [ttft_ms(adapter_id(i)) for i in numbers]
+    # Once each to warm up. In turn, so that what drifts meanwhile is in both alike.
+    for _ in range(2):
+        ttft_ms(adapter_id(first_adapter - 1))
+    cold, resident = [], []
+    for i in range(first_adapter, first_adapter + num_adapters):
+        cold.append(ttft_ms(adapter_id(i)))
+        resident.append(ttft_ms(adapter_id(i)))
     return {
         "cold_ttft_ms": statistics.median(cold),
         "resident_ttft_ms": statistics.median(resident),
@@ -165,7 +168,7 @@ def cold_when_idle(driver: EngineDriver, num_adapters: int, first_adapter: int) 
 def loads_beside(
     driver: EngineDriver, batch: int, num_tokens: int, prompt_len: int, rate: float, kind: str
 ) -> Figures:
-    """Inter-token time of `batch` streams beside short requests of rank-64 adapters.
+    """Inter-token time of `batch` streams, once all decode, beside requests of rank-64 adapters.
 
     Args:
         kind: "none" of them, "resident" ones, or "cold" ones, each of which is loaded.
@@ -187,7 +190,8 @@ def loads_beside(
     arrivals = [1.0 + i / rate for i in range(num_short)]
     timings = driver.run_open_loop([*streams, *short], [*[0.0] * batch, *arrivals])
     long, brief = timings[:batch], timings[batch:]
-    figures = _latency(long)
+    # Not while other streams were still prefilled, which takes long and is the same for all kinds.
+    figures = _latency(long, since_s=max(timing.token_s[0] for timing in long))
     if brief:
         steps = [t.first_token_step - t.arrival_step for t in brief]
         figures |= {
@@ -241,9 +245,15 @@ def profile(driver: EngineDriver, batch: int, num_adapters: int, path: Path) -> 
         file.write(f"8 decode steps, batch {batch}, {num_adapters} adapters\n{table}\n")
 
 
-def _latency(timings: Sequence[Timing]) -> Figures:
+def _latency(timings: Sequence[Timing], since_s: float = 0.0) -> Figures:
+    """Percentiles; of the time between tokens, only where the first came at `since_s` or later."""
     ttfts = [timing.ttft_s for timing in timings]
-    gaps = [right - left for timing in timings for left, right in pairwise(timing.token_s)]
+    gaps = [
+        right - left
+        for timing in timings
+        for left, right in pairwise(timing.token_s)
+        if left >= since_s
+    ]
     figures: Figures = {}
     for name, values in (("ttft", ttfts), ("inter_token", gaps)):
         for percent in (50, 99):

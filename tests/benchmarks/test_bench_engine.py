@@ -96,6 +96,7 @@ def test_latency(capsys):
     # The streams' own adapters were loaded by `online`.
     assert [row["num_adapter_loads"] for row in beside] == [0, 0, num_short, 0]
     assert beside[2]["short_steps_max"] >= beside[2]["short_steps_p50"] >= 0
+    assert all(0 < row["inter_token_p50_ms"] <= row["inter_token_p99_ms"] for row in beside)
 
 
 def test_a_rate_is_a_share_of_what_was_measured(capsys):
