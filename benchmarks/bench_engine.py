@@ -76,6 +76,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-loras", type=_count, default=64, help="adapter slots, of vllm")
     ours = parser.add_argument_group("of --backend ours")
     ours.add_argument("--profile", type=Path, help="file for the kernels of some decode steps")
+    ours.add_argument("--sync-trace", type=Path, help="file.json.gz for the trace of sync-free")
     ours.add_argument("--check", action="store_true", help="logits against transformers first")
     ours.add_argument("--num-pool-tokens", type=_count, help="default: what the memory leaves")
     ours.add_argument(
@@ -122,6 +123,8 @@ def _problem(args: argparse.Namespace) -> str | None:
         return "there is no CUDA device; --device cpu tries the benchmark out"
     if args.device == "cpu" and "sync-free" in args.workloads:
         return "sync-free is about CUDA"
+    if args.sync_trace is not None and "sync-free" not in args.workloads:
+        return "--sync-trace is of the workload sync-free"
     if "prefix" in args.workloads and len(args.workloads) > 1:
         return "prefix runs alone: the others run without a prefix cache"
     if args.decode_steps < 2:
@@ -140,7 +143,7 @@ def _problem_of_peer(args: argparse.Namespace) -> str | None:
     for workload in args.workloads:
         if workload not in workloads:
             return f"--backend {name} has no {workload}; it has {', '.join(workloads)}"
-    for option in ("profile", "check", "num_pool_tokens", "admission_output_tokens"):
+    for option in ("profile", "sync_trace", "check", "num_pool_tokens", "admission_output_tokens"):
         if getattr(args, option):
             return f"--{option.replace('_', '-')} is of --backend ours"
     if name == "vllm" and args.device == "cpu":

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks import engine_figures as figures
+from benchmarks import engine_profile
 from benchmarks.dummy_adapters import DummyAdapters
 from benchmarks.engine_check import check_logits
 from benchmarks.engine_driver import EngineDriver
@@ -37,7 +38,10 @@ def decode(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
 
 def sync_free(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
     for n in (0, args.streams):
-        row = figures.sync_free(driver, args.streams, n, args.prompt_len, 50)
+        # The second, with adapters, is the one that stays.
+        row = engine_profile.sync_free(
+            driver, args.streams, n, args.prompt_len, 50, args.sync_trace
+        )
         yield {"batch": args.streams, "num_adapters": n, **row}
 
 
@@ -156,7 +160,7 @@ class EngineBackend:
         self._driver = EngineDriver(engine, _families(args, engine))
         if args.profile is not None:
             for batch, num_adapters in ((1, 1), (64, 0), (64, 1), (64, 64)):
-                figures.profile(self._driver, batch, num_adapters, args.profile)
+                engine_profile.profile(self._driver, batch, num_adapters, args.profile)
 
     def rows(self, workload: str) -> Iterator[Figures]:
         return WORKLOADS[workload](self._driver, self._args)

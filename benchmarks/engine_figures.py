@@ -9,10 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.engine_driver import EngineDriver, Timing
 from benchmarks.engine_workloads import (
@@ -57,29 +54,6 @@ def decode(
     seconds = time.perf_counter() - started
     steps = engine.stats().num_steps - first
     return {"decode_step_ms": 1e3 * seconds / steps, "num_steps": steps}
-
-
-def sync_free(
-    driver: EngineDriver, batch: int, num_adapters: int, prompt_len: int, num_steps: int
-) -> Figures:
-    """Decode steps in which torch raises an error where the host waits for the device.
-
-    The one wait that is left is for the event of the oldest step in flight, whose tokens the host
-    reads: it is that step's and holds nothing up, and torch does not count it.
-    """
-    adapters = round_robin(batch, num_adapters)
-    requests = fixed_batch(adapters, prompt_len, num_steps + 16, driver.vocab_size, SEED)
-    driver.prefill(driver.add(requests))
-    for _ in range(4):
-        driver.engine.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(num_steps):
-            driver.engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    driver.finish()
-    return {"num_sync_free_steps": num_steps}
 
 
 def prefill(driver: EngineDriver, batch: int, num_adapters: int, prompt_len: int) -> Figures:
@@ -223,26 +197,6 @@ def prefixes(
         "num_prompt_tokens": prompts,
         "num_computed_tokens": prompts - cached,
     }
-
-
-def profile(driver: EngineDriver, batch: int, num_adapters: int, path: Path) -> None:
-    """Write what the GPU does in eight decode steps, kernel by kernel, to `path`."""
-    adapters = round_robin(batch, num_adapters)
-    driver.prefill(driver.add(fixed_batch(adapters, 512, 16, driver.vocab_size, SEED)))
-    for _ in range(4):
-        driver.engine.step()
-    driver.settle()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(8):
-            driver.engine.step()
-        driver.settle()
-    driver.finish()
-    table = profiler.key_averages().table(
-        sort_by="cuda_time_total", row_limit=40, max_name_column_width=90
-    )
-    with path.open("a") as file:
-        file.write(f"8 decode steps, batch {batch}, {num_adapters} adapters\n{table}\n")
 
 
 def _latency(timings: Sequence[Timing], since_s: float = 0.0) -> Figures:
