@@ -87,8 +87,12 @@ def mixed(driver: EngineDriver, batch: int, chunk: int, prompt_len: int) -> Figu
 def at_once(
     driver: EngineDriver, adapters: Sequence[str | None], lengths: tuple[int, int]
 ) -> Figures:
-    """All requests at once, one an adapter: throughput, and what the pool went through."""
+    """All requests at once, one an adapter: throughput, and what the pool went through.
+
+    No adapter is in the pool at the start, whatever was measured before.
+    """
     requests = trace(adapters, lengths, driver.vocab_size, SEED)
+    driver.forget_adapters()
     before = asdict(driver.engine.stats())
     seconds = driver.run(requests)
     after = asdict(driver.engine.stats())

@@ -68,6 +68,8 @@ def test_throughput(capsys):
         uses = row["num_adapter_loads"] + row["num_adapter_hits"]
         assert uses == (row["num_requests"] + row["num_preemptions"] if row["num_adapters"] else 0)
         assert ("ratio_to_base" in row) == (row["num_adapters"] > 0)
+    # Adapters of the rows before are gone, so that nothing is evicted for the base model.
+    assert all(row["num_adapter_evictions"] == 0 for row in rows if row["num_adapters"] == 0)
     # Thirty adapters in a pool of 32 pages, beside their requests.
     assert rows[-1]["num_adapter_evictions"] > 0
     assert rows[-1]["num_adapter_loads"] >= 30 - 5
