@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,9 +38,6 @@ __all__ = ["AdapterCatalog", "AdapterRecord", "CatalogSnapshot"]
 logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20
-
-# Directories that a scan reads at one time: hashing and checks of values run outside the GIL.
-_NUM_SCAN_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -130,24 +126,16 @@ class AdapterCatalog:
             raise AdapterPathError(
                 f"cannot list the adapter directory {directory}: {error.strerror}"
             ) from None
-        news = [
-            folder
-            for folder in folders
-            if not folder.name.startswith(".") and self._is_news(folder.name, folder)
-        ]
         failures: list[tuple[str, SLoRAError]] = []
-        with ThreadPoolExecutor(_NUM_SCAN_THREADS, "adapter-scan") as threads:
-            checks = [threads.submit(self._check, folder.name, folder) for folder in news]
-            for folder, check in zip(news, checks, strict=True):
-                try:
-                    record, stamp = check.result()
-                except SLoRAError as error:
-                    logger.warning("adapter %s in %s is skipped: %s", folder.name, directory, error)
-                    failures.append((folder.name, error))
-                else:
-                    with self._lock:
-                        self._register(record, stamp)
-                        self._changed(persist=False)
+        for folder in folders:
+            name = folder.name
+            if name.startswith(".") or not self._is_news(name, folder):
+                continue
+            try:
+                self._load(name, folder, replace_old=True, persist=False)
+            except SLoRAError as error:
+                logger.warning("adapter %s in %s is skipped: %s", name, directory, error)
+                failures.append((name, error))
         with self._lock:
             self._write()
         return failures
@@ -164,16 +152,7 @@ class AdapterCatalog:
             AdapterTooLargeError: more pages than the pool has beside one KV page.
             InvalidAdapterError: the files.
         """
-        if not replace:
-            self._check_free(name)
-        record, stamp = self._check(name, path)
-        with self._lock:
-            # Somebody may have taken the name meanwhile.
-            if not replace:
-                self._check_free(name)
-            record = self._register(record, stamp)
-            self._changed()
-            return record
+        return self._load(name, path, replace, persist=True)
 
     def unload(self, name: str) -> AdapterRecord:
         """Drop a registration.
@@ -192,12 +171,20 @@ class AdapterCatalog:
             self._changed()
             return record
 
-    def _check(self, name: str, path: str | Path) -> tuple[AdapterRecord, FilesStamp]:
-        """Check a name and the adapter in `path`; the files' stamp is of before they were read."""
+    def _load(self, name: str, path: str | Path, replace_old: bool, persist: bool) -> AdapterRecord:
         check_name(name, self._reserved)
+        if not replace_old:
+            self._check_free(name)
         directory = confined_path(path, self._roots)
         stamp = files_stamp(directory)
-        return self._inspect(name, directory), stamp
+        record = self._inspect(name, directory)
+        with self._lock:
+            # Somebody may have taken the name meanwhile.
+            if not replace_old:
+                self._check_free(name)
+            record = self._register(record, stamp)
+            self._changed(persist)
+            return record
 
     def _inspect(self, name: str, directory: Path) -> AdapterRecord:
         """Check an adapter's files; the version is given by `_register`."""
