@@ -40,6 +40,8 @@ class EngineServer:
         self._replica_id = context.replica_id.unique_id
         self._flush_interval_s = args.flush_interval_s
         self._max_pieces_per_s = args.max_pieces_per_s
+        # Before the engine, so that both start at once.
+        store = StoreClient(args)
         self._engine = AsyncEngine(engine_spec(args))
         started_at = time.monotonic()
         info = await self._engine.start()
@@ -55,7 +57,9 @@ class EngineServer:
         self._reporting: asyncio.Task[None] | None = None
         view = CatalogView(self._catalog, self._drop_adapters, self._report_pool)
         await view.refresh()
-        self._leases = AdapterLeases(StoreClient(args), self._engine, info.pid, view.has_id)
+        # No request should wait for the store's start.
+        await store.stats()
+        self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:

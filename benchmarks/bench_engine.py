@@ -4,119 +4,43 @@
 
 One engine is built for all measurements of a run; each prints one JSON row. `--check` first
 compares logits with transformers on the same random weights and refuses to go on where they
-differ.
+differ. `--backend` measures a peer instead, where it is installed.
 """
 
 import argparse
-import dataclasses
-import sys
-import time
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from benchmarks import engine_figures as figures
-from benchmarks.dummy_adapters import DummyAdapters
-from benchmarks.engine_check import check_logits
-from benchmarks.engine_driver import EngineDriver
+from benchmarks.engine_backend import WORKLOADS, EngineBackend
 from benchmarks.engine_figures import SEED, Figures
-from benchmarks.engine_workloads import SETTINGS, SHAPES, STANDARD, WIDE
+from benchmarks.engine_workloads import SETTINGS, SHAPES
+from benchmarks.peft_backend import PeftBackend
 from benchmarks.report import add_output_option, make_row, publish
-from slora_core.config import EngineConfig
-from slora_core.engine import Engine
-from slora_core.models.weights import dummy_weights
-
-# Of the measured throughput, what arrives in `online` where no rate is given.
-ONLINE_SHARE = 0.7
-# Adapters of rank 64 alias this few host copies: one of a 7B model is 134 MB.
-NUM_WIDE_COPIES = 4
+from benchmarks.vllm_backend import VllmBackend
 
 
-def decode(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
-    for batch in args.batches:
-        for n in dict.fromkeys((0, 1, batch)):
-            row = figures.decode(driver, batch, n, args.prompt_len, args.decode_steps)
-            yield {"batch": batch, "num_adapters": n, **row}
+class Backend(Protocol):
+    """Built from the command's arguments."""
+
+    # What it ran with, of each row.
+    settings: Figures
+
+    def rows(self, workload: str) -> Iterator[Figures]: ...
 
 
-def sync_free(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
-    for n in (0, args.streams):
-        row = figures.sync_free(driver, args.streams, n, args.prompt_len, 50)
-        yield {"batch": args.streams, "num_adapters": n, **row}
-
-
-def prefill(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
-    for n in (0, 1, args.streams):
-        row = figures.prefill(driver, args.streams, n, args.prompt_len)
-        yield {"batch": args.streams, "num_adapters": n, **row}
-
-
-def mixed(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
-    chunk = args.prompt_len // 2
-    row = figures.mixed(driver, args.streams, chunk, args.prompt_len)
-    yield {"batch": args.streams, "chunk": chunk, **row}
-
-
-def trace(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
-    for n in args.num_adapters:
-        row = figures.at_once(driver, figures.zipf(args.num_requests, n), args.lengths)
-        yield {"num_adapters": n, **row}
-
-
-def spread(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
-    for n in (0, args.num_spread):
-        row = figures.at_once(driver, figures.spread(args.num_spread, n), args.lengths)
-        yield {"num_adapters": n, **row}
-
-
-def online(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
-    n = max(args.num_adapters)
-    adapters = figures.zipf(args.num_requests, n)
-    rate = args.rate
-    if rate is None:
-        measured = figures.at_once(driver, adapters, args.lengths)["requests_per_s"]
-        rate = ONLINE_SHARE * measured
-    row = figures.online(driver, adapters, args.lengths, rate)
-    yield {"num_adapters": n, **row}
-
-
-def cold(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
-    # None of the adapters of other workloads.
-    first = 1 + max(args.num_spread, *args.num_adapters)
-    yield {"where": "idle", **figures.cold_when_idle(driver, args.num_cold, first)}
-    for kind in ("none", "resident", "cold", "none"):
-        row = figures.loads_beside(
-            driver, args.streams, args.load_tokens, args.prompt_len, args.load_rate, kind
-        )
-        yield {"where": "beside streams", "batch": args.streams, **row}
-
-
-def prefix(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
-    length = 3 * args.prompt_len - args.prompt_len // 16
-    # A first run of each kind warms up; a seed is a prefix.
-    for shared, seed, requests in (
-        (False, 1, "warm-up"),
-        (True, 2, "warm-up"),
-        (False, 3, "nothing shared"),
-        (True, 4, "a new prefix"),
-        (True, 4, "the same again"),
-    ):
-        row = figures.prefixes(driver, args.streams, length, shared=shared, seed=seed)
-        if requests != "warm-up":
-            yield {"requests": requests, "batch": args.streams, "prefix_len": length, **row}
-
-
-WORKLOADS: dict[str, Callable[[EngineDriver, argparse.Namespace], Iterator[Figures]]] = {
-    "decode": decode,
-    "sync-free": sync_free,
-    "prefill": prefill,
-    "mixed": mixed,
-    "trace": trace,
-    "spread": spread,
-    "online": online,
-    "cold": cold,
-    "prefix": prefix,
+BACKENDS: dict[str, type[Backend]] = {
+    "ours": EngineBackend,
+    "peft": PeftBackend,
+    "vllm": VllmBackend,
+}
+# Workloads of each peer, whose package has its name.
+PEERS = {
+    "peft": PeftBackend.WORKLOADS,
+    "vllm": VllmBackend.WORKLOADS,
 }
 
 
@@ -125,31 +49,51 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("workloads", nargs="+", choices=list(WORKLOADS))
+    parser.add_argument("--backend", choices=list(BACKENDS), default="ours")
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-7b")
     parser.add_argument("--setting", choices=list(SETTINGS), default="S1")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--profile", type=Path, help="file for the kernels of some decode steps")
-    parser.add_argument("--check", action="store_true", help="logits against transformers first")
+    parser.add_argument(
+        "--base-only",
+        action="store_true",
+        help="decode, prefill, trace and spread without adapters; vllm then runs without LoRA",
+    )
     add_output_option(parser)
+    _add_engine_options(parser)
+    _add_sizes(parser)
+    args = parser.parse_args(argv)
+    problem = _problem(args)
+    if problem is not None:
+        parser.error(problem)
+    return args
 
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("the engine")
-    engine.add_argument("--max-running-requests", type=int, default=256)
-    engine.add_argument("--max-batched-tokens", type=int, default=8192)
-    engine.add_argument("--num-pool-tokens", type=int, help="default: what the memory leaves")
-    engine.add_argument(
-        "--admission-output-tokens", type=int, help="output assumed of a request; its own if not"
+    engine.add_argument("--max-running-requests", type=_count, default=256, help="vllm's too")
+    engine.add_argument("--max-batched-tokens", type=_count, default=8192, help="vllm's too")
+    engine.add_argument("--max-loras", type=_count, default=64, help="adapter slots, of vllm")
+    ours = parser.add_argument_group("of --backend ours")
+    ours.add_argument("--profile", type=Path, help="file for the kernels of some decode steps")
+    ours.add_argument("--sync-trace", type=Path, help="file.json.gz for the trace of sync-free")
+    ours.add_argument("--check", action="store_true", help="logits against transformers first")
+    ours.add_argument("--num-pool-tokens", type=_count, help="default: what the memory leaves")
+    ours.add_argument(
+        "--admission-output-tokens", type=_count, help="output assumed of a request; its own if not"
     )
 
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("sizes of workloads, tokens and requests")
-    sizes.add_argument("--batches", type=int, nargs="+", default=[1, 32, 64, 128], help="decode")
-    sizes.add_argument("--streams", type=int, default=64, help="at once, where not of --batches")
-    sizes.add_argument("--prompt-len", type=int, default=512)
-    sizes.add_argument("--decode-steps", type=int, default=128)
-    sizes.add_argument("--num-requests", type=int, default=512, help="of trace and online")
+    sizes.add_argument("--batches", type=_count, nargs="+", default=[1, 32, 64, 128], help="decode")
+    sizes.add_argument("--streams", type=_count, default=64, help="at once, where not of --batches")
+    sizes.add_argument("--prompt-len", type=_count, default=512)
+    sizes.add_argument("--decode-steps", type=_count, default=128, help="tokens a request, from 2")
+    sizes.add_argument("--num-requests", type=_count, default=512, help="of trace and online")
     sizes.add_argument(
         "--lengths",
-        type=int,
+        type=_count,
         nargs=2,
         default=[8, 512],
         help="in and out, of the same and spread",
@@ -159,77 +103,80 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[0, 5, 1000, 2000],
-        help="of trace in turn, 0 for the base model; the most, of online",
+        help="of trace in turn, 0 for the base model",
     )
-    sizes.add_argument("--num-spread", type=int, default=2000, help="requests, each its adapter")
-    sizes.add_argument("--rate", type=float, help="of online; default: 70%% of its throughput")
-    sizes.add_argument("--num-cold", type=int, default=20, help="adapters loaded when idle")
-    sizes.add_argument("--load-tokens", type=int, default=512, help="of streams beside loads")
-    sizes.add_argument("--load-rate", type=float, default=20.0, help="adapters loaded a second")
-    args = parser.parse_args(argv)
+    sizes.add_argument("--num-online-adapters", type=_count, default=1000, help="of online")
+    sizes.add_argument("--num-spread", type=_count, default=2000, help="requests, each its adapter")
+    sizes.add_argument("--rate", type=_rate, help="of online; default: 70%% of its throughput")
+    sizes.add_argument("--num-cold", type=_count, default=20, help="adapters loaded when idle")
+    sizes.add_argument("--load-tokens", type=_count, default=512, help="of streams beside loads")
+    sizes.add_argument("--load-rate", type=_rate, default=20.0, help="adapters loaded a second")
+
+
+def _problem(args: argparse.Namespace) -> str | None:
+    """What is wrong with arguments that are right one by one."""
+    if args.backend in PEERS:
+        problem = _problem_of_peer(args)
+        if problem is not None:
+            return problem
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --device cpu tries the benchmark out")
+        return "there is no CUDA device; --device cpu tries the benchmark out"
     if args.device == "cpu" and "sync-free" in args.workloads:
-        parser.error("sync-free is about CUDA")
+        return "sync-free is about CUDA"
+    if args.sync_trace is not None and "sync-free" not in args.workloads:
+        return "--sync-trace is of the workload sync-free"
     if "prefix" in args.workloads and len(args.workloads) > 1:
-        parser.error("prefix runs alone: the others run without a prefix cache")
-    return args
+        return "prefix runs alone: the others run without a prefix cache"
+    if args.decode_steps < 2:
+        return f"--decode-steps is {args.decode_steps}; it must be at least 2"
+    if args.lengths[0] > args.lengths[1]:
+        return f"--lengths are {args.lengths}; the first must be at most the second"
+    if min(args.num_adapters) < 0:
+        return f"--num-adapters are {args.num_adapters}; each must be at least 0"
+    return None
+
+
+def _problem_of_peer(args: argparse.Namespace) -> str | None:
+    name, workloads = args.backend, PEERS[args.backend]
+    if importlib.util.find_spec(name) is None:
+        return f"--backend {name}: the package {name} is not installed"
+    for workload in args.workloads:
+        if workload not in workloads:
+            return f"--backend {name} has no {workload}; it has {', '.join(workloads)}"
+    for option in ("profile", "sync_trace", "check", "num_pool_tokens", "admission_output_tokens"):
+        if getattr(args, option):
+            return f"--{option.replace('_', '-')} is of --backend ours"
+    if name == "vllm" and args.device == "cpu":
+        return "--backend vllm runs on CUDA"
+    return None
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.device == "cuda":
-        # As an engine process has it.
-        torch.set_num_threads(1)
-    started = time.perf_counter()
-    model, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
-    weights = dummy_weights(model, args.device, dtype)
-    if args.check:
-        check_logits(model, weights, args.device)
-    weights_s = time.perf_counter() - started
-    config = EngineConfig(
-        device=args.device,
-        dtype=dtype,
-        num_pool_tokens=args.num_pool_tokens or (16384 if args.device == "cpu" else None),
-        max_batched_tokens=args.max_batched_tokens,
-        max_running_requests=args.max_running_requests,
-        max_inflight_steps=1 if args.device == "cpu" else 2,
-        admission_output_tokens=args.admission_output_tokens,
-        prefix_caching="prefix" in args.workloads,
-    )
-    engine = Engine(model, config, weights)
-    startup_s = {"weights": weights_s, **engine.startup_s}
+    backend = BACKENDS[args.backend](args)
     settings = {
+        "backend": args.backend,
         "shape": args.shape,
         "setting": args.setting,
-        "num_pages": engine.stats().num_pages,
-        "startup_s": {stage: round(seconds, 1) for stage, seconds in startup_s.items()},
-        "ready_s": round(sum(startup_s.values()), 1),
-        **{k: str(v) for k, v in dataclasses.asdict(config).items()},
+        **backend.settings,
     }
-    print(
-        f"ready in {settings['ready_s']} s, {settings['startup_s']}, {settings['num_pages']} pages",
-        file=sys.stderr,
-    )
-    driver = EngineDriver(engine, _families(args, engine))
-    if args.profile is not None:
-        for batch, num_adapters in ((1, 1), (64, 0), (64, 1), (64, 64)):
-            figures.profile(driver, batch, num_adapters, args.profile)
     for name in args.workloads:
-        for row in WORKLOADS[name](driver, args):
+        for row in backend.rows(name):
             publish(make_row("engine", {"workload": name, **row}, settings, SEED), args.output)
-
-
-def _families(args: argparse.Namespace, engine: Engine) -> dict[str, DummyAdapters]:
-    device = torch.device(args.device)
-    standard = DummyAdapters(STANDARD, engine.geometry, SETTINGS[args.setting], device)
-    families = {STANDARD: standard}
-    if "cold" in args.workloads:
-        for name in (WIDE, f"{WIDE}-kept"):
-            families[name] = DummyAdapters(
-                name, engine.geometry, SETTINGS["rank64"], device, NUM_WIDE_COPIES
-            )
-    return families
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from benchmarks.llama_reference import make_llama
 from slora_core.config import EngineConfig, ModelConfig, SamplingParams
 from slora_core.engine import Engine
 from slora_core.models.weights import DecoderWeights, checkpoint_views
@@ -58,25 +59,4 @@ def _transformers_logits(
     model: ModelConfig, tensors: Mapping[str, torch.Tensor], prompt: torch.Tensor
 ) -> torch.Tensor:
     """fp32 [vocab_size] of the prompt's last token; the model shares the tensors' memory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        max_position_embeddings=model.max_position_embeddings,
-        rms_norm_eps=model.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        tie_word_embeddings=model.tie_word_embeddings,
-    )
-    with torch.device("meta"):
-        reference = LlamaForCausalLM(config)
-    reference.load_state_dict(tensors, strict=True, assign=True)
-    # Its buffers are computed, not loaded.
-    with prompt.device:
-        reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
-    return reference.eval()(prompt.unsqueeze(0)).logits[0, -1].float()
+    return make_llama(model, tensors)(prompt.unsqueeze(0)).logits[0, -1].float()

@@ -99,6 +99,11 @@ class EngineDriver:
         while any(request.num_computed < len(request.prompt_ids) for request in live):
             self.engine.step()
 
+    def forget_adapters(self) -> None:
+        """Empty the pool of adapters that no request uses."""
+        for adapter_id in self.engine.stats().resident_adapters:
+            self.engine.drop_adapter(adapter_id)
+
     def settle(self) -> None:
         """Wait for the device."""
         if self.engine.config.device == "cuda":

@@ -9,10 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.engine_driver import EngineDriver, Timing
 from benchmarks.engine_workloads import (
@@ -59,29 +56,6 @@ def decode(
     return {"decode_step_ms": 1e3 * seconds / steps, "num_steps": steps}
 
 
-def sync_free(
-    driver: EngineDriver, batch: int, num_adapters: int, prompt_len: int, num_steps: int
-) -> Figures:
-    """Decode steps in which torch raises an error where the host waits for the device.
-
-    The one wait that is left is for the event of the oldest step in flight, whose tokens the host
-    reads: it is that step's and holds nothing up, and torch does not count it.
-    """
-    adapters = round_robin(batch, num_adapters)
-    requests = fixed_batch(adapters, prompt_len, num_steps + 16, driver.vocab_size, SEED)
-    driver.prefill(driver.add(requests))
-    for _ in range(4):
-        driver.engine.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(num_steps):
-            driver.engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    driver.finish()
-    return {"num_sync_free_steps": num_steps}
-
-
 def prefill(driver: EngineDriver, batch: int, num_adapters: int, prompt_len: int) -> Figures:
     """ms until `batch` prompts are computed and each has its first token; the best of two."""
     adapters = round_robin(batch, num_adapters)
@@ -113,8 +87,12 @@ def mixed(driver: EngineDriver, batch: int, chunk: int, prompt_len: int) -> Figu
 def at_once(
     driver: EngineDriver, adapters: Sequence[str | None], lengths: tuple[int, int]
 ) -> Figures:
-    """All requests at once, one an adapter: throughput, and what the pool went through."""
+    """All requests at once, one an adapter: throughput, and what the pool went through.
+
+    No adapter is in the pool at the start, whatever was measured before.
+    """
     requests = trace(adapters, lengths, driver.vocab_size, SEED)
+    driver.forget_adapters()
     before = asdict(driver.engine.stats())
     seconds = driver.run(requests)
     after = asdict(driver.engine.stats())
@@ -151,10 +129,13 @@ def cold_when_idle(driver: EngineDriver, num_adapters: int, first_adapter: int) 
     def ttft_ms(adapter: str | None) -> float:
         return 1e3 * driver.run(fixed_batch([adapter], 64, 1, driver.vocab_size, SEED))
 
-    numbers = range(first_adapter, first_adapter + num_adapters)
-    ttft_ms(adapter_id(first_adapter - 1))
-    cold = [ttft_ms(adapter_id(i)) for i in numbers]
-    resident = [ttft_ms(adapter_id(i)) for i in numbers]
+    # Once each to warm up. In turn, so that what drifts meanwhile is in both alike.
+    for _ in range(2):
+        ttft_ms(adapter_id(first_adapter - 1))
+    cold, resident = [], []
+    for i in range(first_adapter, first_adapter + num_adapters):
+        cold.append(ttft_ms(adapter_id(i)))
+        resident.append(ttft_ms(adapter_id(i)))
     return {
         "cold_ttft_ms": statistics.median(cold),
         "resident_ttft_ms": statistics.median(resident),
@@ -165,7 +146,7 @@ def cold_when_idle(driver: EngineDriver, num_adapters: int, first_adapter: int) 
 def loads_beside(
     driver: EngineDriver, batch: int, num_tokens: int, prompt_len: int, rate: float, kind: str
 ) -> Figures:
-    """Inter-token time of `batch` streams beside short requests of rank-64 adapters.
+    """Inter-token time of `batch` streams, once all decode, beside requests of rank-64 adapters.
 
     Args:
         kind: "none" of them, "resident" ones, or "cold" ones, each of which is loaded.
@@ -187,7 +168,8 @@ def loads_beside(
     arrivals = [1.0 + i / rate for i in range(num_short)]
     timings = driver.run_open_loop([*streams, *short], [*[0.0] * batch, *arrivals])
     long, brief = timings[:batch], timings[batch:]
-    figures = _latency(long)
+    # Not while other streams were still prefilled, which takes long and is the same for all kinds.
+    figures = _latency(long, since_s=max(timing.token_s[0] for timing in long))
     if brief:
         steps = [t.first_token_step - t.arrival_step for t in brief]
         figures |= {
@@ -221,29 +203,15 @@ def prefixes(
     }
 
 
-def profile(driver: EngineDriver, batch: int, num_adapters: int, path: Path) -> None:
-    """Write what the GPU does in eight decode steps, kernel by kernel, to `path`."""
-    adapters = round_robin(batch, num_adapters)
-    driver.prefill(driver.add(fixed_batch(adapters, 512, 16, driver.vocab_size, SEED)))
-    for _ in range(4):
-        driver.engine.step()
-    driver.settle()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(8):
-            driver.engine.step()
-        driver.settle()
-    driver.finish()
-    table = profiler.key_averages().table(
-        sort_by="cuda_time_total", row_limit=40, max_name_column_width=90
-    )
-    with path.open("a") as file:
-        file.write(f"8 decode steps, batch {batch}, {num_adapters} adapters\n{table}\n")
-
-
-def _latency(timings: Sequence[Timing]) -> Figures:
+def _latency(timings: Sequence[Timing], since_s: float = 0.0) -> Figures:
+    """Percentiles; of the time between tokens, only where the first came at `since_s` or later."""
     ttfts = [timing.ttft_s for timing in timings]
-    gaps = [right - left for timing in timings for left, right in pairwise(timing.token_s)]
+    gaps = [
+        right - left
+        for timing in timings
+        for left, right in pairwise(timing.token_s)
+        if left >= since_s
+    ]
     figures: Figures = {}
     for name, values in (("ttft", ttfts), ("inter_token", gaps)):
         for percent in (50, 99):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "ray", "peft", "triton")
+PACKAGES = ("torch", "transformers", "ray", "peft", "triton", "vllm")
 
 
 def make_row(

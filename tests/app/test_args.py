@@ -24,6 +24,7 @@ def test_defaults_are_the_demo():
         ({"device": "cuda"}, "gpus_per_replica"),
         ({"spill_factor": 0.5}, "spill_factor"),
         ({"flush_interval_s": -1}, "flush_interval_s"),
+        ({"max_pieces_per_s": 0}, "max_pieces_per_s"),
         ({"store_capacity_bytes": 2**20, "store_extent_bytes": 2**21}, "store_extent_bytes"),
         ({"served_model_name": ""}, "served_model_name"),
     ],

@@ -15,6 +15,7 @@ SIZES = {
     "--num-requests": [12],
     "--lengths": [8, 24],
     "--num-adapters": [0, 5],
+    "--num-online-adapters": [5],
     "--num-spread": [30],
     "--num-cold": [2],
     "--load-tokens": [70],
@@ -66,9 +67,23 @@ def test_throughput(capsys):
         assert row["requests_per_s"] * row["seconds"] == pytest.approx(row["num_requests"])
         uses = row["num_adapter_loads"] + row["num_adapter_hits"]
         assert uses == (row["num_requests"] + row["num_preemptions"] if row["num_adapters"] else 0)
+        assert ("ratio_to_base" in row) == (row["num_adapters"] > 0)
+    # Adapters of the rows before are gone, so that nothing is evicted for the base model.
+    assert all(row["num_adapter_evictions"] == 0 for row in rows if row["num_adapters"] == 0)
     # Thirty adapters in a pool of 32 pages, beside their requests.
     assert rows[-1]["num_adapter_evictions"] > 0
     assert rows[-1]["num_adapter_loads"] >= 30 - 5
+
+
+def test_base_only(capsys):
+    rows = run(capsys, "decode", "prefill", "trace", "spread", "--base-only")
+    assert [(row["workload"], row["num_adapters"]) for row in rows] == [
+        ("decode", 0),
+        ("decode", 0),
+        ("prefill", 0),
+        ("trace", 0),
+        ("spread", 0),
+    ]
 
 
 def test_latency(capsys):
@@ -83,6 +98,7 @@ def test_latency(capsys):
     # The streams' own adapters were loaded by `online`.
     assert [row["num_adapter_loads"] for row in beside] == [0, 0, num_short, 0]
     assert beside[2]["short_steps_max"] >= beside[2]["short_steps_p50"] >= 0
+    assert all(0 < row["inter_token_p50_ms"] <= row["inter_token_p99_ms"] for row in beside)
 
 
 def test_a_rate_is_a_share_of_what_was_measured(capsys):
@@ -110,6 +126,14 @@ def test_prefix(capsys):
         (["sleep"], "sleep"),
         (["sync-free", "--device", "cpu"], "CUDA"),
         (["prefix", "decode", "--device", "cpu"], "alone"),
+        (
+            ["trace", "--device", "cpu", "--num-requests", "0"],
+            "--num-requests: 0 is not at least 1",
+        ),
+        (["trace", "--device", "cpu", "--lengths", "9", "8"], "--lengths are [9, 8]"),
+        (["trace", "--device", "cpu", "--num-adapters", "-1"], "--num-adapters are [-1]"),
+        (["online", "--device", "cpu", "--rate", "0"], "--rate: 0.0 is not above 0"),
+        (["decode", "--device", "cpu", "--decode-steps", "1"], "--decode-steps is 1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, named, capsys):
