@@ -71,7 +71,7 @@ class ModelRunner:
         self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
         self._decoder = Decoder(model, weights, ops, self.pool)
-        self._cost = StepCost.of(model, engine, weights)
+        self._cost = StepCost(model, engine)
         self._graphs: DecodeGraphs | None = None
         # fp32 [rows, vocab_size]: what graphs write, outside the memory that they share.
         self._graph_logits: torch.Tensor | None = None
@@ -179,10 +179,11 @@ class ModelRunner:
         if self._graphs is None:
             return None
         num_rows = self._graphs.batch_size(sum(chunk.end - chunk.start for chunk in chunks))
-        if num_rows is None or self._rows.num_new_pages(chunks) > num_rows:
-            return None
-        if all(is_plain_decode(chunk) for chunk in chunks):
+        if num_rows is None or all(is_plain_decode(chunk) for chunk in chunks):
+            # Each of the latter brings one new page at most, which a graph has room for.
             return num_rows
+        if self._rows.num_new_pages(chunks) > num_rows:
+            return None
         lora = any(chunk.slot >= 0 for chunk in chunks)
         return num_rows if self._cost.graph_pays(chunks, lora=lora) else None
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from slora_core.config import EngineConfig, ModelConfig
 from slora_core.memory.sizing import page_bytes
-from slora_core.models.weights import DecoderWeights
 from slora_core.types import ScheduledChunk
 
 # Seconds of the host to launch one layer, for the base model and with adapters.
@@ -23,19 +22,12 @@ _FLOPS = 600e12
 class StepCost:
     """Estimates for one model."""
 
-    def __init__(
-        self, model: ModelConfig, engine: EngineConfig, num_weights: int, itemsize: int
-    ) -> None:
+    def __init__(self, model: ModelConfig, engine: EngineConfig) -> None:
+        num_weights = model.num_layers * sum(n * m for n, m in model.module_dims)
         self._num_layers = model.num_layers
         self._token_bytes = page_bytes(model, engine) / engine.page_tokens
-        self._weights_s = num_weights * itemsize / _BYTES_PER_S
+        self._weights_s = num_weights * engine.dtype.itemsize / _BYTES_PER_S
         self._row_s = 2 * num_weights / _FLOPS
-
-    @classmethod
-    def of(cls, model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> "StepCost":
-        layers = [layer.qkv.numel() + layer.o.numel() for layer in weights.layers]
-        layers += [layer.gate_up.numel() + layer.down.numel() for layer in weights.layers]
-        return cls(model, engine, sum(layers), weights.lm_head.element_size())
 
     def graph_pays(self, chunks: Sequence[ScheduledChunk], *, lora: bool) -> bool:
         """Whether reading contexts again takes less time than the host's launches would add."""

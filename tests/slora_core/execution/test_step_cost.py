@@ -3,21 +3,12 @@
 import pytest
 import torch
 
-from slora_core.config import EngineConfig, ModelConfig, SamplingParams
+from benchmarks.engine_workloads import SHAPES
+from slora_core.config import EngineConfig, SamplingParams
 from slora_core.execution.step_cost import StepCost
 from slora_core.types import Request, ScheduledChunk
 
-MODEL = ModelConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    max_position_embeddings=4096,
-)
-COST = StepCost(MODEL, EngineConfig(dtype=torch.bfloat16), 6_600_000_000, 2)
+COST = StepCost(SHAPES["llama-7b"], EngineConfig(dtype=torch.bfloat16))
 
 
 def _chunks(*spans: tuple[int, int]) -> list[ScheduledChunk]:
