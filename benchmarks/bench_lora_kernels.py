@@ -8,18 +8,19 @@ adapters in turn, so that the L2 cache is cold.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.engine_workloads import SHAPES
+from benchmarks.dummy_adapters import ADAPTER_STD, uniform_layout
+from benchmarks.engine_workloads import ATTENTION, SHAPES
 from benchmarks.gpu_timer import copy_bandwidth, graph_time_us, require_cuda
 from benchmarks.report import add_output_option, make_row, publish
 from kernels import reference, triton_ops
 from kernels.lora_segments import DECODE_BLOCK_ROWS, LoraSegments, LoraTiles, plan_tiles
-from slora_core.adapters.page_layout import AdapterGeometry, plan_layout
+from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.config import LORA_MODULES, EngineConfig, ModelConfig
 from slora_core.execution.buckets import RANK_BUCKETS, bucket_of
 from slora_core.layers.lora import O_PROJ, QKV, lora_groups
@@ -28,7 +29,7 @@ from tests.popularity import draw_adapters
 NUM_ADAPTERS = 64
 RANKS = {"8": (8,), "64": (64,), "64/32/16/8": (64, 32, 16, 8)}
 # Popularity of adapters by batch size; one row uses every adapter in turn.
-CASES = [(1, "distinct"), *((batch, "distinct") for batch in (32, 64))]
+CASES = [(batch, "distinct") for batch in (1, 32, 64)]
 CASES += [(64, pattern) for pattern in ("identical", "uniform", "zipf")]
 GROUPS = (QKV, O_PROJ)
 # What a graph's calls read at least, several times the L2 cache.
@@ -64,18 +65,14 @@ def make_adapters(
 ) -> Adapters:
     """Adapter i has rank `ranks[i % len(ranks)]` on q, k, v, o, and random weights."""
     geometry = AdapterGeometry.of(model, EngineConfig(dtype=dtype))
-    modules = [LORA_MODULES.index(f"{name}_proj") for name in "qkvo"]
-    keys = [(layer, module) for layer in range(model.num_layers) for module in modules]
-    of_rank = {
-        rank: plan_layout(geometry, dict.fromkeys(keys, rank), dict.fromkeys(keys, 1.0))
-        for rank in ranks
-    }
+    of_rank = {rank: uniform_layout(geometry, ATTENTION, rank) for rank in ranks}
     all_ranks = [ranks[i % len(ranks)] for i in range(NUM_ADAPTERS)]
     layouts = [of_rank[rank] for rank in all_ranks]
     num_pages = sum(layout.num_pages for layout in layouts)
     shape = num_pages, model.num_layers, geometry.page_elems
     generator = torch.Generator(device).manual_seed(seed)
-    pool = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+    pool = torch.empty(shape, dtype=dtype, device=device)
+    pool.normal_(0.0, ADAPTER_STD, generator=generator)
     order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).int()
     tables = torch.zeros(NUM_ADAPTERS, max(layout.num_pages for layout in layouts)).int()
     first = 0
@@ -109,7 +106,7 @@ def make_segments(adapters: Adapters, slots: Sequence[int]) -> LoraSegments:
         offsets=adapters.offsets,
         scaling=adapters.scaling,
         max_rank=bucket_of(max(adapters.ranks[slot] for slot in ordered), RANK_BUCKETS),
-        modules=frozenset(LORA_MODULES.index(f"{name}_proj") for name in "qkvo"),
+        modules=frozenset(LORA_MODULES.index(name) for name in ATTENTION),
         tiles=LoraTiles.of(tiles, DECODE_BLOCK_ROWS, num_tiles, device),
     )
 
@@ -174,8 +171,11 @@ def measure(adapters: Adapters, batch: int, popularity: str, seed: int) -> dict[
             expands += others
     pairs = [call for pair in zip(shrinks, expands, strict=True) for call in pair]
     # Two launches of each kind a layer.
-    us = {name: 2 * graph_time_us(calls) for name, calls in _kinds(shrinks, expands)}
-    us["layer"] = 4 * graph_time_us(pairs)
+    us = {
+        "shrink": 2 * graph_time_us(shrinks),
+        "expand": 2 * graph_time_us(expands),
+        "layer": 4 * graph_time_us(pairs),
+    }
     return {
         "batch": batch,
         "popularity": popularity,
@@ -183,11 +183,6 @@ def measure(adapters: Adapters, batch: int, popularity: str, seed: int) -> dict[
         "weight_mb": round(layer_bytes / 1e6, 2),
         "tb_per_s": round(layer_bytes / us["layer"] / 1e6, 3),
     }
-
-
-def _kinds(shrinks, expands) -> Iterator[tuple[str, list[Callable[[], Any]]]]:
-    yield "shrink", shrinks
-    yield "expand", expands
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from benchmarks.engine_check import check_logits
 from benchmarks.engine_driver import EngineDriver
 from benchmarks.engine_figures import Figures
 from benchmarks.engine_rows import decode_rows, prefill_rows, spread_rows, trace_rows
-from benchmarks.engine_workloads import SETTINGS, SHAPES, STANDARD, WIDE
+from benchmarks.engine_workloads import SETTINGS, SHAPES, STANDARD, WIDE, WIDE_KEPT
 from slora_core.config import EngineConfig
 from slora_core.engine import Engine
 from slora_core.models.weights import dummy_weights
@@ -171,7 +171,7 @@ def _families(args: argparse.Namespace, engine: Engine) -> dict[str, DummyAdapte
     standard = DummyAdapters(STANDARD, engine.geometry, SETTINGS[args.setting], device)
     families = {STANDARD: standard}
     if "cold" in args.workloads:
-        for name in (WIDE, f"{WIDE}-kept"):
+        for name in (WIDE, WIDE_KEPT):
             families[name] = DummyAdapters(
                 name, engine.geometry, SETTINGS["rank64"], device, NUM_WIDE_COPIES
             )

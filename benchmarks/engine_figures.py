@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.engine_driver import EngineDriver, Timing
 from benchmarks.engine_workloads import (
     WIDE,
+    WIDE_KEPT,
     adapter_id,
     fixed_batch,
     poisson_arrivals,
@@ -29,7 +30,7 @@ SEED = 0
 
 def round_robin(num_requests: int, num_adapters: int) -> list[str | None]:
     """Adapter of each request, in turn; 0 adapters: the base model."""
-    return [adapter_id(i % num_adapters if num_adapters else None) for i in range(num_requests)]
+    return [adapter_id(i % num_adapters) if num_adapters else None for i in range(num_requests)]
 
 
 def zipf(num_requests: int, num_adapters: int) -> list[str | None]:
@@ -126,7 +127,7 @@ def online(
 def cold_when_idle(driver: EngineDriver, num_adapters: int, first_adapter: int) -> Figures:
     """Time to first token of adapters in the pool and of ones in host memory, one at a time."""
 
-    def ttft_ms(adapter: str | None) -> float:
+    def ttft_ms(adapter: str) -> float:
         return 1e3 * driver.run(fixed_batch([adapter], 64, 1, driver.vocab_size, SEED))
 
     # Once each to warm up. In turn, so that what drifts meanwhile is in both alike.
@@ -156,10 +157,10 @@ def loads_beside(
     )
     # As long as the streams last at 15 ms a step.
     num_short = 0 if kind == "none" else max(1, int(rate * num_tokens * 0.015))
-    names: list[str | None] = [
-        adapter_id(i if kind == "cold" else i % 8, f"{WIDE}" if kind == "cold" else f"{WIDE}-kept")
-        for i in range(num_short)
-    ]
+    if kind == "cold":
+        names = [adapter_id(i, WIDE) for i in range(num_short)]
+    else:
+        names = [adapter_id(i % 8, WIDE_KEPT) for i in range(num_short)]
     short = fixed_batch(names, 64, 1, driver.vocab_size, SEED + 1)
     if kind == "resident":
         driver.run(short[:8])
@@ -189,7 +190,7 @@ def prefixes(
 ) -> Figures:
     """ms until `batch` requests that share a prefix, or share none, have their first tokens."""
     requests = shared_prefix(
-        batch, prefix_len, 20, 1, "adapter-0", driver.vocab_size, seed, shared=shared
+        batch, prefix_len, 20, 1, adapter_id(0), driver.vocab_size, seed, shared=shared
     )
     before = driver.engine.stats()
     seconds = driver.run(requests)

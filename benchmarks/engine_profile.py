@@ -61,13 +61,8 @@ def sync_free(
     Args:
         trace: where the profiler's trace is written, for a browser.
     """
-    adapters = round_robin(batch, num_adapters)
     # Those that are prefilled first decode until the last ones are.
-    num_tokens = 2 * num_steps + 64
-    requests = fixed_batch(adapters, prompt_len, num_tokens, driver.vocab_size, SEED)
-    driver.prefill(driver.add(requests))
-    for _ in range(4):
-        driver.engine.step()
+    _start_decoding(driver, batch, num_adapters, prompt_len, 2 * num_steps + 64)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(num_steps):
@@ -114,10 +109,7 @@ def waits(events: Sequence[Event], num_steps: int) -> Figures:
 
 def profile(driver: EngineDriver, batch: int, num_adapters: int, path: Path) -> None:
     """Write what the GPU does in eight decode steps, kernel by kernel, to `path`."""
-    adapters = round_robin(batch, num_adapters)
-    driver.prefill(driver.add(fixed_batch(adapters, 512, 16, driver.vocab_size, SEED)))
-    for _ in range(4):
-        driver.engine.step()
+    _start_decoding(driver, batch, num_adapters, prompt_len=512, num_tokens=16)
     driver.settle()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -130,6 +122,17 @@ def profile(driver: EngineDriver, batch: int, num_adapters: int, path: Path) -> 
     )
     with path.open("a") as file:
         file.write(f"8 decode steps, batch {batch}, {num_adapters} adapters\n{table}\n")
+
+
+def _start_decoding(
+    driver: EngineDriver, batch: int, num_adapters: int, prompt_len: int, num_tokens: int
+) -> None:
+    """Prefill requests of so many output tokens, and go some steps on."""
+    adapters = round_robin(batch, num_adapters)
+    requests = fixed_batch(adapters, prompt_len, num_tokens, driver.vocab_size, SEED)
+    driver.prefill(driver.add(requests))
+    for _ in range(4):
+        driver.engine.step()
 
 
 def _events(events: Iterable[torch.autograd.profiler_util.FunctionEvent]) -> list[Event]:

@@ -48,7 +48,7 @@ SHAPES = {
     ),
 }
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,21 @@ class AdapterSetting:
 
 # S1 and S2 are S-LoRA's (Sheng et al., 2023, table 1).
 SETTINGS = {
-    "S1": AdapterSetting((8,), _ATTENTION),
-    "S2": AdapterSetting((64, 32, 16, 8), _ATTENTION),
+    "S1": AdapterSetting((8,), ATTENTION),
+    "S2": AdapterSetting((64, 32, 16, 8), ATTENTION),
     "all16": AdapterSetting((16,), LORA_MODULES),
-    "rank64": AdapterSetting((64,), _ATTENTION),
+    "rank64": AdapterSetting((64,), ATTENTION),
 }
 
 
 # Names of adapters end in their number.
 STANDARD = "adapter"
-# Of rank 64, that come and go beside the others.
-WIDE = "wide"
+# Of rank 64, that come and go beside the others, and that stay.
+WIDE, WIDE_KEPT = "wide", "wide-kept"
 
 
-def adapter_id(index: int | None, family: str = STANDARD) -> str | None:
-    """Id of adapter `index`; None is the base model."""
-    return None if index is None else f"{family}-{index}"
+def adapter_id(index: int, family: str = STANDARD) -> str:
+    return f"{family}-{index}"
 
 
 def fixed_batch(

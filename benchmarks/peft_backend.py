@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.engine_figures import SEED, Figures
 from benchmarks.engine_rows import decode_rows, prefill_rows
-from benchmarks.engine_workloads import SETTINGS, SHAPES, AdapterSetting
+from benchmarks.engine_workloads import SETTINGS, SHAPES, AdapterSetting, adapter_id
 from benchmarks.llama_reference import make_llama
 from slora_core.models.weights import checkpoint_views, dummy_weights
 
@@ -80,17 +80,17 @@ class PeftBackend:
             index = self._num_adapters
             with self._device:
                 self._model.add_adapter(
-                    _name(index), self._lora_config(index), autocast_adapter_dtype=False
+                    adapter_id(index), self._lora_config(index), autocast_adapter_dtype=False
                 )
             self._num_adapters += 1
         if num_adapters == 0:
             with self._model.disable_adapter():
                 yield {}
         elif num_adapters == 1:
-            self._model.set_adapter(_name(0))
+            self._model.set_adapter(adapter_id(0))
             yield {}
         else:
-            yield {"adapter_names": [_name(i % num_adapters) for i in range(batch)]}
+            yield {"adapter_names": [adapter_id(i % num_adapters) for i in range(batch)]}
 
     def _with_first_adapter(self, llama: Any) -> Any:
         from peft import get_peft_model
@@ -98,7 +98,7 @@ class PeftBackend:
         torch.manual_seed(SEED)
         with self._device:
             model = get_peft_model(
-                llama, self._lora_config(0), _name(0), autocast_adapter_dtype=False
+                llama, self._lora_config(0), adapter_id(0), autocast_adapter_dtype=False
             )
         return model.eval()
 
@@ -125,7 +125,3 @@ class PeftBackend:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def _name(index: int) -> str:
-    return f"adapter-{index}"
