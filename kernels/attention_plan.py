@@ -16,7 +16,7 @@ CHUNK_STEP = 64
 # batches of few rows only.
 MIN_CHUNK_TOKENS = 128
 # Programs beyond one a row and KV head that splitting may add, and that fill a large GPU.
-SPLIT_PROGRAMS = 2048
+SPLIT_PROGRAMS = 512
 # Prefill tiles are halved until there are as many programs as multiprocessors, about.
 MIN_PREFILL_PROGRAMS = 128
 MIN_BLOCK_ROWS = 32

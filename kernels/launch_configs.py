@@ -56,7 +56,7 @@ class ShrinkLaunch:
 
 @dataclass(frozen=True)
 class ExpandLaunch:
-    """Tile sizes of `lora_expand`, powers of two."""
+    """Tile sizes of `lora_expand` and of `lora_silu_mul`, powers of two."""
 
     # Columns of a program, and of those for the matrix unit at a time.
     block_n: int
@@ -109,7 +109,13 @@ def shrink_launch(
 def expand_launch(block_rows: int, max_rank: int, itemsize: int = 2) -> ExpandLaunch:
     """What `lora_expand` uses for these shapes; `itemsize` is of an element of the weights."""
     if block_rows <= MAX_DECODE_BLOCK_ROWS:
-        return ExpandLaunch(block_n=512, dot_block_n=64, row_block_r=8, dot_block_r=16, num_warps=2)
+        return ExpandLaunch(
+            block_n=1024,
+            dot_block_n=128 * 2 // itemsize,
+            row_block_r=8 if max_rank <= 16 else 16,
+            dot_block_r=16,
+            num_warps=4,
+        )
     return ExpandLaunch(
         block_n=512,
         dot_block_n=64 * 2 // itemsize,
@@ -117,6 +123,14 @@ def expand_launch(block_rows: int, max_rank: int, itemsize: int = 2) -> ExpandLa
         dot_block_r=max(16, min(64, _power_of_two_from(max_rank))),
         num_warps=4,
     )
+
+
+def lora_silu_launch(block_rows: int, max_rank: int, itemsize: int = 2) -> ExpandLaunch:
+    """What `lora_silu_mul` uses for these shapes; `itemsize` is of an element of the weights."""
+    launch = expand_launch(block_rows, max_rank, itemsize)
+    # Two tiles of weights: columns in decodes are fewer, so that more programs are at work.
+    dot_block_n = 64 if block_rows <= MAX_DECODE_BLOCK_ROWS else 128
+    return replace(launch, dot_block_n=dot_block_n * 2 // itemsize)
 
 
 def row_elems(features: int) -> int:

@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dependent_launch import launch_options, wait_without_work
 from kernels.launch_configs import ExpandLaunch, expand_launch, row_elems
+from kernels.lora_delta import row_delta, tile_delta
 from kernels.lora_segments import LoraSegments
 from kernels.lora_stream import VARYING_POINTERS, load_weights, pick
 
@@ -89,6 +91,7 @@ def lora_expand(
         DOT_BLOCK_R=launch.dot_block_r,
         BLOCK_ROWS=tiles.block_rows,
         num_warps=launch.num_warps,
+        **launch_options(y),
     )
 
 
@@ -128,14 +131,18 @@ def _expand_kernel(
     ROW_BLOCK_R: tl.constexpr,
     DOT_BLOCK_R: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """BLOCK_N columns of one module, of a tile's rows."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(1)
     slot = tl.load(tile_slots_ptr + tile).to(tl.int64)
     row_start = tl.load(tile_starts_ptr + tile).to(tl.int64)
     row_end = tl.load(tile_ends_ptr + tile)
     # As in the shrink kernel, tests for an early end ask for all that is loaded before.
     if (slot < 0) | (row_end <= row_start):
+        wait_without_work(DEPENDENT)
         return
     block = tl.program_id(0)
     m = 0
@@ -146,6 +153,7 @@ def _expand_kernel(
     rank = tl.load(descriptor_ptr)
     offset_b = tl.multiple_of(tl.load(descriptor_ptr + 2), 64)
     if (rank == 0) | (offset_b < 0):
+        wait_without_work(DEPENDENT)
         return
     scaling = tl.load(scaling_ptr + slot * scaling_stride + module)
     row_elems = pick(ROW_ELEMS, m, NUM_MODULES)
@@ -158,67 +166,88 @@ def _expand_kernel(
     dtype = y_ptr.dtype.element_ty
 
     if row_end - row_start == 1:
-        # Multiplying a single row is cheaper than having the matrix unit pad it to a tile.
-        splits = tl.arange(0, BLOCK_SPLITS)[:, None]
-        v_row_ptr = v_ptr + row_start * v_row_stride + splits * v_split_stride
         columns = tl.arange(0, BLOCK_N)
         y_row_ptr = y_ptr + row_start * y_stride + columns
+        b = load_weights(
+            pool_ptr,
+            table_ptr,
+            first,
+            row_elems,
+            rank,
+            num_columns,
+            page_stride,
+            PAGE_ELEMS,
+            ROW_BLOCK_R,
+            BLOCK_N,
+            MAX_ROW_ELEMS,
+        )  # [R, N]
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
         y = tl.load(y_row_ptr, mask=columns < num_columns)
-        sums = tl.zeros([BLOCK_N], dtype=tl.float32)
-        for r in range(0, rank, ROW_BLOCK_R):
-            ranks = (r + tl.arange(0, ROW_BLOCK_R))[None, :]
-            v_mask = (splits < NUM_SPLITS) & (ranks < rank)
-            parts = tl.load(v_row_ptr + ranks, mask=v_mask, other=0.0)  # [S, R]
-            b = load_weights(
-                pool_ptr,
-                table_ptr,
-                first + r * row_elems,
-                row_elems,
-                rank - r,
-                num_columns,
-                page_stride,
-                PAGE_ELEMS,
-                ROW_BLOCK_R,
-                BLOCK_N,
-                MAX_ROW_ELEMS,
-            )  # [R, N]
-            shrunk = tl.sum(parts, 0).to(dtype).to(tl.float32)
-            sums += tl.sum(shrunk[:, None] * b.to(tl.float32), 0)
-        y = (y.to(tl.float32) + scaling * sums).to(dtype)
+        delta = row_delta(
+            b,
+            v_ptr + row_start * v_row_stride,
+            v_split_stride,
+            pool_ptr,
+            table_ptr,
+            first,
+            row_elems,
+            rank,
+            num_columns,
+            page_stride,
+            NUM_SPLITS,
+            BLOCK_SPLITS,
+            PAGE_ELEMS,
+            ROW_BLOCK_R,
+            BLOCK_N,
+            MAX_ROW_ELEMS,
+        )
+        y = (y.to(tl.float32) + scaling * delta).to(dtype)
         tl.store(y_row_ptr, y, mask=columns < num_columns)
     else:
         rows = (row_start + tl.arange(0, BLOCK_ROWS))[:, None]
         row_mask = rows < row_end
-        v_rows_ptr = v_ptr + rows * v_row_stride
         y_rows_ptr = y_ptr + rows * y_stride
         share = tl.load(tile_shares_ptr + tile)
         num_shares = tl.load(tile_num_shares_ptr + tile)
         for n in range(share * DOT_BLOCK_N, BLOCK_N, num_shares * DOT_BLOCK_N):
             columns = (n + tl.arange(0, DOT_BLOCK_N))[None, :]
             y_mask = row_mask & (columns < num_columns)
-            y_tile = tl.load(y_rows_ptr + columns, mask=y_mask)  # [T, N]
-            acc = tl.zeros([BLOCK_ROWS, DOT_BLOCK_N], dtype=tl.float32)
-            # Most ranks take one turn: buffers for the next would only take room.
-            for r in tl.range(0, rank, DOT_BLOCK_R, num_stages=1):
-                ranks = (r + tl.arange(0, DOT_BLOCK_R))[None, :]
-                v_mask = row_mask & (ranks < rank)
-                b = load_weights(
-                    pool_ptr,
-                    table_ptr,
-                    first + n + r * row_elems,
-                    row_elems,
-                    rank - r,
-                    num_columns - n,
-                    page_stride,
-                    PAGE_ELEMS,
-                    DOT_BLOCK_R,
-                    DOT_BLOCK_N,
-                    MAX_ROW_ELEMS,
-                )  # [R, N]
-                shrunk = tl.load(v_rows_ptr + ranks, mask=v_mask, other=0.0)  # [T, R]
-                for split in tl.static_range(1, NUM_SPLITS):
-                    part_ptr = v_rows_ptr + split * v_split_stride + ranks
-                    shrunk += tl.load(part_ptr, mask=v_mask, other=0.0)
-                acc = tl.dot(shrunk.to(dtype), b, acc, input_precision="ieee")
-            y_tile = (y_tile.to(tl.float32) + scaling * acc).to(dtype)
-            tl.store(y_rows_ptr + columns, y_tile, mask=y_mask)
+            b = load_weights(
+                pool_ptr,
+                table_ptr,
+                first + n,
+                row_elems,
+                rank,
+                num_columns - n,
+                page_stride,
+                PAGE_ELEMS,
+                DOT_BLOCK_R,
+                DOT_BLOCK_N,
+                MAX_ROW_ELEMS,
+            )  # [R, N]
+            if DEPENDENT:
+                # Of effect the first time alone.
+                tl.extra.cuda.gdc_wait()
+            y = tl.load(y_rows_ptr + columns, mask=y_mask)  # [T, N]
+            delta = tile_delta(
+                b,
+                v_ptr + rows * v_row_stride,
+                row_mask,
+                v_split_stride,
+                pool_ptr,
+                table_ptr,
+                first + n,
+                row_elems,
+                rank,
+                num_columns - n,
+                page_stride,
+                NUM_SPLITS,
+                PAGE_ELEMS,
+                BLOCK_ROWS,
+                DOT_BLOCK_R,
+                DOT_BLOCK_N,
+                MAX_ROW_ELEMS,
+            )
+            y = (y.to(tl.float32) + scaling * delta).to(dtype)
+            tl.store(y_rows_ptr + columns, y, mask=y_mask)

@@ -27,8 +27,13 @@ class HostSegment:
 # Rows of a tile for decoding: what one matrix instruction takes at least.
 DECODE_BLOCK_ROWS = 16
 PROMPT_BLOCK_ROWS = 64
-# Entries that a tile of many rows is shared by, at most.
-MAX_SHARES = 8
+# Runs of fewer rows are cut into tiles of one: these read the weights again, from the L2 cache, in
+# less time than it takes the matrix unit's loop over columns, which is made for many rows.
+MIN_DECODE_RUN = 48
+# The same of prompts' runs, and of what is left of a run after its whole tiles.
+MIN_DOT_ROWS = 16
+# Entries that a tile of many rows is shared by.
+NUM_SHARES = 8
 # With so many large tiles there are programs enough without shares.
 MANY_TILES = 64
 
@@ -47,7 +52,7 @@ class Tile(NamedTuple):
     num_shares: int = 1
 
 
-# Slot -1 is an entry of which nothing is computed.
+# An entry of which nothing is computed, because it has no rows.
 UNUSED_TILE = Tile(-1, 0, 0)
 
 
@@ -145,28 +150,34 @@ class LoraSegments:
 
 
 def plan_tiles(seg_indptr: Sequence[int], seg_slots: Sequence[int], block_rows: int) -> list[Tile]:
-    """Tiles of the rows that have an adapter.
+    """Segments cut into tiles.
 
-    A tile of k rows is cut into up to k shares, so that a few tiles of many rows keep a GPU as
-    busy as many tiles of one.
+    Short runs become tiles of one row. Others are cut into shares, so that a few tiles of many
+    rows keep a GPU as busy as many tiles of one. Rows of the base model have tiles too, of slot
+    -1: kernels that write every row need them.
     """
-    tiles = [
-        Tile(slot, row, min(row + block_rows, seg_indptr[s + 1]))
-        for s, slot in enumerate(seg_slots)
-        if slot >= 0
-        for row in range(seg_indptr[s], seg_indptr[s + 1], block_rows)
-    ]
+    min_run = MIN_DECODE_RUN if block_rows == DECODE_BLOCK_ROWS else MIN_DOT_ROWS
+    tiles: list[Tile] = []
+    for s, slot in enumerate(seg_slots):
+        start, end = seg_indptr[s], seg_indptr[s + 1]
+        if end - start >= min_run:
+            left = (end - start) % block_rows
+            whole_end = end - left if left < MIN_DOT_ROWS else end
+            tiles += [
+                Tile(slot, row, min(row + block_rows, end))
+                for row in range(start, whole_end, block_rows)
+            ]
+            start = whole_end
+        tiles += [Tile(slot, row, row + 1) for row in range(start, end)]
     if block_rows >= PROMPT_BLOCK_ROWS and len(tiles) >= MANY_TILES:
         return tiles
     return [share for tile in tiles for share in _shares(tile)]
 
 
 def _shares(tile: Tile) -> list[Tile]:
-    num_rows = tile.row_end - tile.row_start
-    if num_rows == 1:
+    if tile.row_end - tile.row_start < MIN_DOT_ROWS:
         return [tile]
-    count = min(MAX_SHARES, 1 << (num_rows.bit_length() - 1))
-    return [tile._replace(share=share, num_shares=count) for share in range(count)]
+    return [tile._replace(share=share, num_shares=NUM_SHARES) for share in range(NUM_SHARES)]
 
 
 def choose_block_rows(num_rows: int, num_segments: int) -> int:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dependent_launch import launch_options, wait_without_work
 from kernels.launch_configs import ShrinkLaunch, row_elems, shrink_launch
 from kernels.lora_segments import LoraSegments
 from kernels.lora_stream import VARYING_POINTERS, find_pages, load_on_pages, load_weights, pick
@@ -88,6 +89,7 @@ def lora_shrink(
         BLOCK_ROWS=tiles.block_rows,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        **launch_options(x),
     )
     return v
 
@@ -125,8 +127,11 @@ def _shrink_kernel(
     DOT_BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """SPLIT_K columns for BLOCK_R ranks of one module, of a tile's rows."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(2)
     slot = tl.load(tile_slots_ptr + tile).to(tl.int64)
     row_start = tl.load(tile_starts_ptr + tile).to(tl.int64)
@@ -135,6 +140,7 @@ def _shrink_kernel(
     # The tests for an early end, here and below, ask for all that was loaded: what no test needs is
     # loaded after it, and loads that wait for one another are most of a small launch's time.
     if (slot < 0) | (row_end <= row_start) | (share > 0):
+        wait_without_work(DEPENDENT)
         return
     m = tl.program_id(0) // num_rank_tiles
     first_rank = tl.program_id(0) % num_rank_tiles * BLOCK_R
@@ -142,6 +148,7 @@ def _shrink_kernel(
     rank = tl.load(descriptor_ptr)
     offset_a = tl.multiple_of(tl.load(descriptor_ptr + 1), 64)
     if (rank <= first_rank) | (offset_a < 0):
+        wait_without_work(DEPENDENT)
         return
     split = tl.program_id(1)
     first_column = split * SPLIT_K
@@ -156,28 +163,47 @@ def _shrink_kernel(
         # Multiplying a single row is cheaper than having the matrix unit pad it to a tile.
         x_row_ptr = x_ptr + row_start * x_stride + first_column
         sums = tl.zeros([BLOCK_R], dtype=tl.float32)
+        a = load_weights(
+            pool_ptr,
+            table_ptr,
+            first,
+            ROW_ELEMS,
+            num_ranks,
+            num_columns,
+            page_stride,
+            PAGE_ELEMS,
+            BLOCK_R,
+            ROW_BLOCK_K,
+            ROW_ELEMS,
+        )  # [R, K]
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
         for k in range(0, SPLIT_K, ROW_BLOCK_K):
             columns = k + tl.arange(0, ROW_BLOCK_K)
             x = tl.load(x_row_ptr + columns, mask=columns < num_columns, other=0.0)
-            a = load_weights(
-                pool_ptr,
-                table_ptr,
-                first + k,
-                ROW_ELEMS,
-                num_ranks,
-                num_columns - k,
-                page_stride,
-                PAGE_ELEMS,
-                BLOCK_R,
-                ROW_BLOCK_K,
-                ROW_ELEMS,
-            )  # [R, K]
             sums += tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
+            if SPLIT_K > ROW_BLOCK_K:
+                next_k = k + ROW_BLOCK_K
+                a = load_weights(
+                    pool_ptr,
+                    table_ptr,
+                    first + next_k,
+                    ROW_ELEMS,
+                    tl.where(next_k < SPLIT_K, num_ranks, 0),
+                    num_columns - next_k,
+                    page_stride,
+                    PAGE_ELEMS,
+                    BLOCK_R,
+                    ROW_BLOCK_K,
+                    ROW_ELEMS,
+                )
         tl.store(v_ptr + row_start * v_row_stride + ranks, sums, mask=ranks < num_ranks)
     else:
         rows = (row_start + tl.arange(0, BLOCK_ROWS))[:, None]
         x_rows_ptr = x_ptr + rows * x_stride + first_column
         acc = tl.zeros([BLOCK_ROWS, BLOCK_R], dtype=tl.float32)
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
         for chunk in range(0, SPLIT_K, CHUNK_K):
             boundary, shift, next_shift = find_pages(
                 table_ptr,

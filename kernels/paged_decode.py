@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kernels.attention_launch import MIN_BLOCK, AttentionLaunch, decode_launch, padded_head_dim
 from kernels.attention_plan import DecodePlan, max_decode_items, plan_decode
+from kernels.dependent_launch import launch_options, wait_without_work
 from kernels.paged_tile import attend_tile
 
 # Parts of a row that the combining kernel reads at a time.
@@ -104,6 +105,7 @@ def paged_decode(
         BLOCK_TOKENS=launch.block_tokens,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        **launch_options(q),
     )
     _combine_kernel[(num_heads, num_decodes)](
         out,
@@ -115,6 +117,7 @@ def paged_decode(
         BLOCK_D=block_d,
         BLOCK_ITEMS=COMBINE_BLOCK_ITEMS,
         num_warps=COMBINE_NUM_WARPS,
+        **launch_options(q),
     )
     return out
 
@@ -150,16 +153,20 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One item and KV head: to `out` where the row has no other item, else a part of the row.
 
     A part is the softmax over the item's tokens, fp32 [group, HEAD_DIM], and the log2 of the sum
     that it was divided by. `out` and the parts are contiguous.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     row = tl.load(item_rows_ptr + item).to(tl.int64)
     if row < 0:
+        wait_without_work(DEPENDENT)
         return
     start = tl.load(item_starts_ptr + item)
     chunk_tokens = tl.load(chunk_tokens_ptr)
@@ -171,6 +178,8 @@ def _decode_kernel(
     dims = tl.arange(0, BLOCK_D)  # [D]
     heads = kv_head * group + members
     mask = (members[:, None] < group) & (dims[None, :] < HEAD_DIM)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     q_ptrs = q_ptr + row * q_row_stride + heads[:, None] * q_head_stride + dims[None, :]
     q = tl.load(q_ptrs, mask=mask, other=0.0)  # [M, D]
 
@@ -221,14 +230,20 @@ def _combine_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """out[row, head] = the row's parts weighted by exp2 of their log sums, added in order."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     first = tl.load(row_items_ptr + row)
     last = tl.load(row_items_ptr + row + 1)
     if last - first < 2:
+        wait_without_work(DEPENDENT)
         return
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     dims = tl.arange(0, BLOCK_D)  # [D]
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     total = 0.0

@@ -73,8 +73,13 @@ def _silu_mul_kernel(
     gate_ptrs = gate_up_ptr + row * gate_up_stride + columns
     gate = tl.load(gate_ptrs, mask=mask, other=0.0)
     up = tl.load(gate_ptrs + INTERMEDIATE, mask=mask, other=0.0)
+    tl.store(y_ptr + row * INTERMEDIATE + columns, silu_product(gate, up), mask=mask)
+
+
+@triton.jit
+def silu_product(gate, up):
+    """silu(gate) * up; silu is rounded to the dtype before it is multiplied."""
     gate32 = gate.to(tl.float32)
     silu = (gate32 / (1 + tl.exp(-gate32))).to(gate.dtype)
     # The product of two elements of 16 bits is exact in fp32: it is rounded once.
-    y = silu.to(tl.float32) * up.to(tl.float32)
-    tl.store(y_ptr + row * INTERMEDIATE + columns, y.to(gate.dtype), mask=mask)
+    return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)

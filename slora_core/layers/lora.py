@@ -5,6 +5,7 @@ A layer serves a group of modules that share their input (q, k, v; gate, up) as 
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,6 @@ class LoraLinear:
     """y = x . weight^T + bias, and each row's adapter delta on top.
 
     `ops` is the kernel module of the device. Weights are views owned by `DecoderWeights`.
-    `side_stream` is where a CUDA graph runs shrinks, beside the matmuls of their layers: both
-    read the same input, and neither alone keeps the memory busy from start to end.
     """
 
     def __init__(
@@ -58,9 +57,7 @@ class LoraLinear:
         group: LoraGroup,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        side_stream: torch.cuda.Stream | None,
     ) -> None:
-        self._side_stream = side_stream
         self._ops = ops
         self._pool = pool
         self._layer = layer
@@ -70,20 +67,23 @@ class LoraLinear:
 
     def __call__(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
         """[rows, in_features] to [rows, out_features]; `lora` None is the base model."""
-        modules = self._group.modules
-        if lora is None or lora.modules.isdisjoint(modules):
-            return F.linear(x, self._weight, self._bias)
-        # Outside of a graph the events would cost the host more than they save.
-        if self._side_stream is not None and torch.cuda.is_current_stream_capturing():
-            stream = torch.cuda.current_stream()
-            self._side_stream.wait_stream(stream)
-            with torch.cuda.stream(self._side_stream):
-                v = self._ops.lora_shrink(x, self._pool, self._layer, modules, lora)
-            y = F.linear(x, self._weight, self._bias)
-            stream.wait_stream(self._side_stream)
-        else:
-            v = self._ops.lora_shrink(x, self._pool, self._layer, modules, lora)
-            y = F.linear(x, self._weight, self._bias)
-        out_offsets = self._group.out_offsets
-        self._ops.lora_expand(y, v, self._pool, self._layer, modules, out_offsets, lora)
+        y = F.linear(x, self._weight, self._bias)
+        if self._has_delta(lora):
+            v = self._shrink(x, lora)
+            group, args = self._group, (self._pool, self._layer)
+            self._ops.lora_expand(y, v, *args, group.modules, group.out_offsets, lora)
         return y
+
+    def silu_mul(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
+        """silu(gate) * up [rows, out_features / 2] of a linear whose modules are gate and up."""
+        y = F.linear(x, self._weight, self._bias)
+        if not self._has_delta(lora):
+            return self._ops.silu_mul(y)
+        v = self._shrink(x, lora)
+        return self._ops.lora_silu_mul(y, v, self._pool, self._layer, self._group.modules, lora)
+
+    def _has_delta(self, lora: LoraSegments | None) -> TypeGuard[LoraSegments]:
+        return lora is not None and not lora.modules.isdisjoint(self._group.modules)
+
+    def _shrink(self, x: torch.Tensor, lora: LoraSegments) -> torch.Tensor:
+        return self._ops.lora_shrink(x, self._pool, self._layer, self._group.modules, lora)

@@ -27,7 +27,6 @@ class DecoderLayer:
         index: int,
         groups: dict[str, LoraGroup],
         weights: LayerWeights,
-        side_stream: torch.cuda.Stream | None,
     ) -> None:
         self._config = config
         self._ops = ops
@@ -35,7 +34,7 @@ class DecoderLayer:
         self._weights = weights
 
         def linear(group: str, weight: torch.Tensor, bias: torch.Tensor | None) -> LoraLinear:
-            return LoraLinear(ops, pool, index, groups[group], weight, bias, side_stream)
+            return LoraLinear(ops, pool, index, groups[group], weight, bias)
 
         self._qkv = linear(QKV, weights.qkv, weights.qkv_bias)
         self._o = linear(O_PROJ, weights.o, weights.o_bias)
@@ -60,7 +59,7 @@ class DecoderLayer:
             x = self._ops.add_rms_norm(delta, residual, weights.input_norm, eps)
         attended = self._attend(x, attention, lora)
         x = self._ops.add_rms_norm(attended, residual, weights.post_norm, eps)
-        return self._down(self._ops.silu_mul(self._gate_up(x, lora)), lora)
+        return self._down(self._gate_up.silu_mul(x, lora), lora)
 
     def _attend(
         self, x: torch.Tensor, attention: AttentionBackend, lora: LoraSegments | None
@@ -84,12 +83,11 @@ class Decoder:
         self, config: ModelConfig, weights: DecoderWeights, ops: ModuleType, pool: torch.Tensor
     ) -> None:
         groups = lora_groups(config)
-        side_stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None
         self._config = config
         self._weights = weights
         self._ops = ops
         self._layers = [
-            DecoderLayer(config, ops, pool, index, groups, layer, side_stream)
+            DecoderLayer(config, ops, pool, index, groups, layer)
             for index, layer in enumerate(weights.layers)
         ]
 

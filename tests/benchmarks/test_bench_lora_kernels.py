@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from benchmarks import bench_lora_kernels as bench
+from benchmarks import lora_cases, lora_sweep
 from benchmarks.engine_workloads import SHAPES
+from benchmarks.lora_prefill import check_prefill, make_prefill
+from kernels import reference, triton_ops
 from tests.kernels.cases import DEVICE
 
 
 @pytest.fixture
 def adapters(monkeypatch):
-    monkeypatch.setattr(bench, "NUM_ADAPTERS", 4)
+    monkeypatch.setattr(lora_cases, "NUM_ADAPTERS", 4)
     return bench.make_adapters(SHAPES["tiny"], (8, 20), DEVICE, torch.float32)
 
 
@@ -27,11 +30,50 @@ def test_weights_that_must_move(adapters):
 @pytest.mark.parametrize("slots", [[2], [3, 1, 1, 0, 3], [0] * 17])
 def test_calls_are_compared_with_the_twins(adapters, slots, monkeypatch):
     segments = bench.make_segments(adapters, slots)
-    shrinks, expands = bench.layer_calls(adapters, segments, 1)
-    assert len(shrinks) == len(expands) == 2
-    for call in (*shrinks, *expands):
-        call()
+    calls = bench.layer_calls(adapters, segments, 1)
+    assert {kind: len(some) for kind, some in calls.items()} == {
+        "shrink": 2,
+        "expand": 2,
+        "both": 2,
+    }
+    for some in calls.values():
+        for call in some:
+            call()
     bench.check(adapters, segments, 1)
-    monkeypatch.setattr(bench.triton_ops, "lora_expand", lambda y, *rest: y.add_(1.0))
+    monkeypatch.setattr(bench.triton_ops, "lora_expand", lambda y, *_: y.add_(1.0))
     with pytest.raises(AssertionError, match="differs from its twin"):
         bench.check(adapters, segments, 1)
+
+
+def test_a_layer_over_prompts_is_compared_with_the_twins(monkeypatch):
+    inputs = make_prefill(SHAPES["tiny"], 3, 24, 16, DEVICE, torch.float32)
+    assert inputs.attention.slot_mapping.unique().numel() == inputs.delta.shape[0] == 72
+    assert inputs.lora.modules == set(range(7))
+    check_prefill(inputs, (triton_ops, reference), 1e-4)
+    base, lora = (inputs.calls(reference, with_lora)[0]() for with_lora in (False, True))
+    assert not torch.equal(base, lora)
+    monkeypatch.setattr(triton_ops, "lora_expand", lambda *_: None)
+    with pytest.raises(AssertionError, match="differs from its twin"):
+        check_prefill(inputs, (triton_ops, reference), bench.TOLERANCE)
+
+
+def test_sweep_tries_every_launch(monkeypatch, capsys):
+    monkeypatch.setattr(lora_cases, "NUM_ADAPTERS", 2)
+    for name, value in {"NUM_LAYERS": 1, "NUM_IDENTICAL": 1, "BATCH": 2}.items():
+        monkeypatch.setattr(lora_sweep, name, value)
+    monkeypatch.setattr(lora_sweep, "SHRINKS", ((2, 64, 2),))
+    monkeypatch.setattr(lora_sweep, "EXPANDS", ((64, 64, 1), (96, 64, 1)))
+
+    def time_us(calls):
+        for call in calls[:1]:
+            call()
+        return float(len(calls))
+
+    lora_sweep.sweep(SHAPES["tiny"], (8,), DEVICE, torch.float32, 0, time_us)
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if "Error" in line]
+    # Not a power of two.
+    assert len(failed) == 4
+    assert all(" 96 columns" in line for line in failed)
+    for name in ("shrink 2 parts", "expand 64 columns", "silu_mul 64 columns"):
+        assert sum(name in line for line in lines) == 2

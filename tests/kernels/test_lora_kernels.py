@@ -44,7 +44,7 @@ MIXED_RUNS = [
     (8, 3),
     (7, 2),
     (-1, 0),
-    (10, 19),
+    (10, 51),
     (1, 1),
     (9, 2),
     (5, 7),
@@ -117,7 +117,7 @@ def test_rows_of_the_base_model_change_nothing(ops: LoraOps, dtype: torch.dtype)
 @each_implementation
 def test_max_rank_above_every_rank(ops: LoraOps, dtype: torch.dtype) -> None:
     for max_rank in (64, 256):
-        check_lora(ops, dtype, [(1, 1), (2, 3), (4, 1)], max_rank=max_rank, layers=(0,))
+        check_lora(ops, dtype, [(1, 1), (2, 49), (4, 1)], max_rank=max_rank, layers=(0,))
 
 
 # (in_features, out_features): several tiles of columns, not all whole, that straddle pages.
@@ -135,7 +135,8 @@ def test_wide_modules(page_elems: int, ops: LoraOps, dtype: torch.dtype) -> None
 @each_implementation
 def test_long_inputs(ops: LoraOps, dtype: torch.dtype) -> None:
     dims = [(1536, 576)]
-    check_lora(ops, dtype, [(0, 2), (1, 1)], ranks=[[16], [5]], dims=dims, page_elems=6144)
+    runs = [(0, 49), (1, 1)]
+    check_lora(ops, dtype, runs, ranks=[[16], [5]], dims=dims, page_elems=6144)
 
 
 SHRINK = ShrinkLaunch(
@@ -175,7 +176,7 @@ def test_chosen_launches_cover_a_rank_of_their_bucket(max_rank: int, dtype: torc
         check_lora(
             triton_ops(block_rows),
             dtype,
-            [(0, 1), (0, 3)],
+            [(0, 1), (0, 49)],
             ranks=[[max_rank - 1]],
             dims=[(192, 136)],
             max_rank=max_rank,
@@ -246,6 +247,34 @@ def test_a_replayed_graph_equals_eager(block_rows: int) -> None:
         graph.replay()
         assert torch.equal(bits(y), expected)
     assert not torch.equal(eager[0], eager[2])
+
+
+@gpu_test
+def test_dependent_kernels_without_work_let_nobody_overtake() -> None:
+    """What follows them in a graph still waits for what they followed."""
+    case = make_lora_case([(-1, 4)], RANKS, DIMS, dtype=torch.bfloat16, block_rows=16).to(DEVICE)
+    x = randn(4, 100, dtype=torch.bfloat16).to(DEVICE)
+    y = torch.zeros(4, OUT_OFFSETS[-1], dtype=torch.bfloat16, device=DEVICE)
+    factor = torch.randn(4096, 4096, device=DEVICE)
+    expected = factor @ factor
+    product, seen = torch.zeros_like(factor), torch.zeros_like(factor)
+
+    def run() -> None:
+        product.zero_()
+        # Much longer than it takes to launch what follows.
+        torch.mm(factor, factor, out=product)
+        v = lora_shrink(x, case.pool, 0, MODULES, case.segments)
+        lora_expand(y, v, case.pool, 0, MODULES, OUT_OFFSETS, case.segments)
+        seen.copy_(product)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(3):
+        seen.zero_()
+        graph.replay()
+        assert torch.equal(seen, expected)
 
 
 @gpu_test

@@ -1,4 +1,4 @@
-"""Tiles of segments: every row of an adapter once, none of the base model."""
+"""Tiles of segments: every row once."""
 
 import pytest
 import torch
@@ -16,9 +16,7 @@ from kernels.lora_segments import LoraTiles, Tile, choose_block_rows, plan_tiles
         ([64, 1, 129], [4, -1, 1]),
     ],
 )
-def test_tiles_cover_the_rows_of_adapters_once(
-    counts: list[int], slots: list[int], block_rows: int
-) -> None:
+def test_tiles_cover_every_row_once(counts: list[int], slots: list[int], block_rows: int) -> None:
     bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
     row_slots = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
     tiles = plan_tiles(bounds, slots, block_rows)
@@ -34,14 +32,29 @@ def test_tiles_cover_the_rows_of_adapters_once(
         ]
         if share == 0:
             covered += range(start, end)
-    assert covered == [row for row, slot in enumerate(row_slots) if slot >= 0]
+    assert covered == list(range(len(row_slots)))
 
 
 def test_tiles_of_many_rows_are_shared_by_programs() -> None:
-    shares = [tile.num_shares for tile in plan_tiles([0, 1, 4, 36], [3, 5, 0], 16)]
-    assert shares == [1, 2, 2, *[8] * 16]
+    shares = [tile.num_shares for tile in plan_tiles([0, 1, 49, 50], [3, 5, 0], 16)]
+    assert shares == [1, *[8] * 24, 1]
     # Long prompts have programs enough.
     assert {tile.num_shares for tile in plan_tiles([0, 8192], [0], 64)} == {1}
+
+
+@pytest.mark.parametrize("block_rows,num_rows", [(16, 47), (64, 15)])
+def test_short_runs_are_tiles_of_one(block_rows: int, num_rows: int) -> None:
+    rows = [Tile(3, row, row + 1) for row in range(num_rows)]
+    assert plan_tiles([0, num_rows], [3], block_rows) == rows
+    end = min(block_rows, num_rows + 1)
+    assert plan_tiles([0, num_rows + 1], [3], block_rows)[0] == Tile(3, 0, end, 0, 8)
+
+
+@pytest.mark.parametrize("block_rows", [16, 64])
+def test_little_that_is_left_of_a_run_is_tiles_of_one(block_rows: int) -> None:
+    rows = 64 + block_rows
+    last = [Tile(3, rows, rows + 1), Tile(3, rows + 1, rows + 2)]
+    assert plan_tiles([0, rows + 2], [3], block_rows)[-2:] == last
 
 
 def test_tensors_of_tiles_are_padded_with_unused_ones() -> None:

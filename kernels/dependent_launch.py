@@ -1,0 +1,39 @@
+"""Programmatic dependent launch: a kernel may start while the one before it in its stream ends.
+
+What it reads that no kernel of the step writes, weights above all, it loads at once; only then
+does it wait. On devices that cannot, kernels run as ever. CUDA C++ Programming Guide, section
+"Programmatic Dependent Launch and Synchronization".
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# Compute capability from which devices can: Hopper's.
+MIN_CAPABILITY = (9, 0)
+
+
+def launch_options(x: torch.Tensor) -> dict[str, bool]:
+    """Arguments of a launch on x's device, of a kernel that has a constant DEPENDENT."""
+    if x.is_cuda and _is_able(x.device):
+        return {"DEPENDENT": True, "launch_pdl": True}
+    return {"DEPENDENT": False}
+
+
+@functools.cache
+def _is_able(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+
+
+@triton.jit
+def wait_without_work(DEPENDENT: tl.constexpr):
+    """For programs that return early: the grid may not end before those that it follows.
+
+    The kernel after it waits for its end alone, and would else overtake those.
+    """
+    if DEPENDENT:  # noqa: SIM102 (a constant: without it nothing is compiled of what follows)
+        # One program keeps the grid from ending; the others make room.
+        if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+            tl.extra.cuda.gdc_wait()
