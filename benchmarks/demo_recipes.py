@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+from benchmarks.lora_targets import ATTENTION, MLP
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from benchmarks.lora_targets import ATTENTION
 from slora_core.config import LORA_MODULES, ModelConfig, SamplingParams
 from slora_core.engine import GenerationRequest
 
@@ -47,8 +48,6 @@ SHAPES = {
         max_position_embeddings=2048,
     ),
 }
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)

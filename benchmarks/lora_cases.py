@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.dummy_adapters import ADAPTER_STD, uniform_layout
-from benchmarks.engine_workloads import ATTENTION
+from benchmarks.lora_targets import ATTENTION
 from kernels import triton_ops
 from kernels.launch_configs import ExpandLaunch, ShrinkLaunch
 from kernels.lora_segments import DECODE_BLOCK_ROWS, LoraSegments, LoraTiles, plan_tiles

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.args import DEMO_MODEL_NAME
+from benchmarks.lora_targets import ATTENTION
 from benchmarks.trace import TraceConfig
 
 # Added to the base model's name where its weights are random.
 DUMMY_SUFFIX = "-dummy"
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
