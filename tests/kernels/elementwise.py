@@ -14,11 +14,6 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 EVERY_16_BIT_DTYPE = pytest.mark.parametrize("dtype", DTYPES[1:])
 
 
-def gpu_test(test: Callable[..., None]) -> Callable[..., None]:
-    skip = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-    return pytest.mark.gpu(skip(test))
-
-
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return x.to(DEVICE, dtype)

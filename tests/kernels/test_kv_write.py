@@ -13,9 +13,9 @@ from tests.kernels.elementwise import (
     EVERY_DTYPE,
     EVERY_OPS,
     assert_replay_equals_eager,
-    gpu_test,
     randn,
 )
+from tests.kernels.on_gpu import gpu_test
 
 NUM_POSITIONS = 60
 POSITIONS = (0, 59, 3, 3, 17, 58, 1, 2, 40)

@@ -1,7 +1,6 @@
 """The LoRA ops, the torch twins and the Triton kernels, against dense fp64 math."""
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -23,15 +22,11 @@ from tests.kernels.lora_checks import (
     randn,
     triton_ops,
 )
+from tests.kernels.on_gpu import gpu_test
 from tests.popularity import PATTERNS, draw_adapters
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def gpu_test(test: Callable[..., None]) -> Callable[..., None]:
-    skip = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-    return pytest.mark.gpu(skip(test))
 
 
 each_block_rows = pytest.mark.parametrize("block_rows", [16, 64])
@@ -247,34 +242,6 @@ def test_a_replayed_graph_equals_eager(block_rows: int) -> None:
         graph.replay()
         assert torch.equal(bits(y), expected)
     assert not torch.equal(eager[0], eager[2])
-
-
-@gpu_test
-def test_dependent_kernels_without_work_let_nobody_overtake() -> None:
-    """What follows them in a graph still waits for what they followed."""
-    case = make_lora_case([(-1, 4)], RANKS, DIMS, dtype=torch.bfloat16, block_rows=16).to(DEVICE)
-    x = randn(4, 100, dtype=torch.bfloat16).to(DEVICE)
-    y = torch.zeros(4, OUT_OFFSETS[-1], dtype=torch.bfloat16, device=DEVICE)
-    factor = torch.randn(4096, 4096, device=DEVICE)
-    expected = factor @ factor
-    product, seen = torch.zeros_like(factor), torch.zeros_like(factor)
-
-    def run() -> None:
-        product.zero_()
-        # Much longer than it takes to launch what follows.
-        torch.mm(factor, factor, out=product)
-        v = lora_shrink(x, case.pool, 0, MODULES, case.segments)
-        lora_expand(y, v, case.pool, 0, MODULES, OUT_OFFSETS, case.segments)
-        seen.copy_(product)
-
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for _ in range(3):
-        seen.zero_()
-        graph.replay()
-        assert torch.equal(seen, expected)
 
 
 @gpu_test

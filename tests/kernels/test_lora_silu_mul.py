@@ -9,7 +9,8 @@ import torch
 from kernels import reference, triton_ops
 from kernels.lora_segments import TILE_FIELDS
 from tests.kernels.cases import DEVICE, DTYPES, LoraCase, assert_close, bits, make_lora_case
-from tests.kernels.elementwise import assert_few_bits_differ, gpu_test, randn
+from tests.kernels.elementwise import assert_few_bits_differ, randn
+from tests.kernels.on_gpu import gpu_test
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

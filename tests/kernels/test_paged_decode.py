@@ -18,6 +18,7 @@ from tests.kernels.cases import (
     bits,
     make_paged_case,
 )
+from tests.kernels.on_gpu import gpu_test
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -145,8 +146,7 @@ def test_strided_queries_and_equal_bits_twice(dtype: torch.dtype) -> None:
     assert torch.equal(out, paged_decode(q.contiguous(), *args))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@gpu_test
 def test_graph_replay_of_other_lengths_equals_eager() -> None:
     dtype, rows, max_items = torch.bfloat16, 6, 40
     batches = ([900, 1, 64, 0, 257, 2100], [1, 1, 1, 1, 1, 1], [0, 4000, 0, 33, 700, 16])

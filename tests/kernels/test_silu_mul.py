@@ -13,9 +13,9 @@ from tests.kernels.elementwise import (
     EVERY_OPS,
     assert_few_bits_differ,
     assert_replay_equals_eager,
-    gpu_test,
     randn,
 )
+from tests.kernels.on_gpu import gpu_test
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
