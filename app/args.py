@@ -48,8 +48,8 @@ class SLoRAArgs(BaseModel):
     # `memory_utilization` leaves, on the CPU 24576, which holds two requests of the demo model's
     # whole context and its adapters, in 1.1 GB.
     num_pool_tokens: int | None = Field(default=None, ge=1)
-    # Share of a GPU's memory for weights, activations, graphs and the pool; the rest is for
-    # fragmentation and other processes.
+    # Share of a GPU's memory for weights, activations, logits and the pool; the rest is for CUDA
+    # graphs, fragmentation and other processes.
     memory_utilization: float = Field(default=0.92, gt=0.0, le=1.0)
     # Tokens computed in one step; longer prompts are cut. None: on the CPU 512, which keeps a step
     # of the demo model under a second on two cores, so that running requests go on beside a long

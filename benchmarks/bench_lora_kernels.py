@@ -17,10 +17,11 @@ import torch
 from benchmarks.engine_workloads import SHAPES
 from benchmarks.gpu_timer import copy_bandwidth, graph_time_us, require_cuda
 from benchmarks.lora_cases import (
-    GROUPS,
     NUM_ADAPTERS,
+    TOLERANCE,
     Adapters,
     Calls,
+    check_layer,
     layer_calls,
     make_adapters,
     make_segments,
@@ -29,8 +30,6 @@ from benchmarks.lora_prefill import check_prefill, make_prefill
 from benchmarks.lora_sweep import sweep
 from benchmarks.report import add_output_option, make_row, publish
 from kernels import reference, triton_ops
-from kernels.lora_segments import LoraSegments
-from slora_core.layers.lora import lora_groups
 from tests.popularity import draw_adapters
 
 RANKS = {"8": (8,), "64": (64,), "64/32/16/8": (64, 32, 16, 8)}
@@ -43,28 +42,8 @@ CASES += [
 ]
 # What a graph's calls read at least, several times the L2 cache.
 COLD_BYTES = 400 * 10**6
-# Largest difference from the twins, relative to the norm, in bf16.
-TOLERANCE = 2e-2
 # Of the prefill: as many rows as a step of the engine has at most.
 NUM_PROMPTS, PROMPT_LEN, PREFILL_RANK = 16, 512, 16
-
-
-def check(adapters: Adapters, segments: LoraSegments, layer: int) -> None:
-    """Raises AssertionError where the kernels do not do what their twins do."""
-    rows, pool = int(segments.seg_indptr[-1]), adapters.pool
-    for name in GROUPS:
-        group = lora_groups(adapters.model)[name]
-        x = torch.randn(rows, adapters.model.hidden_size, dtype=pool.dtype, device=pool.device)
-        results = []
-        args = pool, layer, group.modules
-        for ops in (triton_ops, reference):
-            y = torch.zeros(rows, group.out_offsets[-1], dtype=x.dtype, device=x.device)
-            v = ops.lora_shrink(x, *args, segments)
-            ops.lora_expand(y, v, *args, group.out_offsets, segments)
-            results.append(y.float())
-        actual, expected = results
-        error = float((actual - expected).norm() / expected.norm())
-        assert error < TOLERANCE, f"{name} differs from its twin by {error:.2g} of its norm"
 
 
 def measure(adapters: Adapters, batch: int, popularity: str, seed: int) -> dict[str, Any]:
@@ -73,7 +52,7 @@ def measure(adapters: Adapters, batch: int, popularity: str, seed: int) -> dict[
     drawn = [draw_adapters(popularity, batch, NUM_ADAPTERS, seed + i) for i in range(NUM_ADAPTERS)]
     if batch == 1:
         drawn = [[i] for i in range(NUM_ADAPTERS)]
-    check(adapters, make_segments(adapters, drawn[0]), num_layers - 1)
+    check_layer(adapters, make_segments(adapters, drawn[0]), num_layers - 1)
     num_sets = -(-COLD_BYTES // (adapters.layer_bytes(drawn[0]) * num_layers))
     drawn = drawn[:num_sets]
     layer_bytes = sum(adapters.layer_bytes(slots) for slots in drawn) / len(drawn)

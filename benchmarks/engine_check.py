@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from benchmarks.compare import relative_error
 from benchmarks.llama_reference import make_llama
 from slora_core.config import EngineConfig, ModelConfig, SamplingParams
 from slora_core.engine import Engine
@@ -35,23 +36,19 @@ def check_logits(model: ModelConfig, weights: DecoderWeights, device: str) -> tu
     exact = _transformers_logits(
         model, {name: view.float() for name, view in views.items()}, prompt
     )
-    theirs = _relative_error(_transformers_logits(model, views, prompt), exact)
+    theirs = relative_error(_transformers_logits(model, views, prompt), exact)
     config = EngineConfig(
         device=device, dtype=dtype, num_pool_tokens=1024, max_running_requests=1, cuda_graphs=False
     )
     engine = Engine(model, config, weights)
     request = Request("check", prompt.tolist(), SamplingParams(max_tokens=1, temperature=0.0))
     engine.add_request(request)
-    ours = _relative_error(engine.runner.logits(engine.scheduler.schedule())[0], exact)
+    ours = relative_error(engine.runner.logits(engine.scheduler.schedule())[0], exact)
     figures = f"logits differ from fp32 by {ours:.2g} of their norm, transformers' by {theirs:.2g}"
     if not ours < max(LIMIT * theirs, FLOOR):
         sys.exit(f"no report: {figures}")
     print(figures, file=sys.stderr)
     return ours, theirs
-
-
-def _relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual - exact).norm() / exact.norm())
 
 
 @torch.inference_mode()

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.compare import assert_near
 from benchmarks.dummy_adapters import ADAPTER_STD, uniform_layout
 from benchmarks.lora_targets import ATTENTION
-from kernels import triton_ops
+from kernels import reference, triton_ops
 from kernels.launch_configs import ExpandLaunch, ShrinkLaunch
 from kernels.lora_segments import DECODE_BLOCK_ROWS, LoraSegments, LoraTiles, plan_tiles
 from slora_core.adapters.page_layout import AdapterGeometry
@@ -20,6 +21,8 @@ from slora_core.layers.lora import GATE_UP, O_PROJ, QKV, lora_groups
 
 NUM_ADAPTERS = 64
 GROUPS = (QKV, O_PROJ)
+# Largest difference from the twins, relative to the norm, in bf16.
+TOLERANCE = 2e-2
 
 # By kind of kernel.
 Calls = dict[str, list[Callable[[], object]]]
@@ -88,7 +91,7 @@ def make_segments(adapters: Adapters, slots: Sequence[int]) -> LoraSegments:
     device = adapters.pool.device
     tiles = plan_tiles(indptr, seg_slots, DECODE_BLOCK_ROWS)
     # As many entries as a graph of this batch size has.
-    num_tiles = max(len(ordered), len(tiles))
+    num_tiles = len(ordered)
     return LoraSegments(
         seg_indptr=torch.tensor(indptr, dtype=torch.int32, device=device),
         seg_slots=torch.tensor(seg_slots, dtype=torch.int32, device=device),
@@ -148,3 +151,41 @@ def silu_call(
     gate_up = torch.randn(rows, group.out_offsets[-1], dtype=dtype, device=device)
     v = triton_ops.lora_shrink(x, *args)
     return lambda: triton_ops.lora_silu_mul(gate_up, v, *args, launch=launch)
+
+
+def check_layer(
+    adapters: Adapters,
+    segments: LoraSegments,
+    layer: int,
+    shrink_launch: ShrinkLaunch | None = None,
+    expand_launch: ExpandLaunch | None = None,
+) -> None:
+    """Raises AssertionError where shrink and expand do not do what their twins do."""
+    rows, pool = int(segments.seg_indptr[-1]), adapters.pool
+    for name in GROUPS:
+        group = lora_groups(adapters.model)[name]
+        args = pool, layer, group.modules
+        bounds = group.out_offsets
+        x = torch.randn(rows, adapters.model.hidden_size, dtype=pool.dtype, device=pool.device)
+        ours = torch.zeros(rows, bounds[-1], dtype=x.dtype, device=x.device)
+        twins = torch.zeros_like(ours)
+        v = triton_ops.lora_shrink(x, *args, segments, launch=shrink_launch)
+        triton_ops.lora_expand(ours, v, *args, bounds, segments, launch=expand_launch)
+        v = reference.lora_shrink(x, *args, segments)
+        reference.lora_expand(twins, v, *args, bounds, segments)
+        assert_near(name, ours, twins, TOLERANCE)
+
+
+def check_silu(
+    adapters: Adapters, segments: LoraSegments, layer: int, launch: ExpandLaunch | None = None
+) -> None:
+    """Raises AssertionError where SiLU-mul with deltas does not do what its twin does."""
+    group = lora_groups(adapters.model)[GATE_UP]
+    rows, pool = int(segments.seg_indptr[-1]), adapters.pool
+    args = pool, layer, group.modules, segments
+    x = torch.randn(rows, adapters.model.hidden_size, dtype=pool.dtype, device=pool.device)
+    gate_up = torch.randn(rows, group.out_offsets[-1], dtype=x.dtype, device=x.device)
+    v = triton_ops.lora_shrink(x, *args)
+    ours = triton_ops.lora_silu_mul(gate_up.clone(), v, *args, launch=launch)
+    twins = reference.lora_silu_mul(gate_up, reference.lora_shrink(x, *args), *args)
+    assert_near("silu_mul", ours, twins, TOLERANCE)

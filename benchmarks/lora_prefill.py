@@ -9,8 +9,10 @@ from types import ModuleType
 
 import torch
 
+from benchmarks.compare import assert_near
+from benchmarks.dummy_adapters import uniform_layout
 from kernels.lora_segments import LoraSegments, LoraTiles, choose_block_rows, plan_tiles
-from slora_core.adapters.page_layout import AdapterGeometry, plan_layout
+from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import LORA_MODULES, EngineConfig, ModelConfig
@@ -70,8 +72,7 @@ def make_prefill(
     model = replace(model, num_layers=NUM_LAYERS)
     engine = EngineConfig(dtype=dtype)
     geometry = AdapterGeometry.of(model, engine)
-    keys = [(layer, m) for layer in range(NUM_LAYERS) for m in range(len(LORA_MODULES))]
-    layout = plan_layout(geometry, dict.fromkeys(keys, rank), dict.fromkeys(keys, 1.0))
+    layout = uniform_layout(geometry, LORA_MODULES, rank)
     pages_per_prompt = -(-prompt_len // engine.page_tokens)
     num_kv_pages = num_prompts * pages_per_prompt
     num_pages = num_kv_pages + layout.num_pages
@@ -79,29 +80,20 @@ def make_prefill(
     pool = torch.empty(num_pages, NUM_LAYERS, geometry.page_elems, dtype=dtype, device=device)
     pool.normal_(0.0, WEIGHT_STD, generator=generator)
     order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).int()
-    block_tables = order[:num_kv_pages].view(num_prompts, pages_per_prompt)
-    tokens = torch.arange(prompt_len)
-    slots = block_tables[:, tokens // engine.page_tokens] * engine.page_tokens
     rows = num_prompts * prompt_len
-    lens = [prompt_len] * num_prompts
-    planner = AttentionPlanner(model, dtype)
-    attention = AttentionBatch(
-        slot_mapping=(slots + tokens % engine.page_tokens).flatten().int().to(device),
-        num_decodes=0,
-        decode_block_tables=torch.empty(0, 1, dtype=torch.int32, device=device),
-        decode_context_lens=torch.empty(0, dtype=torch.int32, device=device),
-        query_indptr=torch.arange(0, rows + 1, prompt_len, dtype=torch.int32, device=device),
-        prefill_block_tables=block_tables.to(device),
-        prefill_context_lens=torch.tensor(lens, dtype=torch.int32, device=device),
-        prefill_plan=planner.prefill(lens, lens, planner.prefill_block_rows(lens)).to(device),
-    )
     return PrefillInputs(
         model,
         dummy_weights(model, device, dtype, seed),
         pool,
         engine.page_tokens,
-        tokens.repeat(num_prompts).to(device),
-        attention,
+        torch.arange(prompt_len).repeat(num_prompts).to(device),
+        _attention(
+            AttentionPlanner(model, dtype),
+            order[:num_kv_pages].view(num_prompts, pages_per_prompt),
+            prompt_len,
+            engine.page_tokens,
+            device,
+        ),
         LoraSegments(
             seg_indptr=torch.tensor([0, rows], dtype=torch.int32, device=device),
             seg_slots=torch.zeros(1, dtype=torch.int32, device=device),
@@ -116,6 +108,30 @@ def make_prefill(
     )
 
 
+def _attention(
+    planner: AttentionPlanner,
+    block_tables: torch.Tensor,
+    prompt_len: int,
+    page_tokens: int,
+    device: torch.device,
+) -> AttentionBatch:
+    """Whole prompts, one a row of the block tables."""
+    num_prompts = block_tables.shape[0]
+    tokens, lens = torch.arange(prompt_len), [prompt_len] * num_prompts
+    slots = block_tables[:, tokens // page_tokens] * page_tokens + tokens % page_tokens
+    bounds = torch.arange(0, num_prompts * prompt_len + 1, prompt_len, dtype=torch.int32)
+    return AttentionBatch(
+        slot_mapping=slots.flatten().int().to(device),
+        num_decodes=0,
+        decode_block_tables=torch.empty(0, 1, dtype=torch.int32, device=device),
+        decode_context_lens=torch.empty(0, dtype=torch.int32, device=device),
+        query_indptr=bounds.to(device),
+        prefill_block_tables=block_tables.to(device),
+        prefill_context_lens=torch.tensor(lens, dtype=torch.int32, device=device),
+        prefill_plan=planner.prefill(lens, lens, planner.prefill_block_rows(lens)).to(device),
+    )
+
+
 def _tiles(rows: int, device: torch.device) -> LoraTiles:
     block_rows = choose_block_rows(rows, 1)
     return LoraTiles.of(plan_tiles([0, rows], [0], block_rows), block_rows, device=device)
@@ -127,6 +143,4 @@ def check_prefill(inputs: PrefillInputs, ops: Sequence[ModuleType], tolerance: f
     for module in ops:
         torch.manual_seed(0)
         results.append(inputs.calls(module, with_lora=True)[-1]().float())
-    actual, expected = results
-    error = float((actual - expected).norm() / expected.norm())
-    assert error < tolerance, f"a layer's prefill differs from its twin by {error:.2g} of its norm"
+    assert_near("a layer's prefill", results[0], results[1], tolerance)

@@ -1,7 +1,8 @@
 """Tries launch parameters of decode steps' LoRA kernels for `bench_lora_kernels --sweep`.
 
 A layer's q, k, v and o by each launch of `lora_shrink` and of `lora_expand`, and SiLU-mul with
-deltas by each of `lora_silu_mul`. A variant that fails is a line with its error and ends nothing.
+deltas by each of `lora_silu_mul`. A variant that fails, or is
+wrong, is a line with its error and ends nothing.
 """
 
 import itertools
@@ -13,7 +14,15 @@ import torch
 
 from benchmarks.attention_sweep import describe
 from benchmarks.gpu_timer import graph_time_us
-from benchmarks.lora_cases import Adapters, layer_calls, make_adapters, make_segments, silu_call
+from benchmarks.lora_cases import (
+    Adapters,
+    check_layer,
+    check_silu,
+    layer_calls,
+    make_adapters,
+    make_segments,
+    silu_call,
+)
 from kernels.launch_configs import ExpandLaunch, ShrinkLaunch, expand_launch, shrink_launch
 from kernels.lora_segments import DECODE_BLOCK_ROWS, LoraSegments
 from slora_core.config import LORA_MODULES, ModelConfig
@@ -82,7 +91,8 @@ def _layers(
     shrink: ShrinkLaunch | None = None,
     expand: ExpandLaunch | None = None,
 ) -> Calls:
-    """A call a layer, of q, k, v and then of o."""
+    """A call a layer, of q, k, v and then of o; compared with the twins in one place."""
+    check_layer(adapters, *places[0], shrink, expand)
     pairs = [
         layer_calls(adapters, segments, layer, shrink, expand)["both"] for segments, layer in places
     ]
@@ -90,6 +100,8 @@ def _layers(
 
 
 def _silu_muls(adapters: Adapters, places: Places, launch: ExpandLaunch) -> Calls:
+    """A call a layer; compared with the twins in one place."""
+    check_silu(adapters, *places[0], launch)
     return [silu_call(adapters, segments, layer, launch) for segments, layer in places]
 
 

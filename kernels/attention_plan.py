@@ -54,13 +54,6 @@ class DecodePlan:
             self.chunk_tokens.to(device),
         )
 
-    def copy_(self, source: Self) -> None:
-        """Take the contents of a plan of the same sizes, in place."""
-        self.item_rows.copy_(source.item_rows)
-        self.item_starts.copy_(source.item_starts)
-        self.row_items.copy_(source.row_items)
-        self.chunk_tokens.copy_(source.chunk_tokens)
-
 
 def max_decode_items(num_decodes: int, num_kv_heads: int) -> int:
     """Items to provide for a batch of this many rows: one each, and what fills the GPU."""

@@ -31,7 +31,8 @@ def _is_able(device: torch.device) -> bool:
 def wait_without_work(DEPENDENT: tl.constexpr):
     """For programs that return early: the grid may not end before those that it follows.
 
-    The kernel after it waits for its end alone, and would else overtake those.
+    The kernel after it waits for its end alone, and would else overtake those. One program a grid
+    does: the first, which waits in a kernel with work as well, whatever others have none.
     """
     if DEPENDENT:  # noqa: SIM102 (a constant: without it nothing is compiled of what follows)
         # One program keeps the grid from ending; the others make room.

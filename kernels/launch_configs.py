@@ -7,8 +7,8 @@ graph is captured; contents of tensors are not.
 from dataclasses import dataclass, replace
 from typing import Self
 
-# Rows of packed adapters, and pages, are multiples of this many elements.
-ROW_ALIGNMENT = 64
+from kernels.lora_segments import row_elems
+
 # Tiles of up to this many rows are for decoding: most hold a single row.
 MAX_DECODE_BLOCK_ROWS = 32
 # Programs that keep a large GPU busy: two a multiprocessor.
@@ -130,12 +130,7 @@ def lora_silu_launch(block_rows: int, max_rank: int, itemsize: int = 2) -> Expan
     launch = expand_launch(block_rows, max_rank, itemsize)
     # Two tiles of weights: columns in decodes are fewer, so that more programs are at work.
     dot_block_n = 64 if block_rows <= MAX_DECODE_BLOCK_ROWS else 128
-    return replace(launch, dot_block_n=dot_block_n * 2 // itemsize)
-
-
-def row_elems(features: int) -> int:
-    """Elements from one row of an adapter's stream to the next."""
-    return _round_up(features, ROW_ALIGNMENT)
+    return replace(launch, block_n=1024, dot_block_n=dot_block_n * 2 // itemsize)
 
 
 def _tile_limit(features: int, page_elems: int) -> int:

@@ -1,4 +1,4 @@
-"""Arguments shared by `lora_shrink` and `lora_expand`: which rows use which adapter, and where.
+"""Arguments that the LoRA ops share: which rows use which adapter, and where its weights lie.
 
 The batch builder makes one `LoraSegments` a step; kernels only read it.
 """
@@ -9,6 +9,15 @@ from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
+
+# Rows of an adapter's weights begin at multiples of this many elements of its stream, and a page
+# holds a multiple of them, so that no run of so many straddles a page.
+ROW_ALIGNMENT = 64
+
+
+def row_elems(features: int) -> int:
+    """Elements from one row of `features` to the next."""
+    return -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,8 @@ MANY_TILES = 64
 class Tile(NamedTuple):
     """Rows [row_start, row_end) of the adapter in `slot`, or one share of their work.
 
-    Share s of `num_shares` computes every num_shares-th run of columns of `lora_expand`, from the
-    s-th on; share 0 computes `lora_shrink` alone.
+    Share s of `num_shares` computes every num_shares-th run of columns of outputs, from the s-th
+    on; share 0 computes `lora_shrink` alone.
     """
 
     slot: int
@@ -169,13 +178,17 @@ def plan_tiles(seg_indptr: Sequence[int], seg_slots: Sequence[int], block_rows: 
             ]
             start = whole_end
         tiles += [Tile(slot, row, row + 1) for row in range(start, end)]
-    if block_rows >= PROMPT_BLOCK_ROWS and len(tiles) >= MANY_TILES:
+    if block_rows >= PROMPT_BLOCK_ROWS and sum(map(_is_large, tiles)) >= MANY_TILES:
         return tiles
     return [share for tile in tiles for share in _shares(tile)]
 
 
+def _is_large(tile: Tile) -> bool:
+    return tile.row_end - tile.row_start >= MIN_DOT_ROWS
+
+
 def _shares(tile: Tile) -> list[Tile]:
-    if tile.row_end - tile.row_start < MIN_DOT_ROWS:
+    if not _is_large(tile):
         return [tile]
     return [tile._replace(share=share, num_shares=NUM_SHARES) for share in range(NUM_SHARES)]
 

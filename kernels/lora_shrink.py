@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from kernels.dependent_launch import launch_options, wait_without_work
-from kernels.launch_configs import ShrinkLaunch, row_elems, shrink_launch
-from kernels.lora_segments import LoraSegments
+from kernels.launch_configs import ShrinkLaunch, shrink_launch
+from kernels.lora_segments import LoraSegments, row_elems
 from kernels.lora_stream import VARYING_POINTERS, find_pages, load_on_pages, load_weights, pick
 
 

@@ -1,4 +1,4 @@
-"""Tiles of an adapter's weights in the pool, for the programs of `lora_shrink` and `lora_expand`.
+"""Tiles of an adapter's weights in the pool, for the programs of the LoRA kernels.
 
 A layer's stream is cut into pages that may lie anywhere, so a row of weights may go on elsewhere
 in its middle. A row of a tile is so short that it meets two pages at most: the ids of both are
@@ -16,6 +16,8 @@ VARYING_POINTERS = [
     "tile_slots_ptr",
     "tile_starts_ptr",
     "tile_ends_ptr",
+    "tile_shares_ptr",
+    "tile_num_shares_ptr",
 ]
 
 
@@ -57,13 +59,13 @@ def find_pages(
     if (ROWS - 1) * MAX_ROW_ELEMS + COLUMNS <= PAGE_ELEMS:
         # The rows together meet two pages: scalars do, which cost a load for all.
         page = first // PAGE_ELEMS
-        is_used = num_rows > 0
+        is_used = (num_rows > 0) & (num_columns > 0)
         end = first + (tl.minimum(num_rows, ROWS) - 1) * row_elems + num_columns
     else:
         rows = tl.arange(0, ROWS)[:, None]
         starts = first + rows * row_elems
         page = starts // PAGE_ELEMS
-        is_used = rows < num_rows
+        is_used = (rows < num_rows) & (num_columns > 0)
         end = starts + num_columns
     boundary = (page + 1) * PAGE_ELEMS
     page_id = tl.load(table_ptr + page, mask=is_used, other=0).to(tl.int64)

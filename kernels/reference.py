@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention_plan import DecodePlan, PrefillPlan
-from kernels.lora_segments import LoraSegments
-
-# Rows of packed adapters are padded to this many elements (`AdapterLayout`).
-ROW_ALIGNMENT = 64
+from kernels.lora_segments import LoraSegments, row_elems
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -53,10 +50,10 @@ def rotary_kv_write(
         k: [rows, num_kv_heads, head_dim], mutated.
         v: as k.
         cos_sin: [max_positions, head_dim], cos of half the frequencies and then their sin.
-        positions: int64 [rows].
+        positions: int32 or int64 [rows].
         kv_cache: mutated at `layer`.
-        slot_mapping: int64 [rows], page_id * page_tokens + offset of each row's token; -1 is a
-            row that pads the batch, of which nothing is read or written.
+        slot_mapping: int32 or int64 [rows], page_id * page_tokens + offset of each row's token;
+            -1 is a row that pads the batch, of which nothing is read or written.
     """
     if (slot_mapping < 0).any():
         rows = (slot_mapping >= 0).nonzero().squeeze(1)
@@ -330,7 +327,7 @@ def _stream_rows(
     layer of the pool, [num_pages, page_elems].
     """
     page_elems = layer_pool.shape[1]
-    width = -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    width = row_elems(features)
     first, last = offset // page_elems, (offset + rank * width - 1) // page_elems
     page_ids = page_table[first : last + 1]
     start = offset - first * page_elems

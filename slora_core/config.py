@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kernels.lora_segments import ROW_ALIGNMENT
 from slora_core.errors import InvalidRequestError
 
 # Field order is the order of an adapter's stream and of every per-module array.
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-# Rows of a packed adapter are padded to this many elements, so that no tile straddles a page.
-ROW_ALIGNMENT = 64
 
 # Largest rank of an adapter: what the LoRA kernels are built and tested for.
 MAX_RANK = 256
@@ -85,8 +83,8 @@ class EngineConfig:
     # Pool size in tokens of KV; adapters take their pages from the same pool. None, on CUDA only,
     # takes what `memory_utilization` leaves.
     num_pool_tokens: int | None = 16384
-    # Share of the device's memory that weights, activations, graphs and the pool may take, of
-    # which the pool takes the rest; the remainder is for fragmentation and other processes.
+    # Share of the device's memory that weights, activations, logits and the pool may take, of
+    # which the pool takes the rest; what remains is for graphs, fragmentation and other processes.
     memory_utilization: float = 0.92
     # Tokens computed in one step; a longer prompt is cut into chunks of what the budget leaves.
     max_batched_tokens: int = 512
@@ -100,7 +98,8 @@ class EngineConfig:
     admission_output_tokens: int | None = 256
     # Keep full pages of KV for requests of the same adapter that begin with the same tokens.
     prefix_caching: bool = True
-    # On CUDA: replay decode steps as graphs, captured at start for ranks up to graph_max_rank;
+    # On CUDA: replay steps of decodes and of short prompts as graphs, captured at start for ranks
+    # up to graph_max_rank;
     # larger ones are captured when first used, which stalls one step for a second.
     cuda_graphs: bool = True
     graph_max_rank: int = 64

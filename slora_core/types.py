@@ -159,7 +159,7 @@ class AttentionBatch:
 
     Rows [0, num_decodes) are one token of one request each; prefill request p has rows
     num_decodes + [query_indptr[p], query_indptr[p + 1]). Context lengths count the rows' own
-    tokens. Block tables are padded with page 0, never read past the context length.
+    tokens. Block tables hold valid page ids past the context length too, which are never read.
     """
 
     # int32 [T]: page_id * page_tokens + offset of each row's own token; -1 for a padding row.

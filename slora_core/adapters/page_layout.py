@@ -1,7 +1,7 @@
 """Where an adapter's weights lie in pages, and the packing of weights into page order.
 
 Owns the page-stream format of the unified pool. It knows no files (`peft_weights` reads them) and
-no device (`residency` copies whole pages). In each layer the stream holds, for each module of
+no device (`device_tables` copies whole pages). In each layer the stream holds, for each module of
 `LORA_MODULES` that is present, A as `rank` rows of in_features and then B transposed as `rank`
 rows of out_features, every row padded to `ROW_ALIGNMENT` elements. Element `o` of layer `l` lies
 at `pages[o // page_elems, l, o % page_elems]`, so one table of page ids serves every layer.
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from slora_core.config import LORA_MODULES, MAX_RANK, ROW_ALIGNMENT, EngineConfig, ModelConfig
+from kernels.lora_segments import row_elems
+from slora_core.config import LORA_MODULES, MAX_RANK, EngineConfig, ModelConfig
 
 # (layer, index in LORA_MODULES)
 ModuleKey = tuple[int, int]
@@ -81,14 +82,9 @@ class PackedAdapter:
     pages: torch.Tensor
 
 
-def padded(features: int) -> int:
-    """`features` rounded up to a whole number of `ROW_ALIGNMENT` elements."""
-    return -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-
 def max_adapter_pages(geometry: AdapterGeometry) -> int:
     """Pages of an adapter of `MAX_RANK` on every module: no adapter has more."""
-    widths = sum(padded(fan_in) + padded(fan_out) for fan_in, fan_out in geometry.module_dims)
+    widths = sum(row_elems(fan_in) + row_elems(fan_out) for fan_in, fan_out in geometry.module_dims)
     return -(-MAX_RANK * widths // geometry.page_elems)
 
 
@@ -106,10 +102,10 @@ def plan_layout(
             rank = ranks.get((layer, module), 0)
             if rank == 0:
                 continue
-            offset_b = end + rank * padded(in_features)
+            offset_b = end + rank * row_elems(in_features)
             offsets[layer, module] = torch.tensor([rank, end, offset_b], dtype=torch.int32)
             scales[layer, module] = scaling[layer, module]
-            end = offset_b + rank * padded(out_features)
+            end = offset_b + rank * row_elems(out_features)
         longest = max(longest, end)
     return AdapterLayout(
         num_pages=-(-longest // geometry.page_elems),
@@ -149,5 +145,5 @@ def pack_adapter(
 
 def _rows(stream: torch.Tensor, offset: int, rank: int, features: int) -> torch.Tensor:
     """View of `rank` rows of `features` elements that start at `offset` of a layer's stream."""
-    width = padded(features)
+    width = row_elems(features)
     return stream[offset : offset + rank * width].view(rank, width)[:, :features]

@@ -75,7 +75,7 @@ class AdapterResidency:
             self._queue.make_room(num_pages)
             if not self._free_slots:
                 least = min(self._idle.values(), key=lambda adapter: adapter.worth)
-                self._queue.discard(least)
+                self._queue.evicted(least)
                 self._evict(least)
             adapter = ResidentAdapter(
                 adapter_id,

@@ -11,7 +11,7 @@ class AttentionBackend(Protocol):
     """Rotates, writes and attends against the unified pool; plans once a step, runs per layer."""
 
     def plan(self, batch: AttentionBatch, positions: torch.Tensor) -> None:
-        """Prepare what all layers of the step share. `positions` int64 [rows]."""
+        """Prepare what all layers of the step share. `positions` int32 or int64 [rows]."""
 
     def run(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention output [rows, num_heads, head_dim]; q and k may be mutated.

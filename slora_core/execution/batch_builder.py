@@ -24,6 +24,7 @@ from kernels.lora_segments import (
 from slora_core.adapters.device_tables import DeviceAdapterTables
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.execution.buckets import RANK_BUCKETS, LoraShape, bucket_of
+from slora_core.execution.chunks import is_plain_decode, logit_rows, num_runs
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.row_state import RowState
 from slora_core.types import AttentionBatch, ForwardBatch, SamplingBatch, ScheduledChunk
@@ -78,7 +79,7 @@ class BatchBuilder:
             num_decodes,
             len(chunks) - num_decodes,
             lora,
-            choose_block_rows(sum(chunk_lens), len(chunks)),
+            choose_block_rows(sum(chunk_lens), num_runs(chunks)),
             prefill_rows,
         )
 
@@ -99,7 +100,7 @@ class BatchBuilder:
         if shape.lora is not None:
             self._add_lora(fields, chunks, shape, num_rows)
         if num_rows is None and not all(is_plain_decode(chunk) for chunk in chunks):
-            fields.add("logit_rows", _logit_rows(chunks))
+            fields.add("logit_rows", logit_rows(chunks))
         return fields
 
     def forward_batch(self, views: Mapping[str, torch.Tensor], shape: BatchShape) -> ForwardBatch:
@@ -300,35 +301,3 @@ def _prefill_plan(views: Mapping[str, torch.Tensor], block_rows: int) -> Prefill
     if "query_tile_requests" not in views:
         return None
     return PrefillPlan(views["query_tile_requests"], views["query_tile_starts"], block_rows)
-
-
-def as_decodes(chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
-    """Chunks of one token each: a token of a prompt attends as a decode does, to all up to itself.
-
-    A step writes the KV of all rows before any row reads it.
-    """
-    rows = []
-    for chunk in chunks:
-        if chunk.end - chunk.start == 1:
-            rows.append(chunk)
-            continue
-        for end in range(chunk.start + 1, chunk.end + 1):
-            last = end == chunk.end
-            rows.append(chunk._replace(start=end - 1, end=end, samples=last and chunk.samples))
-    return rows
-
-
-def is_plain_decode(chunk: ScheduledChunk) -> bool:
-    """One row that samples; a prompt's part of one token is a decode row that does not."""
-    return chunk.is_decode and chunk.samples
-
-
-def _logit_rows(chunks: Sequence[ScheduledChunk]) -> list[int]:
-    """The last row of each chunk that samples."""
-    rows: list[int] = []
-    end = 0
-    for chunk in chunks:
-        end += chunk.end - chunk.start
-        if chunk.samples:
-            rows.append(end - 1)
-    return rows

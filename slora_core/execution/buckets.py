@@ -43,6 +43,12 @@ def batch_buckets(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
+def warm_up_sizes(max_tokens: int) -> list[int]:
+    """Lengths of a prompt that together are launched in all the ways that prompts are."""
+    sizes = [16, *(size << i for i in range(max_tokens.bit_length()) for size in (32, 48))]
+    return [size for size in sizes if size < max_tokens] + [max_tokens]
+
+
 def bucket_of(value: int, buckets: Sequence[int]) -> int:
     """The smallest of the ascending buckets that holds `value`; the last one holds all."""
     return next(bucket for bucket in buckets if value <= bucket)

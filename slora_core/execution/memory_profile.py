@@ -23,7 +23,7 @@ _GRAPH_COPIES = 2
 
 
 def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> int:
-    """Pages that fit into `memory_utilization` beside weights, activations and graphs.
+    """Pages that fit into `memory_utilization` beside weights, activations and logits.
 
     Runs a step of `max_batched_tokens` on a small pool and counts its peak.
 

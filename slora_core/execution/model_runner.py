@@ -20,8 +20,6 @@ from slora_core.config import EngineConfig, ModelConfig, SamplingParams
 from slora_core.execution.batch_builder import (
     BatchBuilder,
     BatchShape,
-    as_decodes,
-    is_plain_decode,
 )
 from slora_core.execution.buckets import (
     MODULE_BUCKETS,
@@ -29,7 +27,9 @@ from slora_core.execution.buckets import (
     LoraShape,
     batch_buckets,
     max_graph_rows,
+    warm_up_sizes,
 )
+from slora_core.execution.chunks import as_decodes, is_plain_decode
 from slora_core.execution.decode_graphs import DecodeGraphs, GraphKey
 from slora_core.execution.row_state import RowState
 from slora_core.execution.sampler import sample
@@ -85,8 +85,7 @@ class ModelRunner:
         """
         most = min(self._engine.max_batched_tokens, self._engine.context_len(self._model))
         most = min(most, self._engine.num_pages * self._engine.page_tokens)
-        sizes = [16, *(64 << i for i in range(most.bit_length()))]
-        for num_tokens in [size for size in sizes if size < most] + [most]:
+        for num_tokens in warm_up_sizes(most):
             for lora in (None, *self._lora_shapes()):
                 self._warm_up(num_tokens, lora)
 
@@ -139,7 +138,8 @@ class ModelRunner:
         logits, rows = self._replay(plan) or self._run(plan)
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
         if not sampling:
-            return StepHandle(torch.empty(0, dtype=torch.int32))
+            # On the device: the step is waited for like any other.
+            return StepHandle(torch.empty(0, dtype=torch.int32, device=self._device))
         tokens = sample(logits, self._builder.sampling(sampling)).int()
         self._rows.write_last_tokens(rows, tokens)
         return StepHandle(tokens)

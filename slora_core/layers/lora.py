@@ -1,4 +1,4 @@
-"""Linear layers with heterogeneous LoRA on top: one base matmul, then shrink and expand.
+"""Linear layers with heterogeneous LoRA on top: one base matmul, a shrink, and the deltas.
 
 A layer serves a group of modules that share their input (q, k, v; gate, up) as one fused matrix.
 """

@@ -75,6 +75,10 @@ class EvictionQueue:
         while self._numbers and not self._pool.can_allocate(num_pages):
             _, number, entry, evict = heapq.heappop(self._heap)
             if self._numbers.get(entry) == number:
-                del self._numbers[entry]
-                self._clock.evicted(entry)
+                self.evicted(entry)
                 evict()
+
+    def evicted(self, entry: CacheEntry) -> None:
+        """An idle entry goes for want of what it holds: those that stay have aged."""
+        self._clock.evicted(entry)
+        self.discard(entry)

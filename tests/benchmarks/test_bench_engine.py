@@ -46,8 +46,9 @@ def test_steps(capsys):
         (3, 1),
         (3, 3),
     ]
-    # Prefill samples the first token.
-    assert all(row["num_steps"] == 5 and row["decode_step_ms"] > 0 for row in decode)
+    # Prefills sample the first token, and more for what is ahead of others; two are not timed.
+    assert [row["num_steps"] for row in decode[:2]] == [3, 3]
+    assert all(0 < row["num_steps"] <= 3 and row["decode_step_ms"] > 0 for row in decode)
     prefill = [row for row in rows if row["workload"] == "prefill"]
     assert [row["num_adapters"] for row in prefill] == [0, 1, 3]
     rate = prefill[0]["tokens_per_s"] * prefill[0]["prefill_ms"] / 1e3

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from benchmarks import bench_lora_kernels as bench
 from benchmarks import lora_cases, lora_sweep
 from benchmarks.engine_workloads import SHAPES
 from benchmarks.lora_prefill import check_prefill, make_prefill
@@ -14,7 +13,7 @@ from tests.kernels.cases import DEVICE
 @pytest.fixture
 def adapters(monkeypatch):
     monkeypatch.setattr(lora_cases, "NUM_ADAPTERS", 4)
-    return bench.make_adapters(SHAPES["tiny"], (8, 20), DEVICE, torch.float32)
+    return lora_cases.make_adapters(SHAPES["tiny"], (8, 20), DEVICE, torch.float32)
 
 
 def test_weights_that_must_move(adapters):
@@ -29,8 +28,8 @@ def test_weights_that_must_move(adapters):
 
 @pytest.mark.parametrize("slots", [[2], [3, 1, 1, 0, 3], [0] * 17])
 def test_calls_are_compared_with_the_twins(adapters, slots, monkeypatch):
-    segments = bench.make_segments(adapters, slots)
-    calls = bench.layer_calls(adapters, segments, 1)
+    segments = lora_cases.make_segments(adapters, slots)
+    calls = lora_cases.layer_calls(adapters, segments, 1)
     assert {kind: len(some) for kind, some in calls.items()} == {
         "shrink": 2,
         "expand": 2,
@@ -39,10 +38,10 @@ def test_calls_are_compared_with_the_twins(adapters, slots, monkeypatch):
     for some in calls.values():
         for call in some:
             call()
-    bench.check(adapters, segments, 1)
-    monkeypatch.setattr(bench.triton_ops, "lora_expand", lambda y, *_: y.add_(1.0))
+    lora_cases.check_layer(adapters, segments, 1)
+    monkeypatch.setattr(triton_ops, "lora_expand", lambda y, *_, **__: y.add_(1.0))
     with pytest.raises(AssertionError, match="differs from its twin"):
-        bench.check(adapters, segments, 1)
+        lora_cases.check_layer(adapters, segments, 1)
 
 
 def test_a_layer_over_prompts_is_compared_with_the_twins(monkeypatch):
@@ -54,7 +53,7 @@ def test_a_layer_over_prompts_is_compared_with_the_twins(monkeypatch):
     assert not torch.equal(base, lora)
     monkeypatch.setattr(triton_ops, "lora_expand", lambda *_: None)
     with pytest.raises(AssertionError, match="differs from its twin"):
-        check_prefill(inputs, (triton_ops, reference), bench.TOLERANCE)
+        check_prefill(inputs, (triton_ops, reference), lora_cases.TOLERANCE)
 
 
 def test_sweep_tries_every_launch(monkeypatch, capsys):
@@ -75,5 +74,6 @@ def test_sweep_tries_every_launch(monkeypatch, capsys):
     # Not a power of two.
     assert len(failed) == 4
     assert all(" 96 columns" in line for line in failed)
+    assert not [line for line in lines if "differs" in line]
     for name in ("shrink 2 parts", "expand 64 columns", "silu_mul 64 columns"):
         assert sum(name in line for line in lines) == 2

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from slora_core.config import SamplingParams
 from slora_core.engine import Engine, GenerationRequest
 from slora_core.types import Request, StepPlan
 from tests.gpu.cases import SMALL_KINDS, make_entries, needs_gpu
@@ -52,6 +53,22 @@ def test_steady_decoding_waits_for_nothing(
     assert engine.stats().num_running == 12
     # Nor does the driver, which waits where memory is taken from it.
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
+def test_a_step_that_samples_nothing_is_waited_for(make_engine) -> None:
+    """What such a step reads and writes is nobody else's before the device is through with it."""
+    engine = make_engine(max_batched_tokens=64)
+    prompt = GenerationRequest(list(range(3, 203)), SamplingParams(max_tokens=1), None)
+    _add(engine, [prompt], "long")
+    plan = engine.scheduler.schedule()
+    assert [(chunk.end, chunk.samples) for chunk in plan.chunks] == [(64, False)]
+    stream = torch.cuda.current_stream()
+    # Clock cycles: a tenth of a second and more.
+    torch.cuda._sleep(200_000_000)
+    handle = engine.runner.launch(plan)
+    assert not stream.query(), "the device is busy with the step"
+    assert handle.token_ids() == []
+    assert stream.query()
 
 
 def test_prompts_and_cold_adapters_join_without_a_wait(make_engine) -> None:

@@ -93,10 +93,9 @@ def test_a_single_long_row_fills_a_gpu(num_kv_heads: int) -> None:
 
 def test_decode_plans_of_one_batch_size_have_the_same_shapes() -> None:
     first, second = plan_decode([1, 2, 3], 20), plan_decode([9000, 0, 70], 20)
-    first.copy_(second)
     for name in ("item_rows", "item_starts", "row_items", "chunk_tokens"):
-        assert getattr(first, name).dtype == torch.int32
-        assert torch.equal(getattr(first, name), getattr(second, name))
+        assert getattr(first, name).dtype == getattr(second, name).dtype == torch.int32
+        assert getattr(first, name).shape == getattr(second, name).shape
 
 
 def test_planning_a_large_batch_is_quick(one_thread: None) -> None:

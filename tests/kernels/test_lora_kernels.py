@@ -1,12 +1,10 @@
 """The LoRA ops, the torch twins and the Triton kernels, against dense fp64 math."""
 
-import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kernels import reference
 from kernels.launch_configs import ExpandLaunch, ShrinkLaunch
 from kernels.lora_expand import lora_expand
 from kernels.lora_segments import TILE_FIELDS, LoraSegments, LoraTiles, Tile
@@ -47,23 +45,6 @@ MIXED_RUNS = [
 ]
 MODULES = (0, 1, 2)
 OUT_OFFSETS = (0, 70, 103, 231)
-
-
-@pytest.mark.parametrize(
-    "ours,twin",
-    [
-        (lora_shrink, reference.lora_shrink),
-        (lora_expand, reference.lora_expand),
-    ],
-)
-def test_signatures_are_the_twins(ours: object, twin: object) -> None:
-    parameters = inspect.signature(ours).parameters
-    positional = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-    }
-    assert positional == inspect.signature(twin).parameters
 
 
 @each_implementation

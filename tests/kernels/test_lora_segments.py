@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.lora_segments import LoraTiles, Tile, choose_block_rows, plan_tiles
+from kernels.lora_segments import LoraTiles, Tile, choose_block_rows, plan_tiles, row_elems
 
 
 @pytest.mark.parametrize("block_rows", [1, 16, 64])
@@ -38,8 +38,11 @@ def test_tiles_cover_every_row_once(counts: list[int], slots: list[int], block_r
 def test_tiles_of_many_rows_are_shared_by_programs() -> None:
     shares = [tile.num_shares for tile in plan_tiles([0, 1, 49, 50], [3, 5, 0], 16)]
     assert shares == [1, *[8] * 24, 1]
-    # Long prompts have programs enough.
+    # Long prompts have programs enough; rows of decodes beside a prompt do not make it one.
     assert {tile.num_shares for tile in plan_tiles([0, 8192], [0], 64)} == {1}
+    decodes = list(range(60))
+    tiles = plan_tiles([*decodes, 60, 60 + 64 * 8], [*decodes, 60], 64)
+    assert [tile.num_shares for tile in tiles] == [1] * 60 + [8] * 64
 
 
 @pytest.mark.parametrize("block_rows,num_rows", [(16, 47), (64, 15)])
@@ -72,3 +75,7 @@ def test_prompts_have_larger_tiles_than_decodes() -> None:
     assert choose_block_rows(64, 64) == choose_block_rows(64, 20) == 16
     assert choose_block_rows(8192, 1) == choose_block_rows(8192, 60) == 64
     assert choose_block_rows(0, 0) == 16
+
+
+def test_row_elems() -> None:
+    assert [row_elems(n) for n in (1, 63, 64, 65, 128)] == [64, 64, 64, 128, 128]

@@ -176,7 +176,8 @@ def test_graph_replay_of_other_lengths_equals_eager() -> None:
         block_tables[:, : case.block_tables.shape[1]] = case.block_tables
         context_lens.copy_(case.context_lens)
         q.copy_(_queries(case, 4, dtype))
-        plan.copy_(plan_decode(lens, max_items))
+        for name, values in vars(plan_decode(lens, max_items)).items():
+            getattr(plan, name).copy_(values)
         graph.replay()
         eager = attend()
         used = [row for row, length in enumerate(lens) if length]

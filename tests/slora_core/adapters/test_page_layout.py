@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.lora_segments import ROW_ALIGNMENT, row_elems
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     LoraWeights,
     pack_adapter,
-    padded,
     plan_layout,
 )
-from slora_core.config import LORA_MODULES, ROW_ALIGNMENT
+from slora_core.config import LORA_MODULES
 
 DIMS = ((64, 128), (64, 32), (64, 32), (128, 64), (64, 96), (64, 96), (96, 64))
 
@@ -36,10 +36,6 @@ def _weights(ranks: dict, seed: int = 0, dtype=torch.float32) -> dict:
 
 def _plan(geometry: AdapterGeometry, ranks: dict):
     return plan_layout(geometry, ranks, {key: 1.0 + sum(key) for key in ranks})
-
-
-def test_padded() -> None:
-    assert [padded(n) for n in (1, 63, 64, 65, 128)] == [64, 64, 64, 128, 128]
 
 
 def test_offsets_of_a_known_adapter() -> None:
@@ -95,7 +91,7 @@ def test_packed_weights_read_back_by_the_rule(ranks, page_elems: int, dtype_name
         assert rank == lora.rank
         for offset, rows in ((offset_a, lora.a), (offset_b, lora.b.T)):
             assert offset % ROW_ALIGNMENT == 0
-            width = padded(rows.shape[1])
+            width = row_elems(rows.shape[1])
             for index, row in enumerate(rows):
                 place = offset + index * width + torch.arange(len(row))
                 where = place // page_elems, layer, place % page_elems

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slora_core.adapters.page_layout import AdapterGeometry, padded
+from kernels.lora_segments import row_elems
+from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import (
     inspect_peft_adapter,
     load_packed_adapter,
@@ -65,7 +66,7 @@ def _unpack(packed, geometry: AdapterGeometry):
                 continue
             matrices = []
             for offset, features in ((offset_a, in_features), (offset_b, out_features)):
-                width = padded(features)
+                width = row_elems(features)
                 rows = streams[layer, offset : offset + rank * width].view(rank, width)
                 assert not rows[:, features:].any(), "padding is not zero"
                 matrices.append(rows[:, :features])

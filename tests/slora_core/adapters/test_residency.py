@@ -76,6 +76,15 @@ def test_a_popular_one_stays_until_the_others_were_used_as_often() -> None:
     assert residency.num_evictions == 6
 
 
+def test_a_popular_one_ages_where_slots_bind_instead_of_pages() -> None:
+    _, _, residency = _make(num_pages=100, max_slots=2)
+    for _ in range(3):
+        _use(residency, "popular", 3)
+    for index in range(5):
+        _use(residency, f"once-{index}", 3)
+    assert "popular" not in residency.resident_ids()
+
+
 def test_pinned_adapters_are_never_evicted() -> None:
     pool, queue, residency = _make(num_pages=6)
     residency.acquire("a", 3)

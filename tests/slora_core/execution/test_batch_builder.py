@@ -9,8 +9,9 @@ import torch
 from slora_core.adapters.device_tables import DeviceAdapterTables
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import ModelConfig, SamplingParams
-from slora_core.execution.batch_builder import BatchBuilder, BatchShape, as_decodes
+from slora_core.execution.batch_builder import BatchBuilder, BatchShape
 from slora_core.execution.buckets import LoraShape
+from slora_core.execution.chunks import as_decodes
 from slora_core.execution.row_state import RowState
 from slora_core.types import ForwardBatch, Request, StepPlan
 

@@ -2,8 +2,16 @@
 
 import pytest
 
+from kernels.launch_configs import ShrinkLaunch, shrink_launch
+from kernels.lora_segments import choose_block_rows, plan_tiles
 from slora_core.config import EngineConfig
-from slora_core.execution.buckets import RANK_BUCKETS, batch_buckets, bucket_of, max_graph_rows
+from slora_core.execution.buckets import (
+    RANK_BUCKETS,
+    batch_buckets,
+    bucket_of,
+    max_graph_rows,
+    warm_up_sizes,
+)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 8, 64, 65, 200, 256, 1000])
@@ -25,3 +33,25 @@ def test_rank_buckets(rank: int, bucket: int) -> None:
 def test_rows_that_have_graphs(running: int, budget: int, rows: int) -> None:
     config = EngineConfig(max_running_requests=running, max_batched_tokens=budget)
     assert max_graph_rows(config) == rows
+
+
+def _launches(num_decodes: int, num_tokens: int) -> set[tuple[int, int, int, ShrinkLaunch]]:
+    """Of a step's shrinks: that many rows of an adapter each, and a prompt of another."""
+    bounds = [*range(num_decodes + 1), num_decodes + num_tokens]
+    num_runs = num_decodes + 1
+    block_rows = choose_block_rows(bounds[-1], num_runs)
+    num_tiles = len(plan_tiles(bounds, list(range(num_runs)), block_rows))
+    shapes = [(3, 4096), (1, 4096), (2, 4096), (1, 11008)]
+    return {
+        (block_rows, *shape, shrink_launch(num_tiles, block_rows, shape[0], rank, shape[1]))
+        for shape in shapes
+        for rank in RANK_BUCKETS
+    }
+
+
+def test_every_launch_of_prompts_is_warmed_up() -> None:
+    warm = set().union(*(_launches(0, size) for size in warm_up_sizes(8192)))
+    for num_decodes in (0, 1, 20, 250):
+        for num_tokens in range(1, 8192 - num_decodes, 37):
+            missing = _launches(num_decodes, num_tokens) - warm
+            assert not missing, f"{num_decodes} decodes and {num_tokens} tokens: {missing}"
