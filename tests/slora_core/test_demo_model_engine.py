@@ -14,7 +14,8 @@ from slora_core.tokenizer import Tokenizer
 from tests.oracle import GreedyOracle, assert_same_greedy
 
 ADAPTERS_DIR = Path(__file__).parents[2] / "serve_configs" / "adapters"
-ADAPTERS = sorted(path.parent.name for path in ADAPTERS_DIR.glob("*/adapter_config.json"))
+# A user may have put others beside them.
+ADAPTERS = sorted(TASKS)
 MAX_TOKENS = 24
 
 
@@ -64,8 +65,9 @@ def test_base(engine: Engine, oracle: GreedyOracle, prompts) -> None:
 
 
 def test_adapters_are_shipped() -> None:
-    assert len(ADAPTERS) >= 4 and set(ADAPTERS) <= set(TASKS)
-    assert {path.name for path in ADAPTERS_DIR.iterdir() if path.is_dir()} == set(ADAPTERS)
+    assert len(ADAPTERS) >= 4
+    shipped = {path.parent.name for path in ADAPTERS_DIR.glob("*/adapter_config.json")}
+    assert shipped >= set(ADAPTERS)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
