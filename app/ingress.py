@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
+from ray.exceptions import TaskCancelledError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -160,7 +161,8 @@ def _answering_errors(handler: Handler) -> Handler:
     async def answer(request: Request) -> Response:
         try:
             return await handler(request)
-        except ClientDisconnect:
+        except (ClientDisconnect, TaskCancelledError):
+            # The latter from Serve, where it is the first to see that the client left.
             return CLIENT_LEFT
         except Exception as error:
             return api_error(error, uuid.uuid4().hex).response()

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, nullcontext
 import httpx
 import openai
 import pytest
+from ray.exceptions import TaskCancelledError
 
 from app.catalog_view import CatalogView
 from app.completions import CompletionService, ModelLimits
@@ -414,8 +415,8 @@ def test_health(server):
     error_of(server.get("/health"), 503)
 
 
-def statuses_when_leaving(server, body, is_whole=True):
-    """Send a body and disconnect; the statuses of what is answered nevertheless."""
+def statuses_when_leaving(server, body, is_whole=True, error=None):
+    """Send a body and leave, which may raise; the statuses of what is answered nevertheless."""
     incoming = [
         {"type": "http.request", "body": body, "more_body": not is_whole},
         {"type": "http.disconnect"},
@@ -425,6 +426,8 @@ def statuses_when_leaving(server, body, is_whole=True):
     async def receive():
         if len(incoming) == 1:
             await asyncio.sleep(0.05)
+            if error is not None:
+                raise error
         return incoming.pop(0) if incoming else await asyncio.sleep(100)
 
     async def send(message):
@@ -451,8 +454,9 @@ def test_a_client_that_leaves_before_the_first_token(server, stream):
     assert server.engine.num_closed_early == 1
 
 
-def test_a_client_that_leaves_while_it_sends_is_no_defect(server, caplog):
-    assert statuses_when_leaving(server, b'{"model": ', is_whole=False) == [499]
+@pytest.mark.parametrize("error", [None, TaskCancelledError()])
+def test_a_client_that_leaves_while_it_sends_is_no_defect(server, caplog, error):
+    assert statuses_when_leaving(server, b'{"model": ', is_whole=False, error=error) == [499]
     assert caplog.records == []
     assert server.engine.requests == []
 
