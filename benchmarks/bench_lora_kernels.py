@@ -56,7 +56,7 @@ def measure(adapters: Adapters, batch: int, popularity: str, seed: int) -> dict[
     num_sets = -(-COLD_BYTES // (adapters.layer_bytes(drawn[0]) * num_layers))
     drawn = drawn[:num_sets]
     layer_bytes = sum(adapters.layer_bytes(slots) for slots in drawn) / len(drawn)
-    calls: Calls = defaultdict(list)
+    calls: dict[str, Calls] = defaultdict(list)
     for slots in drawn:
         segments = make_segments(adapters, slots)
         for layer in range(num_layers):

@@ -24,8 +24,7 @@ GROUPS = (QKV, O_PROJ)
 # Largest difference from the twins, relative to the norm, in bf16.
 TOLERANCE = 2e-2
 
-# By kind of kernel.
-Calls = dict[str, list[Callable[[], object]]]
+Calls = list[Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -110,18 +109,16 @@ def layer_calls(
     layer: int,
     shrink_launch: ShrinkLaunch | None = None,
     expand_launch: ExpandLaunch | None = None,
-) -> Calls:
+) -> dict[str, Calls]:
     """Calls for a layer's q, k, v and for its o, each over tensors of its own.
 
     "shrink" and "expand" alone, and "both", where expand reads what shrink has just written.
     """
-    rows = int(segments.seg_indptr[-1])
-    dtype, device = adapters.pool.dtype, adapters.pool.device
-    calls: Calls = {"shrink": [], "expand": [], "both": []}
+    calls: dict[str, Calls] = {"shrink": [], "expand": [], "both": []}
     for name in GROUPS:
         group = lora_groups(adapters.model)[name]
-        x = torch.randn(rows, adapters.model.hidden_size, dtype=dtype, device=device)
-        y = torch.randn(rows, group.out_offsets[-1], dtype=dtype, device=device)
+        x = _random_rows(adapters, segments, adapters.model.hidden_size)
+        y = _random_rows(adapters, segments, group.out_offsets[-1])
         args = adapters.pool, layer, group.modules
         bounds = group.out_offsets
         v = triton_ops.lora_shrink(x, *args, segments, launch=shrink_launch)
@@ -145,10 +142,9 @@ def silu_call(
 ) -> Callable[[], torch.Tensor]:
     """SiLU-mul with the deltas of gate and up, which the adapters must have."""
     group = lora_groups(adapters.model)[GATE_UP]
-    rows, dtype, device = int(segments.seg_indptr[-1]), adapters.pool.dtype, adapters.pool.device
     args = adapters.pool, layer, group.modules, segments
-    x = torch.randn(rows, adapters.model.hidden_size, dtype=dtype, device=device)
-    gate_up = torch.randn(rows, group.out_offsets[-1], dtype=dtype, device=device)
+    x = _random_rows(adapters, segments, adapters.model.hidden_size)
+    gate_up = _random_rows(adapters, segments, group.out_offsets[-1])
     v = triton_ops.lora_shrink(x, *args)
     return lambda: triton_ops.lora_silu_mul(gate_up, v, *args, launch=launch)
 
@@ -161,13 +157,12 @@ def check_layer(
     expand_launch: ExpandLaunch | None = None,
 ) -> None:
     """Raises AssertionError where shrink and expand do not do what their twins do."""
-    rows, pool = int(segments.seg_indptr[-1]), adapters.pool
     for name in GROUPS:
         group = lora_groups(adapters.model)[name]
-        args = pool, layer, group.modules
+        args = adapters.pool, layer, group.modules
         bounds = group.out_offsets
-        x = torch.randn(rows, adapters.model.hidden_size, dtype=pool.dtype, device=pool.device)
-        ours = torch.zeros(rows, bounds[-1], dtype=x.dtype, device=x.device)
+        x = _random_rows(adapters, segments, adapters.model.hidden_size)
+        ours = torch.zeros(len(x), bounds[-1], dtype=x.dtype, device=x.device)
         twins = torch.zeros_like(ours)
         v = triton_ops.lora_shrink(x, *args, segments, launch=shrink_launch)
         triton_ops.lora_expand(ours, v, *args, bounds, segments, launch=expand_launch)
@@ -181,11 +176,17 @@ def check_silu(
 ) -> None:
     """Raises AssertionError where SiLU-mul with deltas does not do what its twin does."""
     group = lora_groups(adapters.model)[GATE_UP]
-    rows, pool = int(segments.seg_indptr[-1]), adapters.pool
-    args = pool, layer, group.modules, segments
-    x = torch.randn(rows, adapters.model.hidden_size, dtype=pool.dtype, device=pool.device)
-    gate_up = torch.randn(rows, group.out_offsets[-1], dtype=x.dtype, device=x.device)
+    args = adapters.pool, layer, group.modules, segments
+    x = _random_rows(adapters, segments, adapters.model.hidden_size)
+    gate_up = _random_rows(adapters, segments, group.out_offsets[-1])
     v = triton_ops.lora_shrink(x, *args)
     ours = triton_ops.lora_silu_mul(gate_up.clone(), v, *args, launch=launch)
     twins = reference.lora_silu_mul(gate_up, reference.lora_shrink(x, *args), *args)
     assert_near("silu_mul", ours, twins, TOLERANCE)
+
+
+def _random_rows(adapters: Adapters, segments: LoraSegments, features: int) -> torch.Tensor:
+    """[rows of the segments, features]"""
+    pool = adapters.pool
+    rows = int(segments.seg_indptr[-1])
+    return torch.randn(rows, features, dtype=pool.dtype, device=pool.device)

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from benchmarks.compare import assert_near
-from benchmarks.dummy_adapters import uniform_layout
+from benchmarks.dummy_adapters import ADAPTER_STD, uniform_layout
 from kernels.lora_segments import LoraSegments, LoraTiles, choose_block_rows, plan_tiles
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.attention.paged_backend import PagedAttention
@@ -24,7 +24,6 @@ from slora_core.types import AttentionBatch
 
 # Called in turn, so that no weights are left in the L2 cache.
 NUM_LAYERS = 2
-WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def make_prefill(
     num_pages = num_kv_pages + layout.num_pages
     generator = torch.Generator(device).manual_seed(seed)
     pool = torch.empty(num_pages, NUM_LAYERS, geometry.page_elems, dtype=dtype, device=device)
-    pool.normal_(0.0, WEIGHT_STD, generator=generator)
+    pool.normal_(0.0, ADAPTER_STD, generator=generator)
     order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).int()
     rows = num_prompts * prompt_len
     return PrefillInputs(

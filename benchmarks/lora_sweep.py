@@ -1,8 +1,8 @@
 """Tries launch parameters of decode steps' LoRA kernels for `bench_lora_kernels --sweep`.
 
 A layer's q, k, v and o by each launch of `lora_shrink` and of `lora_expand`, and SiLU-mul with
-deltas by each of `lora_silu_mul`. A variant that fails, or is
-wrong, is a line with its error and ends nothing.
+deltas by each of `lora_silu_mul`. A variant that fails, or is wrong, is a line with its error and
+ends nothing.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from benchmarks.attention_sweep import describe
 from benchmarks.gpu_timer import graph_time_us
 from benchmarks.lora_cases import (
     Adapters,
+    Calls,
     check_layer,
     check_silu,
     layer_calls,
@@ -35,7 +36,6 @@ NUM_IDENTICAL = 16
 SHRINKS = ((8, 512, 2), (8, 512, 4), (8, 512, 8), (4, 1024, 4), (16, 256, 4))
 EXPANDS = tuple(itertools.product((512, 1024), (64, 128), (1, 2, 4)))
 
-Calls = list[Callable[[], object]]
 # Batches and layers to run in turn.
 Places = Sequence[tuple[LoraSegments, int]]
 

@@ -24,7 +24,7 @@ from kernels.lora_segments import (
 from slora_core.adapters.device_tables import DeviceAdapterTables
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.execution.buckets import RANK_BUCKETS, LoraShape, bucket_of
-from slora_core.execution.chunks import is_plain_decode, logit_rows, num_runs
+from slora_core.execution.chunks import is_plain_decode, logit_rows, slot_runs
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.row_state import RowState
 from slora_core.types import AttentionBatch, ForwardBatch, SamplingBatch, ScheduledChunk
@@ -72,6 +72,7 @@ class BatchBuilder:
         if num_decodes == len(chunks):
             return BatchShape.of_decodes(num_decodes, lora)
         chunk_lens = [chunk.end - chunk.start for chunk in chunks]
+        bounds, slots = slot_runs(chunks)
         prefill_rows = 0
         if self._planner is not None:
             prefill_rows = self._planner.prefill_block_rows(chunk_lens[num_decodes:])
@@ -79,7 +80,7 @@ class BatchBuilder:
             num_decodes,
             len(chunks) - num_decodes,
             lora,
-            choose_block_rows(sum(chunk_lens), num_runs(chunks)),
+            choose_block_rows(bounds[-1], len(slots)),
             prefill_rows,
         )
 
@@ -232,14 +233,7 @@ class BatchBuilder:
         num_rows: int | None,
     ) -> None:
         """Runs of rows of one adapter, and their tiles."""
-        indptr, slots = [0], [chunks[0].slot] if chunks else [-1]
-        row = 0
-        for chunk in chunks:
-            if chunk.slot != slots[-1]:
-                indptr.append(row)
-                slots.append(chunk.slot)
-            row += chunk.end - chunk.start
-        indptr.append(row)
+        indptr, slots = slot_runs(chunks)
         fields.add("seg_indptr", indptr, None if num_rows is None else num_rows + 1, indptr[-1])
         fields.add("seg_slots", slots, num_rows, fill=-1)
         if self._planner is None:

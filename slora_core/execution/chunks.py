@@ -1,7 +1,6 @@
 """What a step's chunks are, seen as rows."""
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from slora_core.types import ScheduledChunk
 
@@ -11,9 +10,20 @@ def is_plain_decode(chunk: ScheduledChunk) -> bool:
     return chunk.is_decode and chunk.samples
 
 
-def num_runs(chunks: Sequence[ScheduledChunk]) -> int:
-    """Runs of rows of one adapter, or of the base model."""
-    return sum(1 for _ in groupby(chunks, key=lambda chunk: chunk.slot))
+def slot_runs(chunks: Sequence[ScheduledChunk]) -> tuple[list[int], list[int]]:
+    """Runs of rows of one adapter, or of the base model: bounds [runs + 1] and slots [runs].
+
+    Without chunks, one run of no rows of the base model.
+    """
+    bounds, slots = [0], [chunks[0].slot] if chunks else [-1]
+    row = 0
+    for chunk in chunks:
+        if chunk.slot != slots[-1]:
+            bounds.append(row)
+            slots.append(chunk.slot)
+        row += chunk.end - chunk.start
+    bounds.append(row)
+    return bounds, slots
 
 
 def logit_rows(chunks: Sequence[ScheduledChunk]) -> list[int]:

@@ -17,10 +17,7 @@ from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import EngineConfig, ModelConfig, SamplingParams
-from slora_core.execution.batch_builder import (
-    BatchBuilder,
-    BatchShape,
-)
+from slora_core.execution.batch_builder import BatchBuilder, BatchShape
 from slora_core.execution.buckets import (
     MODULE_BUCKETS,
     RANK_BUCKETS,

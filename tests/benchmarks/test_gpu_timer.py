@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_timer
+from tests.on_gpu import gpu_test
 
 
 @pytest.mark.parametrize(
@@ -24,8 +25,7 @@ def test_without_a_gpu_a_benchmark_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         gpu_timer.require_cuda()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@gpu_test
 def test_a_copy_takes_as_long_as_its_bandwidth_says() -> None:
     bandwidth = gpu_timer.copy_bandwidth(repeats=5)
     num_bytes = 2**28

@@ -4,18 +4,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
-import torch
-
 from slora_core.config import SamplingParams
 from slora_core.engine import Engine, GenerationRequest
 from tests.factories import ALL_MODULES, ATTENTION_MODULES
 from tests.oracle import GreedyOracle, assert_same_greedy
-
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 
 MAX_TOKENS = 20
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,8 @@ from slora_core.errors import UnsupportedModelError
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import dummy_weights
 from tests.factories import ALL_MODULES, make_random_adapter
-from tests.gpu.cases import KINDS, SMALL_KINDS, check, make_entries, needs_gpu
+from tests.gpu.cases import KINDS, SMALL_KINDS, check, make_entries
+from tests.on_gpu import needs_gpu
 from tests.oracle import GreedyOracle, assert_same_greedy
 
 pytestmark = needs_gpu

@@ -21,7 +21,7 @@ from slora_core.engine_process import AsyncEngine
 from slora_core.errors import EngineDeadError
 from slora_core.types import FinishReason
 from tests.factories import ALL_MODULES, make_adapter, make_geometry
-from tests.gpu.cases import needs_gpu
+from tests.on_gpu import needs_gpu
 from tests.oracle import GreedyOracle, assert_same_greedy
 
 pytestmark = needs_gpu

@@ -13,7 +13,7 @@ from slora_core.adapters.host_pinning import pin_in_background
 from slora_core.adapters.host_store import AdapterLocation, HostStore
 from slora_core.adapters.page_layout import AdapterGeometry, LoraWeights, pack_adapter, plan_layout
 from slora_core.adapters.slab_reader import SlabReader
-from tests.gpu.cases import needs_gpu
+from tests.on_gpu import needs_gpu
 
 pytestmark = needs_gpu
 

@@ -9,7 +9,8 @@ import torch
 from slora_core.config import SamplingParams
 from slora_core.engine import Engine, GenerationRequest
 from slora_core.types import Request, StepPlan
-from tests.gpu.cases import SMALL_KINDS, make_entries, needs_gpu
+from tests.gpu.cases import SMALL_KINDS, make_entries
+from tests.on_gpu import needs_gpu
 
 pytestmark = needs_gpu
 

@@ -9,7 +9,7 @@ from kernels import triton_ops
 from kernels.attention_plan import plan_decode
 from tests.kernels.cases import DEVICE, make_lora_case, make_paged_case
 from tests.kernels.elementwise import randn
-from tests.kernels.on_gpu import gpu_test
+from tests.on_gpu import gpu_test
 
 DIMS = [(100, 70), (100, 70)]
 

@@ -15,7 +15,7 @@ from tests.kernels.elementwise import (
     assert_replay_equals_eager,
     randn,
 )
-from tests.kernels.on_gpu import gpu_test
+from tests.on_gpu import gpu_test
 
 NUM_POSITIONS = 60
 POSITIONS = (0, 59, 3, 3, 17, 58, 1, 2, 40)

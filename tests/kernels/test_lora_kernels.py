@@ -20,7 +20,7 @@ from tests.kernels.lora_checks import (
     randn,
     triton_ops,
 )
-from tests.kernels.on_gpu import gpu_test
+from tests.on_gpu import gpu_test
 from tests.popularity import PATTERNS, draw_adapters
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

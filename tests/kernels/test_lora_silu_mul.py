@@ -10,7 +10,7 @@ from kernels import reference, triton_ops
 from kernels.lora_segments import TILE_FIELDS
 from tests.kernels.cases import DEVICE, DTYPES, LoraCase, assert_close, bits, make_lora_case
 from tests.kernels.elementwise import assert_few_bits_differ, randn
-from tests.kernels.on_gpu import gpu_test
+from tests.on_gpu import gpu_test
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

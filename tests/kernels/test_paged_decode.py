@@ -18,7 +18,7 @@ from tests.kernels.cases import (
     bits,
     make_paged_case,
 )
-from tests.kernels.on_gpu import gpu_test
+from tests.on_gpu import gpu_test
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -16,7 +16,7 @@ from tests.kernels.elementwise import (
     assert_replay_equals_eager,
     randn,
 )
-from tests.kernels.on_gpu import gpu_test
+from tests.on_gpu import gpu_test
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
