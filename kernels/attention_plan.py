@@ -113,7 +113,7 @@ class PrefillPlan:
     within a token. Tiles that see most tokens come first.
     """
 
-    # int32 [num_tiles]
+    # int32 [num_tiles]; -1 is an unused entry, which a captured CUDA graph has.
     tile_requests: torch.Tensor
     # int32 [num_tiles]: first packed row within the request, a multiple of block_rows.
     tile_starts: torch.Tensor

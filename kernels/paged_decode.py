@@ -38,6 +38,7 @@ def paged_decode(
     context_lens: torch.Tensor,
     sm_scale: float,
     plan: DecodePlan | None = None,
+    out: torch.Tensor | None = None,
     *,
     launch: AttentionLaunch | None = None,
 ) -> torch.Tensor:
@@ -51,17 +52,20 @@ def paged_decode(
         q: [num_decodes, num_heads, head_dim], head_dim contiguous.
         block_tables: int32 [num_decodes, max_pages]; entries past the context are ignored.
         context_lens: int32 [num_decodes], the query's own token included; 0 for a row that pads
-            the batch, whose output is unspecified.
+            the batch, of whose output nothing is written.
         plan: of these context lengths, on q's device. Without one, they are copied to the host
             to plan here.
+        out: where to write, contiguous; without one, in a new tensor.
         launch: instead of what `decode_launch` gives.
 
     Returns:
-        [num_decodes, num_heads, head_dim]
+        out [num_decodes, num_heads, head_dim]
     """
     num_decodes, num_heads, head_dim = q.shape
     page_tokens, num_kv_heads = kv_cache.shape[3:5]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    assert out.is_contiguous() and out.shape == q.shape, "out is contiguous, of q's shape"
     if not num_decodes:
         return out
     if plan is None:

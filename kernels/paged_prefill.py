@@ -34,6 +34,7 @@ def paged_prefill(
     context_lens: torch.Tensor,
     sm_scale: float,
     plan: PrefillPlan | None = None,
+    out: torch.Tensor | None = None,
     *,
     launch: AttentionLaunch | None = None,
 ) -> torch.Tensor:
@@ -43,16 +44,18 @@ def paged_prefill(
 
     Args:
         q: [rows, num_heads, head_dim], head_dim contiguous; request p has rows
-            [query_indptr[p], query_indptr[p + 1]).
+            [query_indptr[p], query_indptr[p + 1]). Other rows, before the first request's and
+            after the last one's, are not read, and of their output nothing is written.
         query_indptr: int32 [num_requests + 1].
         block_tables: int32 [num_requests, max_pages]; entries past the context are ignored.
         context_lens: int32 [num_requests], the chunk's own tokens included.
         plan: of these chunks, on q's device. Without one, the lengths are copied to the host to
             plan here.
+        out: where to write, contiguous; without one, in a new tensor.
         launch: instead of what `prefill_launches` has for the plan's tiles.
 
     Returns:
-        [rows, num_heads, head_dim]
+        out [rows, num_heads, head_dim]
     """
     num_heads, head_dim = q.shape[1:]
     page_tokens, num_kv_heads = kv_cache.shape[3:5]
@@ -63,7 +66,9 @@ def paged_prefill(
         chunk_lens = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
         block_rows = prefill_block_rows(chunk_lens, num_heads, num_kv_heads, max(launches))
         plan = plan_prefill(chunk_lens, context_lens.tolist(), group, block_rows).to(q.device)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    assert out.is_contiguous() and out.shape == q.shape, "out is contiguous, of q's shape"
     num_tiles = plan.tile_requests.shape[0]
     if not num_tiles:
         return out
@@ -135,6 +140,8 @@ def _prefill_kernel(
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     request = tl.load(tile_requests_ptr + tile).to(tl.int64)
+    if request < 0:
+        return
     tile_start = tl.load(tile_starts_ptr + tile)
     first_row = tl.load(query_indptr_ptr + request).to(tl.int64)
     num_rows = (tl.load(query_indptr_ptr + request + 1) - first_row).to(tl.int32)

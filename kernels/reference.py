@@ -93,6 +93,7 @@ def paged_decode(
     context_lens: torch.Tensor,
     sm_scale: float,
     plan: DecodePlan | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query token a request over its paged context.
 
@@ -104,15 +105,18 @@ def paged_decode(
         context_lens: int32 [num_decodes], the query's own token included; 0 for a row that pads
             the batch, whose output is unspecified.
         plan: how kernels divide the work; ignored.
+        out: where to write; without one, in a new tensor.
 
     Returns:
-        [num_decodes, num_heads, head_dim]
+        out [num_decodes, num_heads, head_dim]
     """
     lengths = context_lens.tolist()
     groups = _rows_of_similar_length(lengths, kv_cache.shape[3])
     if len(groups) == 1:
-        return _decode_group(q, kv_cache, layer, block_tables, context_lens, lengths, sm_scale)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        attended = _decode_group(q, kv_cache, layer, block_tables, context_lens, lengths, sm_scale)
+        return attended if out is None else out.copy_(attended)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for rows in groups:
         index = torch.tensor(rows, device=q.device)
         out[index] = _decode_group(
@@ -180,6 +184,7 @@ def paged_prefill(
     context_lens: torch.Tensor,
     sm_scale: float,
     plan: PrefillPlan | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of chunks of prompts over their paged context.
 
@@ -187,17 +192,21 @@ def paged_prefill(
 
     Args:
         q: [rows, num_heads, head_dim]; request p has rows [query_indptr[p], query_indptr[p + 1]).
+            Other rows, before the first request's and after the last one's, are not read, and of
+            their output nothing is written.
         block_tables: int32 [num_requests, max_pages].
         context_lens: int32 [num_requests], the chunk's own tokens included.
         plan: how kernels divide the work; ignored.
+        out: where to write; without one, in a new tensor.
 
     Returns:
-        [rows, num_heads, head_dim]
+        out [rows, num_heads, head_dim]
     """
     _, num_heads, head_dim = q.shape
     page_tokens, num_kv_heads = kv_cache.shape[3:5]
     group = num_heads // num_kv_heads
-    out = torch.empty_like(q)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     bounds = query_indptr.tolist()
     for p, context_len in enumerate(context_lens.tolist()):
         start, end = bounds[p], bounds[p + 1]

@@ -158,8 +158,10 @@ class AttentionBatch:
     """Block tables and lengths of a step, decode rows first, on the device.
 
     Rows [0, num_decodes) are one token of one request each; prefill request p has rows
-    num_decodes + [query_indptr[p], query_indptr[p + 1]). Context lengths count the rows' own
-    tokens. Block tables hold valid page ids past the context length too, which are never read.
+    [query_indptr[p], query_indptr[p + 1]). Context lengths count the rows' own tokens. Block tables
+    hold valid page ids past the context length too, which are never read. Where a CUDA graph is
+    captured, both numbers are the most that it has room for: rows without a context are no decodes,
+    though prefills may have them, and requests without rows are no prefills.
     """
 
     # int32 [T]: page_id * page_tokens + offset of each row's own token; -1 for a padding row.
@@ -175,6 +177,10 @@ class AttentionBatch:
     # How Triton's kernels divide the work; None where the torch twins run.
     decode_plan: DecodePlan | None = None
     prefill_plan: PrefillPlan | None = None
+
+    @property
+    def num_prefills(self) -> int:
+        return self.prefill_context_lens.shape[0]
 
 
 @dataclass(frozen=True)

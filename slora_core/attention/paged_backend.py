@@ -40,31 +40,29 @@ class PagedAttention:
         self._ops.rotary_kv_write(
             q, k, v, self._cos_sin, self._positions, self._kv_cache, layer, batch.slot_mapping
         )
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         num_decodes = batch.num_decodes
-        outputs = []
         if num_decodes:
-            outputs.append(
-                self._ops.paged_decode(
-                    q[:num_decodes],
-                    self._kv_cache,
-                    layer,
-                    batch.decode_block_tables,
-                    batch.decode_context_lens,
-                    self._sm_scale,
-                    batch.decode_plan,
-                )
+            self._ops.paged_decode(
+                q[:num_decodes],
+                self._kv_cache,
+                layer,
+                batch.decode_block_tables,
+                batch.decode_context_lens,
+                self._sm_scale,
+                batch.decode_plan,
+                out[:num_decodes],
             )
-        if num_decodes < q.shape[0]:
-            outputs.append(
-                self._ops.paged_prefill(
-                    q[num_decodes:],
-                    self._kv_cache,
-                    layer,
-                    batch.query_indptr,
-                    batch.prefill_block_tables,
-                    batch.prefill_context_lens,
-                    self._sm_scale,
-                    batch.prefill_plan,
-                )
+        if batch.num_prefills:
+            self._ops.paged_prefill(
+                q,
+                self._kv_cache,
+                layer,
+                batch.query_indptr,
+                batch.prefill_block_tables,
+                batch.prefill_context_lens,
+                self._sm_scale,
+                batch.prefill_plan,
+                out,
             )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return out

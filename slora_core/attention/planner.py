@@ -33,6 +33,11 @@ class AttentionPlanner:
             chunk_lens, self._num_heads, self._num_kv_heads, self._max_block_rows
         )
 
+    def max_prefill_tiles(self, num_rows: int, num_prefills: int, block_rows: int) -> int:
+        """Tiles of so many chunks of so many rows together, at most."""
+        group = self._num_heads // self._num_kv_heads
+        return num_rows * group // block_rows + num_prefills
+
     def prefill(
         self, chunk_lens: Sequence[int], context_lens: Sequence[int], block_rows: int
     ) -> PrefillPlan:

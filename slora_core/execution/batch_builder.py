@@ -5,9 +5,9 @@ segment of decode rows and one of prefill rows. Decides nothing. `fields` makes 
 host, `forward_batch` names their device copies, so that a CUDA graph can own the latter.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
@@ -34,6 +34,8 @@ from slora_core.types import AttentionBatch, ForwardBatch, SamplingBatch, Schedu
 class BatchShape:
     """What decides which kernels run a step, and how, beside the numbers in its fields."""
 
+    # Of one step, or what a padded one has room for.
+    num_rows: int
     num_decodes: int
     num_prefills: int
     # None where all rows are the base model's.
@@ -42,10 +44,17 @@ class BatchShape:
     lora_block_rows: int = DECODE_BLOCK_ROWS
     # Packed query rows of a tile of the prefills' attention; 0 where it is not planned.
     prefill_block_rows: int = 0
+    # Whether fields are padded, so that all steps of the shape have one layout: that of a graph.
+    is_padded: bool = False
 
-    @classmethod
-    def of_decodes(cls, num_decodes: int, lora: LoraShape | None) -> Self:
-        return cls(num_decodes, 0, lora)
+    @property
+    def num_samples(self) -> int:
+        """Most rows that sample."""
+        return min(self.num_rows, self.num_decodes + self.num_prefills)
+
+    def padded(self, size: int) -> int | None:
+        """Size of a field of at most `size` values; None: as many as the step has."""
+        return size if self.is_padded else None
 
 
 class BatchBuilder:
@@ -68,15 +77,16 @@ class BatchBuilder:
     def shape(self, chunks: Sequence[ScheduledChunk]) -> BatchShape:
         """The shape of a plan's chunks."""
         num_decodes = sum(chunk.is_decode for chunk in chunks)
-        lora = self._lora_shape({chunk.slot for chunk in chunks} - {-1})
+        lora = self.lora_shape(chunks)
         if num_decodes == len(chunks):
-            return BatchShape.of_decodes(num_decodes, lora)
+            return BatchShape(num_decodes, num_decodes, 0, lora)
         chunk_lens = [chunk.end - chunk.start for chunk in chunks]
         bounds, slots = slot_runs(chunks)
         prefill_rows = 0
         if self._planner is not None:
             prefill_rows = self._planner.prefill_block_rows(chunk_lens[num_decodes:])
         return BatchShape(
+            bounds[-1],
             num_decodes,
             len(chunks) - num_decodes,
             lora,
@@ -84,24 +94,48 @@ class BatchBuilder:
             prefill_rows,
         )
 
-    def fields(
-        self, chunks: Sequence[ScheduledChunk], shape: BatchShape, num_rows: int | None = None
-    ) -> IntFields:
+    def lora_shape(self, chunks: Sequence[ScheduledChunk]) -> LoraShape | None:
+        """What the chunks' adapters need; None where all use the base model."""
+        slots = {chunk.slot for chunk in chunks} - {-1}
+        if not slots:
+            return None
+        max_rank = max(self._tables.max_ranks[slot] for slot in slots)
+        if self._planner is not None:
+            # Few values, for each of which kernels are compiled.
+            max_rank = bucket_of(max_rank, RANK_BUCKETS)
+        modules = frozenset().union(*(self._tables.modules[slot] for slot in slots))
+        return LoraShape(max_rank, modules)
+
+    def padded_shape(self, num_rows: int, max_prompts: int, lora: LoraShape | None) -> BatchShape:
+        """What a CUDA graph of so many rows is captured for; with `max_prompts` 0, of decodes."""
+        if not max_prompts:
+            return BatchShape(num_rows, num_rows, 0, lora, is_padded=True)
+        prefill_rows = 0
+        if self._planner is not None:
+            prefill_rows = self._planner.prefill_block_rows([num_rows])
+        return BatchShape(
+            num_rows,
+            min(num_rows, self._rows.num_rows),
+            min(num_rows, max_prompts),
+            lora,
+            prefill_block_rows=prefill_rows,
+            is_padded=True,
+        )
+
+    def fields(self, chunks: Sequence[ScheduledChunk], shape: BatchShape) -> IntFields:
         """The numbers of one step.
 
         Args:
-            chunks: of the plan, sorted; of the plan's shape.
-            num_rows: pad a step of decodes to this many rows, so that every step of one size has
-                one layout. Padding rows write nothing that is read and sample garbage, and every
-                row has logits.
+            chunks: of the plan, sorted.
+            shape: the plan's, or a padded one with room for it. Padding rows write nothing that is
+                read, and what is sampled for them is garbage.
         """
         fields = IntFields()
-        self._add_rows(fields, chunks, num_rows)
-        self._add_attention(fields, chunks, shape, num_rows)
+        self._add_rows(fields, chunks, shape)
+        self._add_attention(fields, chunks, shape)
         if shape.lora is not None:
-            self._add_lora(fields, chunks, shape, num_rows)
-        if num_rows is None and not all(is_plain_decode(chunk) for chunk in chunks):
-            fields.add("logit_rows", logit_rows(chunks))
+            self._add_lora(fields, chunks, shape)
+        self._add_samples(fields, chunks, shape)
         return fields
 
     def forward_batch(self, views: Mapping[str, torch.Tensor], shape: BatchShape) -> ForwardBatch:
@@ -139,19 +173,10 @@ class BatchBuilder:
             filtered_rows=self._int64([row for row, p in enumerate(params) if p.filtered]),
         )
 
-    def _lora_shape(self, slots: set[int]) -> LoraShape | None:
-        if not slots:
-            return None
-        max_rank = max(self._tables.max_ranks[slot] for slot in slots)
-        if self._planner is not None:
-            # Few values, for each of which kernels are compiled.
-            max_rank = bucket_of(max_rank, RANK_BUCKETS)
-        modules = frozenset().union(*(self._tables.modules[slot] for slot in slots))
-        return LoraShape(max_rank, modules)
-
     def _add_rows(
-        self, fields: IntFields, chunks: Sequence[ScheduledChunk], num_rows: int | None
+        self, fields: IntFields, chunks: Sequence[ScheduledChunk], shape: BatchShape
     ) -> None:
+        num_rows = shape.padded(shape.num_rows)
         input_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -187,30 +212,36 @@ class BatchBuilder:
         fields: IntFields,
         chunks: Sequence[ScheduledChunk],
         shape: BatchShape,
-        num_rows: int | None,
     ) -> None:
-        decodes, prefills = chunks[: shape.num_decodes], chunks[shape.num_decodes :]
+        decodes = [chunk for chunk in chunks if chunk.is_decode]
+        prefills = chunks[len(decodes) :]
         decode_lens = [chunk.end for chunk in decodes]
-        fields.add("decode_rows", [chunk.request.row for chunk in decodes], num_rows)
-        fields.add("decode_context_lens", decode_lens, num_rows)
-        query_indptr = [0]
-        for chunk in prefills:
-            query_indptr.append(query_indptr[-1] + chunk.end - chunk.start)
-        fields.add("prefill_rows", [chunk.request.row for chunk in prefills])
-        fields.add("query_indptr", query_indptr)
-        fields.add("prefill_context_lens", [chunk.end for chunk in prefills])
-        if self._planner is not None and (decodes or num_rows):
-            plan = self._planner.decode(decode_lens + [0] * ((num_rows or 0) - len(decodes)))
+        num_decodes = shape.padded(shape.num_decodes)
+        fields.add("decode_rows", [chunk.request.row for chunk in decodes], num_decodes)
+        fields.add("decode_context_lens", decode_lens, num_decodes)
+        if self._planner is not None and shape.num_decodes:
+            plan = self._planner.decode(decode_lens + [0] * (shape.num_decodes - len(decodes)))
             fields.add("item_rows", plan.item_rows.tolist())
             fields.add("item_starts", plan.item_starts.tolist())
             fields.add("row_items", plan.row_items.tolist())
             fields.add("chunk_tokens", plan.chunk_tokens.tolist())
-        if self._planner is not None and prefills:
-            chunk_lens = [chunk.end - chunk.start for chunk in prefills]
-            context_lens = [chunk.end for chunk in prefills]
-            tiles = self._planner.prefill(chunk_lens, context_lens, shape.prefill_block_rows)
-            fields.add("query_tile_requests", tiles.tile_requests.tolist())
-            fields.add("query_tile_starts", tiles.tile_starts.tolist())
+
+        num_prefills = shape.padded(shape.num_prefills)
+        chunk_lens = [chunk.end - chunk.start for chunk in prefills]
+        context_lens = [chunk.end for chunk in prefills]
+        query_indptr = [*itertools.accumulate(chunk_lens, initial=len(decodes))]
+        fields.add("prefill_rows", [chunk.request.row for chunk in prefills], num_prefills)
+        size = shape.padded(shape.num_prefills + 1)
+        fields.add("query_indptr", query_indptr, size, query_indptr[-1])
+        fields.add("prefill_context_lens", context_lens, num_prefills)
+        if self._planner is not None and shape.num_prefills:
+            block_rows = shape.prefill_block_rows
+            tiles = self._planner.prefill(chunk_lens, context_lens, block_rows)
+            size = shape.padded(
+                self._planner.max_prefill_tiles(shape.num_rows, shape.num_prefills, block_rows)
+            )
+            fields.add("query_tile_requests", tiles.tile_requests.tolist(), size, -1)
+            fields.add("query_tile_starts", tiles.tile_starts.tolist(), size)
 
     def _attention(self, views: Mapping[str, torch.Tensor], shape: BatchShape) -> AttentionBatch:
         return AttentionBatch(
@@ -230,11 +261,11 @@ class BatchBuilder:
         fields: IntFields,
         chunks: Sequence[ScheduledChunk],
         shape: BatchShape,
-        num_rows: int | None,
     ) -> None:
         """Runs of rows of one adapter, and their tiles."""
+        num_rows = shape.padded(shape.num_rows)
         indptr, slots = slot_runs(chunks)
-        fields.add("seg_indptr", indptr, None if num_rows is None else num_rows + 1, indptr[-1])
+        fields.add("seg_indptr", indptr, shape.padded(shape.num_rows + 1), indptr[-1])
         fields.add("seg_slots", slots, num_rows, fill=-1)
         if self._planner is None:
             return
@@ -242,6 +273,20 @@ class BatchBuilder:
         for index, name in enumerate(TILE_FIELDS):
             column = [tile[index] for tile in tiles]
             fields.add("tile_" + name, column, num_rows, fill=UNUSED_TILE[index])
+
+    def _add_samples(
+        self, fields: IntFields, chunks: Sequence[ScheduledChunk], shape: BatchShape
+    ) -> None:
+        """Rows of the batch whose logits are wanted, and the row of each of their requests."""
+        size = shape.padded(shape.num_samples)
+        sampling = [chunk.request.row for chunk in chunks if chunk.samples]
+        fields.add("sample_rows", sampling, size)
+        if shape.is_padded:
+            every_row = not shape.num_prefills
+        else:
+            every_row = all(is_plain_decode(chunk) for chunk in chunks)
+        if not every_row:
+            fields.add("logit_rows", logit_rows(chunks), size)
 
     def _segments(
         self, views: Mapping[str, torch.Tensor], shape: BatchShape, lora: LoraShape
@@ -265,10 +310,6 @@ class BatchBuilder:
             modules=lora.modules,
             tiles=tiles,
         )
-
-    def row_indices(self, rows: Sequence[int]) -> torch.Tensor:
-        """int64 on the device."""
-        return self._int64(list(rows))
 
     def _int64(self, values: list[int]) -> torch.Tensor:
         return self._on_device(torch.tensor(values, dtype=torch.int64))

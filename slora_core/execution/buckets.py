@@ -8,9 +8,11 @@ from slora_core.config import LORA_MODULES, EngineConfig
 # Ranks that LoRA kernels are launched for; a batch takes the smallest that holds its largest.
 RANK_BUCKETS = (16, 32, 64, 128, 256)
 
-# Rows of a step with prompts up to which host time counts more than the device's: 512 rows are
-# computed in about the time that launching their kernels one by one takes.
-PROMPT_GRAPH_ROWS = 512
+# Rows of a step with prompts up to which it has a graph: 1,024 rows are computed in about the time
+# that launching their kernels one by one takes.
+PROMPT_GRAPH_ROWS = 1024
+# Prompts that such a graph has room for.
+MAX_GRAPH_PROMPTS = 32
 
 # Sets of modules, by index in LORA_MODULES, that have graphs: what most adapters target, and all.
 MODULE_BUCKETS = (frozenset(range(4)), frozenset(range(len(LORA_MODULES))))
@@ -32,14 +34,25 @@ class LoraShape:
 
 
 def max_graph_rows(engine: EngineConfig) -> int:
-    """Rows of the largest step that has a graph: all running requests, or a few short prompts."""
+    """Rows of the largest step that has a graph: all running requests, or a few prompts."""
     return max(engine.max_running_requests, min(PROMPT_GRAPH_ROWS, engine.max_batched_tokens))
 
 
+def max_graph_samples(engine: EngineConfig) -> int:
+    """Rows of the logits of a graph, at most."""
+    return engine.max_running_requests + MAX_GRAPH_PROMPTS
+
+
 def batch_buckets(max_rows: int) -> list[int]:
-    """Batch sizes that have a graph, ascending: dense where a row of padding costs most."""
+    """Numbers of decodes that have a graph, ascending: dense where a row of padding costs most."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32)]
     sizes += range(256, max_rows, 64)
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+def prompt_batch_buckets(max_rows: int) -> list[int]:
+    """Rows of steps with prompts that have a graph, ascending."""
+    sizes = [16, 32, *range(64, 512, 64), *range(512, max_rows, 128)]
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 

@@ -35,19 +35,3 @@ def logit_rows(chunks: Sequence[ScheduledChunk]) -> list[int]:
         if chunk.samples:
             rows.append(end - 1)
     return rows
-
-
-def as_decodes(chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
-    """Chunks of one token each: a token of a prompt attends as a decode does, to all up to itself.
-
-    A step writes the KV of all rows before any row reads it.
-    """
-    rows = []
-    for chunk in chunks:
-        if chunk.end - chunk.start == 1:
-            rows.append(chunk)
-            continue
-        for end in range(chunk.start + 1, chunk.end + 1):
-            last = end == chunk.end
-            rows.append(chunk._replace(start=end - 1, end=end, samples=last and chunk.samples))
-    return rows

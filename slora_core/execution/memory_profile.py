@@ -8,7 +8,7 @@ import torch
 
 from slora_core.config import EngineConfig, ModelConfig, SamplingParams
 from slora_core.errors import UnsupportedModelError
-from slora_core.execution.buckets import max_graph_rows
+from slora_core.execution.buckets import max_graph_rows, max_graph_samples
 from slora_core.execution.model_runner import ModelRunner
 from slora_core.memory.sizing import page_bytes, pages_for
 from slora_core.models.weights import DecoderWeights
@@ -16,8 +16,7 @@ from slora_core.types import Request, StepPlan
 
 logger = logging.getLogger(__name__)
 
-# fp32 copies of logits held at one time, at most: by the sampler, of running requests; by graphs,
-# of all their rows.
+# fp32 copies of logits held at one time, at most, by the sampler and by graphs.
 _SAMPLER_COPIES = 4
 _GRAPH_COPIES = 2
 
@@ -39,7 +38,9 @@ def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: Decoder
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    rows = _SAMPLER_COPIES * engine.max_running_requests + _GRAPH_COPIES * max_graph_rows(engine)
+    # Graphs share memory, beside that of other steps, for the activations of the largest of them.
+    activations += activations * max_graph_rows(engine) // engine.max_batched_tokens
+    rows = _SAMPLER_COPIES * engine.max_running_requests + _GRAPH_COPIES * max_graph_samples(engine)
     logits = rows * model.vocab_size * 4
     available = int(total * engine.memory_utilization) - (total - free) - activations - logits
     num_pages = available // page_bytes(model, engine)

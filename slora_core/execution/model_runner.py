@@ -19,18 +19,21 @@ from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import EngineConfig, ModelConfig, SamplingParams
 from slora_core.execution.batch_builder import BatchBuilder, BatchShape
 from slora_core.execution.buckets import (
+    MAX_GRAPH_PROMPTS,
     MODULE_BUCKETS,
     RANK_BUCKETS,
     LoraShape,
     batch_buckets,
+    bucket_of,
     max_graph_rows,
+    max_graph_samples,
+    prompt_batch_buckets,
     warm_up_sizes,
 )
-from slora_core.execution.chunks import as_decodes, is_plain_decode
-from slora_core.execution.decode_graphs import DecodeGraphs, GraphKey
+from slora_core.execution.chunks import is_plain_decode
 from slora_core.execution.row_state import RowState
 from slora_core.execution.sampler import sample
-from slora_core.execution.step_cost import StepCost
+from slora_core.execution.step_graphs import GraphKey, StepGraphs
 from slora_core.execution.step_handle import StepHandle
 from slora_core.memory.sizing import allocate_pool, pages_for
 from slora_core.models.decoder import Decoder
@@ -68,8 +71,12 @@ class ModelRunner:
         self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
         self._decoder = Decoder(model, weights, ops, self.pool)
-        self._cost = StepCost(model, engine)
-        self._graphs: DecodeGraphs | None = None
+        # Rows that graphs have, by whether they have room for prompts.
+        self._graph_sizes = {
+            False: batch_buckets(engine.max_running_requests),
+            True: prompt_batch_buckets(max_graph_rows(engine)),
+        }
+        self._graphs: StepGraphs | None = None
         # fp32 [rows, vocab_size]: what graphs write, outside the memory that they share.
         self._graph_logits: torch.Tensor | None = None
 
@@ -96,8 +103,7 @@ class ModelRunner:
         plan.add(request, num_tokens)
         shape = replace(self._builder.shape(plan.chunks), lora=lora)
         views = self._builder.fields(plan.chunks, shape).to(self._device)
-        batch = self._builder.forward_batch(views, shape)
-        self._decoder.forward(batch, self._attention, num_layers=1)
+        self._forward(views, shape, num_layers=1)
 
     def _lora_shapes(self) -> list[LoraShape]:
         return [
@@ -109,14 +115,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Record small steps of every batch size, for the base model and each shape of LoRA."""
-        sizes = batch_buckets(max_graph_rows(self._engine))
-        self._graph_logits = torch.empty(sizes[-1], self._model.vocab_size, device=self._device)
-        self._graphs = DecodeGraphs(self._device, sizes)
+        """Record small steps of every size, for the base model and each shape of LoRA."""
+        self._graph_logits = torch.empty(
+            max_graph_samples(self._engine), self._model.vocab_size, device=self._device
+        )
+        self._graphs = StepGraphs(self._device)
         # Large ones first: the others find room in the memory that these took.
-        for num_rows in reversed(sizes):
-            for lora in (None, *self._lora_shapes()):
-                self._capture(GraphKey(num_rows, lora))
+        for has_prompts in (True, False):
+            for num_rows in reversed(self._graph_sizes[has_prompts]):
+                for lora in (None, *self._lora_shapes()):
+                    self._capture(GraphKey(num_rows, has_prompts, lora))
         logger.info("captured %d graphs of steps", len(self._graphs))
 
     def load_adapters(self, plan: StepPlan, host_copy: Callable[[str], PackedAdapter]) -> None:
@@ -144,61 +152,65 @@ class ModelRunner:
     def _run(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits as `logits`, and the row of each of their requests, int32 on the device."""
         shape = self._builder.shape(plan.chunks)
-        fields = self._builder.fields(plan.chunks, shape)
-        fields.add("sample_rows", [c.request.row for c in plan.chunks if c.samples])
-        views = fields.to(self._device)
+        views = self._builder.fields(plan.chunks, shape).to(self._device)
         return self._forward(views, shape).float(), views["sample_rows"]
 
     def _replay(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What `_run` returns, by a CUDA graph; None where the plan has no graph."""
-        num_rows = self._graph_rows(plan.chunks)
-        if self._graphs is None or num_rows is None:
+        key = self._graph_key(plan.chunks)
+        if self._graphs is None or key is None:
             return None
-        chunks = as_decodes(plan.chunks)
-        lora = self._builder.shape(chunks).lora
-        key = GraphKey(num_rows, None if lora is None else lora.graph_bucket())
         if key not in self._graphs:
             logger.warning("capturing a graph that was not captured at start: %s", key)
             self._capture(key)
-        shape = BatchShape.of_decodes(len(chunks), key.lora)
-        fields = self._builder.fields(chunks, shape, num_rows)
+        fields = self._builder.fields(plan.chunks, self._graph_shape(key))
         inputs = self._graphs.replay(key, fields)
-        rows = fields.views(inputs)["decode_rows"]
+        rows = fields.views(inputs)["sample_rows"]
+        num_samples = sum(chunk.samples for chunk in plan.chunks)
         assert self._graph_logits is not None
-        if all(chunk.samples for chunk in chunks):
-            return self._graph_logits[: len(chunks)], rows[: len(chunks)]
-        sampling = [row for row, chunk in enumerate(chunks) if chunk.samples]
-        indices = self._builder.row_indices(sampling)
-        return self._graph_logits[indices], rows[indices]
+        return self._graph_logits[:num_samples], rows[:num_samples]
 
-    def _graph_rows(self, chunks: Sequence[ScheduledChunk]) -> int | None:
-        """Rows of the smallest graph that can run the chunks as decodes; None where none should."""
-        if self._graphs is None:
+    def _graph_key(self, chunks: Sequence[ScheduledChunk]) -> GraphKey | None:
+        """The smallest graph that holds the chunks; None where there is none."""
+        has_prompts = not all(is_plain_decode(chunk) for chunk in chunks)
+        num_rows = sum(chunk.end - chunk.start for chunk in chunks)
+        sizes = self._graph_sizes[has_prompts]
+        if num_rows > sizes[-1]:
             return None
-        num_rows = self._graphs.batch_size(sum(chunk.end - chunk.start for chunk in chunks))
-        if num_rows is None or all(is_plain_decode(chunk) for chunk in chunks):
-            # Each of the latter brings one new page at most, which a graph has room for.
-            return num_rows
-        if self._rows.num_new_pages(chunks) > num_rows:
+        num_rows = bucket_of(num_rows, sizes)
+        # A decode brings one new page at most, which a graph has room for; a prompt any number.
+        if has_prompts and (
+            sum(not chunk.is_decode for chunk in chunks) > MAX_GRAPH_PROMPTS
+            or self._rows.num_new_pages(chunks) > num_rows
+        ):
             return None
-        lora = any(chunk.slot >= 0 for chunk in chunks)
-        return num_rows if self._cost.graph_pays(chunks, lora=lora) else None
+        lora = self._builder.lora_shape(chunks)
+        return GraphKey(num_rows, has_prompts, lora and lora.graph_bucket())
+
+    def _graph_shape(self, key: GraphKey) -> BatchShape:
+        max_prompts = MAX_GRAPH_PROMPTS if key.has_prompts else 0
+        return self._builder.padded_shape(key.num_rows, max_prompts, key.lora)
 
     def _capture(self, key: GraphKey) -> None:
         assert self._graphs is not None and self._graph_logits is not None
-        shape = BatchShape.of_decodes(key.num_rows, key.lora)
-        fields = self._builder.fields([], shape, key.num_rows)
-        logits = self._graph_logits[: key.num_rows]
+        shape = self._graph_shape(key)
+        fields = self._builder.fields([], shape)
+        logits = self._graph_logits[: shape.num_samples]
 
-        def forward(inputs: torch.Tensor) -> None:
-            logits.copy_(self._forward(fields.views(inputs), shape))
+        def forward(inputs: torch.Tensor, num_layers: int | None) -> None:
+            logits.copy_(self._forward(fields.views(inputs), shape, num_layers))
 
         self._graphs.capture(key, fields, forward)
 
-    def _forward(self, views: Mapping[str, torch.Tensor], shape: BatchShape) -> torch.Tensor:
-        """Logits [rows that sample, vocab_size] of the model's dtype."""
+    def _forward(
+        self,
+        views: Mapping[str, torch.Tensor],
+        shape: BatchShape,
+        num_layers: int | None = None,
+    ) -> torch.Tensor:
+        """Logits [rows that sample, vocab_size] of the model's dtype; layers as of `Decoder`."""
         batch = self._builder.forward_batch(views, shape)
-        return self._decoder.forward(batch, self._attention)
+        return self._decoder.forward(batch, self._attention, num_layers)
 
 
 def _ops_of(device: torch.device) -> ModuleType:

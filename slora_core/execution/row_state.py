@@ -13,6 +13,7 @@ from slora_core.types import Request, ScheduledChunk
 
 class RowState:
     def __init__(self, num_rows: int, max_pages: int, device: torch.device) -> None:
+        self.num_rows = num_rows
         self.last_tokens = torch.zeros(num_rows, dtype=torch.int32, device=device)
         # One row more than there are requests: padding writes there.
         self._tables = torch.zeros(num_rows + 1, max_pages, dtype=torch.int32, device=device)

@@ -13,6 +13,9 @@ import torch
 from slora_core.config import EngineConfig, SamplingParams
 from slora_core.engine import Engine, GenerationRequest
 from slora_core.errors import UnsupportedModelError
+from slora_core.execution import model_runner
+from slora_core.execution.int_fields import IntFields
+from slora_core.execution.step_graphs import GraphKey
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import dummy_weights
 from tests.factories import ALL_MODULES, make_random_adapter
@@ -27,7 +30,7 @@ pytestmark = needs_gpu
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_texts(make_engine, oracle: GreedyOracle, cuda_graphs: bool, inflight: int) -> None:
     engine = make_engine(cuda_graphs=cuda_graphs, max_inflight_steps=inflight)
-    # Prompts run in graphs as rows of decodes; the rank of the last adapter has none at start.
+    # The rank of the last adapter has no graphs at start.
     check(oracle, engine, make_entries(30))
     # And each alone.
     for entry in make_entries(len(KINDS), seed=1):
@@ -35,20 +38,23 @@ def test_texts(make_engine, oracle: GreedyOracle, cuda_graphs: bool, inflight: i
 
 
 def test_prompts_in_graphs_and_in_kernels_of_their_own(make_engine, oracle, monkeypatch) -> None:
-    replays = {}
-    for pays in (False, True):
-        engine = make_engine(max_inflight_steps=2)
-        monkeypatch.setattr(engine.runner._cost, "graph_pays", lambda *_, pays=pays, **__: pays)
-        graphs = engine.runner._graphs
-        counted: list[int] = []
-        replay = graphs.replay
-        graphs.replay = lambda key, fields, replay=replay, counted=counted: (
-            counted.append(key.num_rows),
-            replay(key, fields),
-        )[1]
-        check(oracle, engine, make_entries(20, seed=2))
-        replays[pays] = max(counted)
-    assert replays[False] <= 16 < replays[True], "whole prompts are rows of a graph"
+    engine = make_engine(max_inflight_steps=2, prefix_caching=False)
+    replayed: list[GraphKey] = []
+    replay = engine.runner._graphs.replay
+
+    def count(key: GraphKey, fields: IntFields) -> torch.Tensor:
+        replayed.append(key)
+        return replay(key, fields)
+
+    monkeypatch.setattr(engine.runner._graphs, "replay", count)
+    entries = make_entries(20, seed=2)
+    check(oracle, engine, entries)
+    assert any(key.has_prompts for key in replayed)
+    replayed.clear()
+    # No prompts have room in a graph.
+    monkeypatch.setattr(model_runner, "MAX_GRAPH_PROMPTS", -1)
+    check(oracle, engine, entries)
+    assert replayed and not any(key.has_prompts for key in replayed)
 
 
 def test_shared_prefixes(make_engine, oracle: GreedyOracle) -> None:

@@ -103,7 +103,7 @@ def test_base_rows_have_the_same_bits_with_adapters_taken_off(
         assert torch.equal(_logits(engine, plan)[0], mixed)
 
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
-        # Prompts may be rows of a graph in one of the two steps alone; their kernels differ then.
+        # A graph may have room for one of the two steps alone; their kernels differ then.
         if replayed == stripped_replayed and any(chunk.slot >= 0 for chunk in plan.chunks):
             for row, chunk in enumerate(sampling):
                 is_base = chunk.slot < 0

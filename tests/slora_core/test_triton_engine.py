@@ -140,3 +140,33 @@ def test_logits_of_each_step_are_those_of_the_torch_twins(
         engine.check_integrity()
     stats = engine.stats()
     assert num_mixed and stats.num_adapter_evictions and stats.num_preemptions
+
+
+def test_steps_padded_as_for_graphs_have_the_logits_of_exact_ones(tmp_path: Path) -> None:
+    """What graphs are captured with, run without one: chunks, whole prompts, decodes beside."""
+    files = _make_files(tmp_path, num_hidden_layers=1)
+    engine = _engine(files, max_batched_tokens=24, max_running_requests=6)
+    runner = engine.runner
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    rng = random.Random(0)
+    for index, kind in enumerate((*ADAPTERS, None, "rank4-qv")):
+        prompt = rng.choices(range(3, 256), k=(30, 13, 2, 1, 14)[index])
+        engine.add_request(Request(str(index), prompt, params, kind))
+
+    kinds = set()
+    while engine.has_work:
+        plan = engine.scheduler.schedule()
+        runner.load_adapters(plan, engine._host_copies.__getitem__)
+        key = runner._graph_key(plan.chunks)
+        assert key is not None
+        shape = runner._graph_shape(key)
+        with torch.inference_mode():
+            views = runner._builder.fields(plan.chunks, shape).to(DEVICE)
+            padded = runner._forward(views, shape).float()
+        expected = runner.logits(plan)
+        torch.testing.assert_close(padded[: len(expected)], expected)
+        rows = [chunk.request.row for chunk in plan.chunks if chunk.samples]
+        assert views["sample_rows"][: len(rows)].tolist() == rows
+        kinds.add((key.has_prompts, key.num_rows))
+        engine.scheduler.commit(plan, expected.argmax(-1).tolist())
+    assert {(True, 24), (False, 6)} <= kinds

@@ -1,7 +1,6 @@
 """A plan becomes rows, tables and segments: each tensor against what the plan says."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +8,8 @@ import torch
 from slora_core.adapters.device_tables import DeviceAdapterTables
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import ModelConfig, SamplingParams
-from slora_core.execution.batch_builder import BatchBuilder, BatchShape
+from slora_core.execution.batch_builder import BatchBuilder
 from slora_core.execution.buckets import LoraShape
-from slora_core.execution.chunks import as_decodes
 from slora_core.execution.row_state import RowState
 from slora_core.types import ForwardBatch, Request, StepPlan
 
@@ -125,7 +123,7 @@ def test_mixed_step(builder: Builder, tables: DeviceAdapterTables) -> None:
     assert attention.decode_block_tables[0, :1].tolist() == [7]
     assert attention.decode_block_tables[1, :2].tolist() == [9, 3]
     assert attention.decode_context_lens.tolist() == [4, 7]
-    assert attention.query_indptr.tolist() == [0, 6, 13]
+    assert attention.query_indptr.tolist() == [2, 8, 15]
     assert attention.prefill_block_tables[0, :2].tolist() == [1, 0]
     assert attention.prefill_block_tables[1, :4].tolist() == [20, 4, 11, 2]
     assert attention.prefill_context_lens.tolist() == [6, 9]
@@ -179,7 +177,7 @@ def test_decodes_only_and_prefills_only(builder: Builder) -> None:
     decode = builder.build(_plan((_request("a", 4, 1, computed=4, pages=[1, 2]), 5))).attention
     assert decode.num_decodes == 1
     assert len(decode.prefill_block_tables) == 0
-    assert decode.query_indptr.tolist() == [0]
+    assert decode.num_prefills == 0
     # One token at position 0 is a prefill: there is nothing before it.
     prefill = builder.build(_plan((_request("b", 1, pages=[1]), 1))).attention
     assert prefill.num_decodes == 0
@@ -252,10 +250,10 @@ def test_plans_cover_what_triton_runs(planning_builder: Builder) -> None:
 
 def test_steps_of_one_size_have_one_layout_and_harmless_padding(planning_builder: Builder) -> None:
     lora = LoraShape(16, frozenset(range(7)))
-    shape = BatchShape.of_decodes(4, lora)
-    nothing = planning_builder.fields([], shape, num_rows=4)
+    shape = planning_builder.padded_shape(4, 0, lora)
+    nothing = planning_builder.fields([], shape)
     request = _request("one", 2, 1, computed=2, pages=[6], slot=0)
-    one = planning_builder.fields(_plan((request, 3)).chunks, shape, num_rows=4)
+    one = planning_builder.fields(_plan((request, 3)).chunks, shape)
     assert len(one) == len(nothing)
     views = nothing.views(torch.empty(len(nothing), dtype=torch.int32))
     for name, view in one.to(CPU).items():
@@ -269,30 +267,48 @@ def test_steps_of_one_size_have_one_layout_and_harmless_padding(planning_builder
     assert planning_builder.rows.block_tables(torch.tensor([request.row]))[0, 0] == 6
 
 
-def test_prompts_as_rows_of_decodes(builder: Builder) -> None:
+def test_decodes_and_prompts_padded_to_a_size(planning_builder: Builder) -> None:
     decode = _request("decode", 5, 2, computed=6, pages=[9, 3], slot=2)
     chunk = _request("chunk", 12, computed=2, pages=[1, 0, 5], slot=1)
     whole = _request("whole", 3, pages=[7], slot=1)
     plan = _plan((decode, 7), (chunk, 5), (whole, 3))
-    assert builder.rows.num_new_pages(plan.chunks) == 6
-    rows = as_decodes(plan.chunks)
-    assert [(c.request.request_id, c.start, c.end, c.samples) for c in rows] == [
-        ("decode", 6, 7, True),
-        ("chunk", 2, 3, False),
-        ("chunk", 3, 4, False),
-        ("chunk", 4, 5, False),
-        ("whole", 0, 1, False),
-        ("whole", 1, 2, False),
-        ("whole", 2, 3, True),
-    ]
-    shape = BatchShape.of_decodes(len(rows), LoraShape(64, frozenset({1, 2})))
-    views = builder.fields(rows, shape, 10).to(CPU)
-    assert "logit_rows" not in views
-    assert views["decode_context_lens"].tolist() == [7, 3, 4, 5, 1, 2, 3, 0, 0, 0]
-    assert views["seg_slots"].tolist()[:2] == [2, 1]
-    assert views["seg_indptr"].tolist()[:3] == [0, 1, 7]
+    assert planning_builder.rows.num_new_pages(plan.chunks) == 6
+    shape = planning_builder.padded_shape(16, 4, LoraShape(64, frozenset(range(7))))
+    # A decode for each running request, and no more logits than requests.
+    assert (shape.num_rows, shape.num_decodes, shape.num_prefills) == (16, NUM_ROWS, 4)
+    fields = planning_builder.fields(plan.chunks, shape)
+    nothing = planning_builder.fields([], shape)
+    views = fields.to(CPU)
+    assert views.keys() == nothing.to(CPU).keys() and len(fields) == len(nothing)
     # Each request's pages go once.
-    assert builder.rows.num_new_pages(plan.chunks) == 0
-    builder.forward_batch(views, replace(shape, num_decodes=10))
-    tables = builder.rows.block_tables(views["decode_rows"][:7].long())
-    assert [table[0] for table in tables.tolist()] == [9, 1, 1, 1, 7, 7, 7]
+    assert planning_builder.rows.num_new_pages(plan.chunks) == 0
+
+    batch = planning_builder.forward_batch(views, shape)
+    attention = batch.attention
+    assert attention.slot_mapping.tolist() == [14, 6, 7, 0, 28, 29, 30, *[-1] * 9]
+    assert attention.decode_context_lens.tolist() == [7, *[0] * 7]
+    assert attention.query_indptr.tolist() == [1, 4, 7, 7, 7]
+    assert attention.prefill_context_lens.tolist() == [5, 3, 0, 0]
+    assert [table[0] for table in attention.prefill_block_tables[:2].tolist()] == [1, 7]
+    assert attention.decode_plan is not None and attention.prefill_plan is not None
+    assert [row for row in attention.decode_plan.item_rows.tolist() if row >= 0] == [0]
+    tiles = attention.prefill_plan.tile_requests.tolist()
+    assert sorted(tiles, reverse=True) == [1, 0, *[-1] * (len(tiles) - 2)]
+    assert batch.lora is not None and batch.lora.tiles is not None
+    assert batch.lora.seg_indptr.tolist() == [0, 1, *[7] * 15]
+    assert batch.lora.tiles.slots.tolist() == [2, *[1] * 6, *[-1] * 9]
+    # The chunk's rows are sampled by no request.
+    assert batch.logit_rows is not None
+    assert batch.logit_rows.tolist() == [0, 6, *[0] * 10]
+    assert views["sample_rows"].tolist()[:2] == [decode.row, whole.row]
+
+
+def test_chunks_of_any_lengths_have_room_in_a_padded_step(planning_builder: Builder) -> None:
+    shape = planning_builder.padded_shape(64, NUM_ROWS, None)
+    nothing = planning_builder.fields([], shape)
+    for lengths in ([64], [57, *[1] * 7], [8] * 8, [33, 31], [17, 17, 17, 13], [2, 3, 5, 7, 11]):
+        chunks = [
+            (_request(str(i), length, pages=[i] * -(-length // PAGE_TOKENS)), length)
+            for i, length in enumerate(lengths)
+        ]
+        assert len(planning_builder.fields(_plan(*chunks).chunks, shape)) == len(nothing)

@@ -10,6 +10,7 @@ from slora_core.execution.buckets import (
     batch_buckets,
     bucket_of,
     max_graph_rows,
+    prompt_batch_buckets,
     warm_up_sizes,
 )
 
@@ -24,12 +25,24 @@ def test_batch_sizes_reach_the_largest_batch(max_rows: int) -> None:
         assert rows <= size <= max(2 * rows, rows + 31)
 
 
+@pytest.mark.parametrize("max_rows", [1, 16, 24, 64, 100, 512, 700, 1024])
+def test_sizes_of_steps_with_prompts_reach_the_largest(max_rows: int) -> None:
+    sizes = prompt_batch_buckets(max_rows)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max_rows
+    for rows in range(1, max_rows + 1):
+        size = bucket_of(rows, sizes)
+        assert rows <= size <= max(16, 2 * rows)
+        assert size < rows + (64 if rows <= 512 else 128)
+
+
 @pytest.mark.parametrize("rank,bucket", [(1, 16), (16, 16), (17, 32), (64, 64), (200, 256)])
 def test_rank_buckets(rank: int, bucket: int) -> None:
     assert bucket_of(rank, RANK_BUCKETS) == bucket
 
 
-@pytest.mark.parametrize("running,budget,rows", [(64, 8192, 512), (700, 8192, 700), (64, 256, 256)])
+@pytest.mark.parametrize(
+    "running,budget,rows", [(64, 8192, 1024), (1200, 8192, 1200), (64, 256, 256)]
+)
 def test_rows_that_have_graphs(running: int, budget: int, rows: int) -> None:
     config = EngineConfig(max_running_requests=running, max_batched_tokens=budget)
     assert max_graph_rows(config) == rows

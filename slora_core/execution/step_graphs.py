@@ -1,0 +1,88 @@
+"""CUDA graphs of small steps: captured once for each size and shape of LoRA, then replayed.
+
+A step replays the graph of the smallest size that holds it; its padding rows have no context, no
+cache slot and no adapter. Knows no requests: it is given a step's fields.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from slora_core.execution.buckets import LoraShape
+from slora_core.execution.int_fields import IntFields
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """What a graph is captured for."""
+
+    num_rows: int
+    # Whether there is room for prompts: without, every row is a decode that samples.
+    has_prompts: bool
+    # What LoRA kernels are launched for; None is the base model only.
+    lora: LoraShape | None
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    # int32, what the graph reads: filled before each replay.
+    inputs: torch.Tensor
+
+
+class StepGraphs:
+    """Graphs by key; they share one memory pool, so their outputs must live outside it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[GraphKey, _Graph] = {}
+
+    def __contains__(self, key: GraphKey) -> bool:
+        return key in self._graphs
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def capture(
+        self, key: GraphKey, fields: IntFields, forward: Callable[[torch.Tensor, int | None], None]
+    ) -> None:
+        """Record the graph of a key.
+
+        Args:
+            fields: a step of padding rows alone, whose layout all steps of the key have.
+            forward: computes a step from a buffer of that layout, without synchronising, by so
+                many of the first layers or, with None, by all.
+        """
+        inputs = torch.empty(len(fields), dtype=torch.int32, device=self._device)
+        fields.copy_to(inputs)
+        # Compiles kernels and sets up libraries, which cannot be done while capturing; all layers
+        # have the same ones.
+        forward(inputs, 1)
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with _without_garbage_collection(), torch.cuda.graph(graph, pool=self._pool):
+            forward(inputs, None)
+        self._graphs[key] = _Graph(graph, inputs)
+
+    def replay(self, key: GraphKey, fields: IntFields) -> torch.Tensor:
+        """Start a step; returns the device copy of its fields, overwritten by the next replay."""
+        entry = self._graphs[key]
+        fields.copy_to(entry.inputs)
+        entry.graph.replay()
+        return entry.inputs
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Nothing may be destroyed during a capture that the driver must free, as other graphs are."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
