@@ -144,10 +144,14 @@ async def ask_all(
             async with asyncio.TaskGroup() as group:
                 for question in questions:
                     group.create_task(run(question))
-        except* EvaluationError as errors:
-            raise errors.exceptions[0] from None
-        except* httpx.HTTPError as errors:
-            raise EvaluationError(f"request failed: {errors.exceptions[0]!r}") from None
+        except ExceptionGroup as errors:
+            # Not `except*`, which may wrap in a group again what is raised in it.
+            first = errors.exceptions[0]
+            if isinstance(first, EvaluationError):
+                raise first from None
+            if isinstance(first, httpx.HTTPError):
+                raise EvaluationError(f"request failed: {first!r}") from None
+            raise
     return tallies
 
 

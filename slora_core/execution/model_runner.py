@@ -157,8 +157,10 @@ class ModelRunner:
 
     def _replay(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What `_run` returns, by a CUDA graph; None where the plan has no graph."""
+        if self._graphs is None:
+            return None
         key = self._graph_key(plan.chunks)
-        if self._graphs is None or key is None:
+        if key is None:
             return None
         if key not in self._graphs:
             logger.warning("capturing a graph that was not captured at start: %s", key)
