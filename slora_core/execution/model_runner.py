@@ -5,7 +5,7 @@ returns before the device has computed the step.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -82,18 +82,30 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile and load the kernels of eager steps, so that no request waits for them.
+        """Compile all kernels, and load those of eager steps, so that no request waits for them.
 
         Prompts of all sizes for which kernels differ, for the base model and each shape of LoRA,
         by the first layer. They write to pages that nobody has yet.
         """
+        # Triton is loaded only where it is used.
+        from kernels.compile_together import compile_together
+
+        with compile_together():
+            self._run_prompts()
+            for key in self._graph_keys():
+                shape = self._graph_shape(key)
+                views = self._builder.fields([], shape).to(self._device)
+                self._forward(views, shape, num_layers=1)
+        self._run_prompts()
+
+    def _run_prompts(self) -> None:
         most = min(self._engine.max_batched_tokens, self._engine.context_len(self._model))
         most = min(most, self._engine.num_pages * self._engine.page_tokens)
         for num_tokens in warm_up_sizes(most):
             for lora in (None, *self._lora_shapes()):
-                self._warm_up(num_tokens, lora)
+                self._run_prompt(num_tokens, lora)
 
-    def _warm_up(self, num_tokens: int, lora: LoraShape | None) -> None:
+    def _run_prompt(self, num_tokens: int, lora: LoraShape | None) -> None:
         request = Request("warm-up", [0] * num_tokens, SamplingParams(), row=0)
         request.page_ids = list(range(pages_for(num_tokens, self._engine.page_tokens)))
         if lora is not None:
@@ -120,12 +132,16 @@ class ModelRunner:
             max_graph_samples(self._engine), self._model.vocab_size, device=self._device
         )
         self._graphs = StepGraphs(self._device)
+        for key in self._graph_keys():
+            self._capture(key)
+        logger.info("captured %d graphs of steps", len(self._graphs))
+
+    def _graph_keys(self) -> Iterator[GraphKey]:
         # Large ones first: the others find room in the memory that these took.
         for has_prompts in (True, False):
             for num_rows in reversed(self._graph_sizes[has_prompts]):
                 for lora in (None, *self._lora_shapes()):
-                    self._capture(GraphKey(num_rows, has_prompts, lora))
-        logger.info("captured %d graphs of steps", len(self._graphs))
+                    yield GraphKey(num_rows, has_prompts, lora)
 
     def load_adapters(self, plan: StepPlan, host_copy: Callable[[str], PackedAdapter]) -> None:
         """Make the copies a plan asks for; `host_copy` gives the pages of an adapter id."""

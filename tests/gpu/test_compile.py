@@ -1,0 +1,53 @@
+"""Kernels are compiled at start, side by side, and none of them while requests are served."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triton import knobs
+
+from slora_core.adapters.peft_weights import load_packed_adapter
+from slora_core.config import EngineConfig
+from slora_core.engine import Engine
+from tests.factories import make_adapter, make_model
+from tests.gpu.cases import ADAPTERS, SMALL_KINDS, check, make_entries
+from tests.on_gpu import needs_gpu
+from tests.oracle import GreedyOracle
+
+pytestmark = needs_gpu
+
+
+def test_no_kernel_is_compiled_at_its_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a shape that no other test has, or its kernels would be there.
+    model_dir = make_model(
+        tmp_path / "model", "llama", hidden_size=96, intermediate_size=176, num_hidden_layers=2
+    )
+    adapters = {
+        kind: make_adapter(tmp_path / kind, model_dir, seed=index, **ADAPTERS[kind])
+        for index, kind in enumerate(kind for kind in SMALL_KINDS if kind is not None)
+    }
+    # By whether a launch compiled them.
+    compiled: dict[bool, list[str]] = {True: [], False: []}
+
+    def record(*, fn: Any, is_manual_warmup: bool, **_: Any) -> None:
+        compiled[not is_manual_warmup].append(fn.name)
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "triton"))
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", record)
+    config = EngineConfig(
+        device="cuda", num_pool_tokens=8192, max_batched_tokens=2048, max_running_requests=16
+    )
+    engine = Engine.from_pretrained(model_dir, config)
+    for name, path in adapters.items():
+        packed = load_packed_adapter(path, engine.geometry)
+        engine.add_adapter(replace(packed, adapter_id=name))
+    assert len(compiled[False]) > 30
+    check(
+        GreedyOracle(model_dir, adapters, ignore_eos=True),
+        engine,
+        make_entries(24, kinds=SMALL_KINDS),
+    )
+    assert compiled[True] == []
