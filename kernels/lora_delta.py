@@ -58,8 +58,29 @@ def row_delta(
 
 
 @triton.jit
+def shrunk_tile(
+    v_rows_ptr,
+    row_mask,
+    first_rank,
+    rank,
+    v_split_stride,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """[BLOCK_ROWS, BLOCK_R] of v from `first_rank` on, of rows at `v_rows_ptr` [BLOCK_ROWS, 1]."""
+    ranks = (first_rank + tl.arange(0, BLOCK_R))[None, :]
+    mask = row_mask & (ranks < rank)
+    shrunk = tl.load(v_rows_ptr + ranks, mask=mask, other=0.0)
+    for split in tl.static_range(1, NUM_SPLITS):
+        shrunk += tl.load(v_rows_ptr + split * v_split_stride + ranks, mask=mask, other=0.0)
+    return shrunk.to(DTYPE)
+
+
+@triton.jit
 def tile_delta(
     b,
+    shrunk,
     v_rows_ptr,
     row_mask,
     v_split_stride,
@@ -72,35 +93,29 @@ def tile_delta(
     page_stride,
     NUM_SPLITS: tl.constexpr,
     PAGE_ELEMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MAX_ROW_ELEMS: tl.constexpr,
 ):
-    """fp32 [BLOCK_ROWS, BLOCK_N] of rows at `v_rows_ptr` [BLOCK_ROWS, 1]; `b` as of `row_delta`."""
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_N], dtype=tl.float32)
-    # Most ranks take one turn: buffers for the next would only take room.
-    for r in tl.range(0, rank, BLOCK_R, num_stages=1):
-        ranks = (r + tl.arange(0, BLOCK_R))[None, :]
-        v_mask = row_mask & (ranks < rank)
-        shrunk = tl.load(v_rows_ptr + ranks, mask=v_mask, other=0.0)  # [T, R]
-        for split in tl.static_range(1, NUM_SPLITS):
-            part_ptrs = v_rows_ptr + split * v_split_stride + ranks
-            shrunk += tl.load(part_ptrs, mask=v_mask, other=0.0)
-        acc = tl.dot(shrunk.to(b.dtype), b, acc, input_precision="ieee")
-        next_r = r + BLOCK_R
-        if next_r < rank:
-            b = load_weights(
-                pool_ptr,
-                table_ptr,
-                first + next_r * row_elems,
-                row_elems,
-                rank - next_r,
-                num_columns,
-                page_stride,
-                PAGE_ELEMS,
-                BLOCK_R,
-                BLOCK_N,
-                MAX_ROW_ELEMS,
-            )  # [R, N]
+    """fp32 [BLOCK_ROWS, BLOCK_N]; `b` as of `row_delta`, and `shrunk` of the same ranks."""
+    acc = tl.dot(shrunk, b, input_precision="ieee")
+    # Most ranks have no more turns: buffers for them would only take room.
+    for r in tl.range(BLOCK_R, rank, BLOCK_R, num_stages=1):
+        b = load_weights(
+            pool_ptr,
+            table_ptr,
+            first + r * row_elems,
+            row_elems,
+            rank - r,
+            num_columns,
+            page_stride,
+            PAGE_ELEMS,
+            BLOCK_R,
+            BLOCK_N,
+            MAX_ROW_ELEMS,
+        )  # [R, N]
+        shrunk = shrunk_tile(
+            v_rows_ptr, row_mask, r, rank, v_split_stride, NUM_SPLITS, BLOCK_R, b.dtype
+        )
+        acc = tl.dot(shrunk, b, acc, input_precision="ieee")
     return acc

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kernels.dependent_launch import launch_options, wait_without_work
 from kernels.launch_configs import ExpandLaunch, expand_launch
-from kernels.lora_delta import row_delta, tile_delta
+from kernels.lora_delta import row_delta, shrunk_tile, tile_delta
 from kernels.lora_segments import LoraSegments, row_elems
 from kernels.lora_stream import VARYING_POINTERS, load_weights, pick
 
@@ -208,31 +208,48 @@ def _expand_kernel(
         rows = (row_start + tl.arange(0, BLOCK_ROWS))[:, None]
         row_mask = rows < row_end
         y_rows_ptr = y_ptr + rows * y_stride
-        share = tl.load(tile_shares_ptr + tile)
-        num_shares = tl.load(tile_num_shares_ptr + tile)
-        for n in range(share * DOT_BLOCK_N, BLOCK_N, num_shares * DOT_BLOCK_N):
+        v_rows_ptr = v_ptr + rows * v_row_stride
+        start = tl.load(tile_shares_ptr + tile) * DOT_BLOCK_N
+        step = tl.load(tile_num_shares_ptr + tile) * DOT_BLOCK_N
+        b_tile = load_weights(
+            pool_ptr,
+            table_ptr,
+            first + start,
+            row_elems,
+            rank,
+            num_columns - start,
+            page_stride,
+            PAGE_ELEMS,
+            DOT_BLOCK_R,
+            DOT_BLOCK_N,
+            MAX_ROW_ELEMS,
+        )  # [R, N]
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
+        shrunk = shrunk_tile(
+            v_rows_ptr, row_mask, 0, rank, v_split_stride, NUM_SPLITS, DOT_BLOCK_R, b_tile.dtype
+        )
+        for n in range(start, BLOCK_N, step):
             columns = (n + tl.arange(0, DOT_BLOCK_N))[None, :]
             y_mask = row_mask & (columns < num_columns)
-            b = load_weights(
+            y = tl.load(y_rows_ptr + columns, mask=y_mask)  # [T, N]
+            next_tile = load_weights(
                 pool_ptr,
                 table_ptr,
-                first + n,
+                first + n + step,
                 row_elems,
-                rank,
-                num_columns - n,
+                tl.where(n + step < BLOCK_N, rank, 0),
+                num_columns - n - step,
                 page_stride,
                 PAGE_ELEMS,
                 DOT_BLOCK_R,
                 DOT_BLOCK_N,
                 MAX_ROW_ELEMS,
-            )  # [R, N]
-            if DEPENDENT:
-                # Of effect the first time alone.
-                tl.extra.cuda.gdc_wait()
-            y = tl.load(y_rows_ptr + columns, mask=y_mask)  # [T, N]
+            )
             delta = tile_delta(
-                b,
-                v_ptr + rows * v_row_stride,
+                b_tile,
+                shrunk,
+                v_rows_ptr,
                 row_mask,
                 v_split_stride,
                 pool_ptr,
@@ -244,10 +261,10 @@ def _expand_kernel(
                 page_stride,
                 NUM_SPLITS,
                 PAGE_ELEMS,
-                BLOCK_ROWS,
                 DOT_BLOCK_R,
                 DOT_BLOCK_N,
                 MAX_ROW_ELEMS,
             )
             y = (y.to(tl.float32) + scaling * delta).to(dtype)
             tl.store(y_rows_ptr + columns, y, mask=y_mask)
+            b_tile = next_tile

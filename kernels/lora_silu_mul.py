@@ -10,7 +10,7 @@ import triton.language as tl
 
 from kernels.dependent_launch import launch_options, wait_without_work
 from kernels.launch_configs import ExpandLaunch, lora_silu_launch
-from kernels.lora_delta import row_delta, tile_delta
+from kernels.lora_delta import row_delta, shrunk_tile, tile_delta
 from kernels.lora_segments import LoraSegments, row_elems
 from kernels.lora_stream import VARYING_POINTERS, load_weights
 from kernels.silu_mul import silu_product
@@ -235,47 +235,88 @@ def _lora_silu_mul_kernel(
     else:
         rows = (row_start + tl.arange(0, BLOCK_ROWS))[:, None]
         row_mask = rows < row_end
-        share = tl.load(tile_shares_ptr + tile)
-        num_shares = tl.load(tile_num_shares_ptr + tile)
-        v_rows_ptr = v_ptr + rows * v_row_stride
-        for n in range(share * DOT_BLOCK_N, BLOCK_N, num_shares * DOT_BLOCK_N):
+        start = tl.load(tile_shares_ptr + tile) * DOT_BLOCK_N
+        step = tl.load(tile_num_shares_ptr + tile) * DOT_BLOCK_N
+        v_gate_ptr = v_ptr + rows * v_row_stride
+        v_up_ptr = v_gate_ptr + v_module_stride
+        gate_tile = load_weights(
+            pool_ptr,
+            table_ptr,
+            gate_first + start,
+            ROW_ELEMS,
+            gate_rank,
+            num_columns - start,
+            page_stride,
+            PAGE_ELEMS,
+            DOT_BLOCK_R,
+            DOT_BLOCK_N,
+            ROW_ELEMS,
+        )  # [R, N]
+        up_tile = load_weights(
+            pool_ptr,
+            table_ptr,
+            up_first + start,
+            ROW_ELEMS,
+            up_rank,
+            num_columns - start,
+            page_stride,
+            PAGE_ELEMS,
+            DOT_BLOCK_R,
+            DOT_BLOCK_N,
+            ROW_ELEMS,
+        )
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
+        gate_shrunk = shrunk_tile(
+            v_gate_ptr,
+            row_mask,
+            0,
+            gate_rank,
+            v_split_stride,
+            NUM_SPLITS,
+            DOT_BLOCK_R,
+            gate_tile.dtype,
+        )
+        up_shrunk = shrunk_tile(
+            v_up_ptr, row_mask, 0, up_rank, v_split_stride, NUM_SPLITS, DOT_BLOCK_R, up_tile.dtype
+        )
+        for n in range(start, BLOCK_N, step):
             columns = (n + tl.arange(0, DOT_BLOCK_N))[None, :]
             mask = row_mask & (columns < num_columns)
-            gate_b = load_weights(
+            gate_ptrs = gate_up_ptr + rows * gate_up_stride + columns
+            gate = tl.load(gate_ptrs, mask=mask, other=0.0)  # [T, N]
+            up = tl.load(gate_ptrs + INTERMEDIATE, mask=mask, other=0.0)
+            has_next = n + step < BLOCK_N
+            next_gate_tile = load_weights(
                 pool_ptr,
                 table_ptr,
-                gate_first + n,
+                gate_first + n + step,
                 ROW_ELEMS,
-                gate_rank,
-                num_columns - n,
-                page_stride,
-                PAGE_ELEMS,
-                DOT_BLOCK_R,
-                DOT_BLOCK_N,
-                ROW_ELEMS,
-            )  # [R, N]
-            up_b = load_weights(
-                pool_ptr,
-                table_ptr,
-                up_first + n,
-                ROW_ELEMS,
-                up_rank,
-                num_columns - n,
+                tl.where(has_next, gate_rank, 0),
+                num_columns - n - step,
                 page_stride,
                 PAGE_ELEMS,
                 DOT_BLOCK_R,
                 DOT_BLOCK_N,
                 ROW_ELEMS,
             )
-            if DEPENDENT:
-                # Of effect the first time alone.
-                tl.extra.cuda.gdc_wait()
-            gate_ptrs = gate_up_ptr + rows * gate_up_stride + columns
-            gate = tl.load(gate_ptrs, mask=mask, other=0.0)  # [T, N]
-            up = tl.load(gate_ptrs + INTERMEDIATE, mask=mask, other=0.0)
+            next_up_tile = load_weights(
+                pool_ptr,
+                table_ptr,
+                up_first + n + step,
+                ROW_ELEMS,
+                tl.where(has_next, up_rank, 0),
+                num_columns - n - step,
+                page_stride,
+                PAGE_ELEMS,
+                DOT_BLOCK_R,
+                DOT_BLOCK_N,
+                ROW_ELEMS,
+            )
             gate_delta = tile_delta(
-                gate_b,
-                v_rows_ptr,
+                gate_tile,
+                gate_shrunk,
+                v_gate_ptr,
                 row_mask,
                 v_split_stride,
                 pool_ptr,
@@ -287,15 +328,15 @@ def _lora_silu_mul_kernel(
                 page_stride,
                 NUM_SPLITS,
                 PAGE_ELEMS,
-                BLOCK_ROWS,
                 DOT_BLOCK_R,
                 DOT_BLOCK_N,
                 ROW_ELEMS,
             )
             gate = _changed(gate, gate_delta, gate_scaling, gate_rank)
             up_delta = tile_delta(
-                up_b,
-                v_rows_ptr + v_module_stride,
+                up_tile,
+                up_shrunk,
+                v_up_ptr,
                 row_mask,
                 v_split_stride,
                 pool_ptr,
@@ -307,13 +348,14 @@ def _lora_silu_mul_kernel(
                 page_stride,
                 NUM_SPLITS,
                 PAGE_ELEMS,
-                BLOCK_ROWS,
                 DOT_BLOCK_R,
                 DOT_BLOCK_N,
                 ROW_ELEMS,
             )
             up = _changed(up, up_delta, up_scaling, up_rank)
             tl.store(y_ptr + rows * INTERMEDIATE + columns, silu_product(gate, up), mask=mask)
+            gate_tile = next_gate_tile
+            up_tile = next_up_tile
 
 
 @triton.jit
