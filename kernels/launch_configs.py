@@ -74,7 +74,7 @@ class ExpandLaunch:
 
 
 def shrink_launch(
-    num_tiles: int,
+    num_rows: int,
     block_rows: int,
     num_modules: int,
     max_rank: int,
@@ -86,16 +86,16 @@ def shrink_launch(
     if block_rows <= MAX_DECODE_BLOCK_ROWS:
         # Small programs without loops: what counts is how many loads are under way.
         block_r = 16 if max_rank <= 64 else 32
-        row_block_k = 512 if num_tiles > 16 else 256
+        row_block_k = 512 if num_rows > 16 else 256
         return ShrinkLaunch(
             num_splits=min(MAX_SPLITS, -(-in_features // row_block_k)),
             block_r=block_r,
             row_block_k=row_block_k * 16 // block_r,
             dot_block_k=128 * 2 // itemsize,
-            num_warps=4 if num_tiles > 16 else 2,
+            num_warps=4 if num_rows > 16 else 2,
             num_stages=3,
         )
-    programs = num_tiles * num_modules * -(-max_rank // block_r)
+    programs = -(-num_rows // block_rows) * num_modules * -(-max_rank // block_r)
     return ShrinkLaunch(
         num_splits=min(8, _power_of_two_from(-(-BUSY_PROGRAMS // max(1, programs)))),
         block_r=block_r,

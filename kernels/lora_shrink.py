@@ -46,7 +46,7 @@ def lora_shrink(
     page_elems = pool.shape[2]
     num_tiles = tiles.slots.shape[0]
     launch = launch or shrink_launch(
-        num_tiles, tiles.block_rows, len(modules), segments.max_rank, in_features, pool.itemsize
+        num_rows, tiles.block_rows, len(modules), segments.max_rank, in_features, pool.itemsize
     )
     launch = launch.fit(in_features, page_elems)
     split_k = launch.split_k(in_features)

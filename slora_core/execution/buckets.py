@@ -38,11 +38,6 @@ def max_graph_rows(engine: EngineConfig) -> int:
     return max(engine.max_running_requests, min(PROMPT_GRAPH_ROWS, engine.max_batched_tokens))
 
 
-def max_graph_samples(engine: EngineConfig) -> int:
-    """Rows of the logits of a graph, at most."""
-    return engine.max_running_requests + MAX_GRAPH_PROMPTS
-
-
 def batch_buckets(max_rows: int) -> list[int]:
     """Numbers of decodes that have a graph, ascending: dense where a row of padding costs most."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32)]

@@ -6,13 +6,13 @@ import logging
 
 import torch
 
-from slora_core.config import EngineConfig, ModelConfig, SamplingParams
+from slora_core.config import EngineConfig, ModelConfig
 from slora_core.errors import UnsupportedModelError
-from slora_core.execution.buckets import max_graph_rows, max_graph_samples
+from slora_core.execution.buckets import max_graph_rows
+from slora_core.execution.dummy_steps import num_step_pages, prompt_step
 from slora_core.execution.model_runner import ModelRunner
-from slora_core.memory.sizing import page_bytes, pages_for
+from slora_core.memory.sizing import page_bytes
 from slora_core.models.weights import DecoderWeights
-from slora_core.types import Request, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: Decoder
     free, total = torch.cuda.mem_get_info(device)
     # Graphs share memory, beside that of other steps, for the activations of the largest of them.
     activations += activations * max_graph_rows(engine) // engine.max_batched_tokens
-    rows = _SAMPLER_COPIES * engine.max_running_requests + _GRAPH_COPIES * max_graph_samples(engine)
+    rows = (_SAMPLER_COPIES + _GRAPH_COPIES) * engine.max_running_requests
     logits = rows * model.vocab_size * 4
     available = int(total * engine.memory_utilization) - (total - free) - activations - logits
     num_pages = available // page_bytes(model, engine)
@@ -62,22 +62,14 @@ def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: Decoder
 
 def _run_largest_step(model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> int:
     """Prefill `max_batched_tokens` in requests as long as may be; returns the pool's bytes."""
-    context_len = engine.context_len(model)
-    lengths = [context_len] * (engine.max_batched_tokens // context_len)
-    if rest := engine.max_batched_tokens % context_len:
-        lengths.append(rest)
-    lengths = lengths[: engine.max_running_requests]
-    num_pages = sum(pages_for(length, engine.page_tokens) for length in lengths)
+    # Triton is loaded only where it is used.
+    from kernels.compile_together import compile_together
+
+    plan = prompt_step(model, engine, engine.max_batched_tokens)
+    num_pages = num_step_pages(plan)
     small = dataclasses.replace(engine, num_pool_tokens=num_pages * engine.page_tokens)
     runner = ModelRunner(model, small, weights, max_slots=1)
-    plan = StepPlan()
-    first_page = 0
-    for row, length in enumerate(lengths):
-        request = Request(f"profile-{row}", [0] * length, SamplingParams(temperature=0.0))
-        request.row = row
-        count = pages_for(length, engine.page_tokens)
-        request.page_ids = list(range(first_page, first_page + count))
-        first_page += count
-        plan.add(request, length)
+    with compile_together():
+        runner.launch(plan)
     runner.launch(plan).token_ids()
     return runner.pool.numel() * runner.pool.element_size()

@@ -16,7 +16,7 @@ from slora_core.adapters.device_tables import DeviceAdapterTables
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_adapter_pages
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import EngineConfig, ModelConfig, SamplingParams
+from slora_core.config import EngineConfig, ModelConfig
 from slora_core.execution.batch_builder import BatchBuilder, BatchShape
 from slora_core.execution.buckets import (
     MAX_GRAPH_PROMPTS,
@@ -26,11 +26,12 @@ from slora_core.execution.buckets import (
     batch_buckets,
     bucket_of,
     max_graph_rows,
-    max_graph_samples,
     prompt_batch_buckets,
     warm_up_sizes,
 )
 from slora_core.execution.chunks import is_plain_decode
+from slora_core.execution.dummy_steps import num_step_pages, prompt_step
+from slora_core.execution.int_fields import IntFields
 from slora_core.execution.row_state import RowState
 from slora_core.execution.sampler import sample
 from slora_core.execution.step_graphs import GraphKey, StepGraphs
@@ -38,7 +39,7 @@ from slora_core.execution.step_handle import StepHandle
 from slora_core.memory.sizing import allocate_pool, pages_for
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
-from slora_core.types import Request, ScheduledChunk, StepPlan
+from slora_core.types import ScheduledChunk, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -99,20 +100,19 @@ class ModelRunner:
         self._run_prompts()
 
     def _run_prompts(self) -> None:
-        most = min(self._engine.max_batched_tokens, self._engine.context_len(self._model))
-        most = min(most, self._engine.num_pages * self._engine.page_tokens)
+        engine = self._engine
+        most = min(engine.max_batched_tokens, engine.num_pages * engine.page_tokens)
         for num_tokens in warm_up_sizes(most):
             for lora in (None, *self._lora_shapes()):
-                self._run_prompt(num_tokens, lora)
+                # With LoRA an empty slot: its kernels find that it has no weights.
+                slot = -1 if lora is None else 0
+                self._run_step(prompt_step(self._model, engine, num_tokens, slot), lora)
 
-    def _run_prompt(self, num_tokens: int, lora: LoraShape | None) -> None:
-        request = Request("warm-up", [0] * num_tokens, SamplingParams(), row=0)
-        request.page_ids = list(range(pages_for(num_tokens, self._engine.page_tokens)))
-        if lora is not None:
-            # An empty slot: its kernels find that it has no weights.
-            request.adapter_slot = 0
-        plan = StepPlan()
-        plan.add(request, num_tokens)
+    def _run_step(self, plan: StepPlan, lora: LoraShape | None) -> None:
+        """The first layer of a step, launched for a shape of LoRA that it may not have."""
+        if num_step_pages(plan) > self._engine.num_pages:
+            # Parts of pages at the prompts' ends: the pool holds no step as large.
+            return
         shape = replace(self._builder.shape(plan.chunks), lora=lora)
         views = self._builder.fields(plan.chunks, shape).to(self._device)
         self._forward(views, shape, num_layers=1)
@@ -129,7 +129,7 @@ class ModelRunner:
     def capture_graphs(self) -> None:
         """Record small steps of every size, for the base model and each shape of LoRA."""
         self._graph_logits = torch.empty(
-            max_graph_samples(self._engine), self._model.vocab_size, device=self._device
+            self._engine.max_running_requests, self._model.vocab_size, device=self._device
         )
         self._graphs = StepGraphs(self._device)
         for key in self._graph_keys():
@@ -181,6 +181,9 @@ class ModelRunner:
         if key not in self._graphs:
             logger.warning("capturing a graph that was not captured at start: %s", key)
             self._capture(key)
+        # A prompt whose beginning is cached may bring more pages than it has rows.
+        if self._rows.num_new_pages(plan.chunks) > key.num_rows:
+            self._send_pages(plan.chunks)
         fields = self._builder.fields(plan.chunks, self._graph_shape(key))
         inputs = self._graphs.replay(key, fields)
         rows = fields.views(inputs)["sample_rows"]
@@ -195,15 +198,19 @@ class ModelRunner:
         sizes = self._graph_sizes[has_prompts]
         if num_rows > sizes[-1]:
             return None
-        num_rows = bucket_of(num_rows, sizes)
-        # A decode brings one new page at most, which a graph has room for; a prompt any number.
-        if has_prompts and (
-            sum(not chunk.is_decode for chunk in chunks) > MAX_GRAPH_PROMPTS
-            or self._rows.num_new_pages(chunks) > num_rows
-        ):
+        if has_prompts and sum(not chunk.is_decode for chunk in chunks) > MAX_GRAPH_PROMPTS:
             return None
         lora = self._builder.lora_shape(chunks)
-        return GraphKey(num_rows, has_prompts, lora and lora.graph_bucket())
+        return GraphKey(bucket_of(num_rows, sizes), has_prompts, lora and lora.graph_bucket())
+
+    def _send_pages(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Write a step's new page ids before it, for a graph that has no room for them."""
+        entries, page_ids = self._rows.new_pages(chunks)
+        fields = IntFields()
+        fields.add("entries", entries)
+        fields.add("page_ids", page_ids)
+        views = fields.to(self._device)
+        self._rows.write_pages(views["entries"], views["page_ids"])
 
     def _graph_shape(self, key: GraphKey) -> BatchShape:
         max_prompts = MAX_GRAPH_PROMPTS if key.has_prompts else 0

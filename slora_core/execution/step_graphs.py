@@ -64,7 +64,9 @@ class StepGraphs:
         forward(inputs, 1)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with _without_garbage_collection(), torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may register memory meanwhile.
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        with _without_garbage_collection(), capture:
             forward(inputs, None)
         self._graphs[key] = _Graph(graph, inputs)
 

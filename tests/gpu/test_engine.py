@@ -4,6 +4,7 @@ fp32 unless said otherwise, so that texts can be compared with transformers and 
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from slora_core.execution.int_fields import IntFields
 from slora_core.execution.step_graphs import GraphKey
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import dummy_weights
+from slora_core.types import ScheduledChunk, StepPlan
 from tests.factories import ALL_MODULES, make_random_adapter
 from tests.gpu.cases import KINDS, SMALL_KINDS, check, make_entries
 from tests.on_gpu import needs_gpu
@@ -67,6 +69,32 @@ def test_shared_prefixes(make_engine, oracle: GreedyOracle) -> None:
         check(oracle, engine, entries)
     # Of each kind all but the first find the prefix, then all do.
     assert engine.stats().num_cached_prompt_tokens >= 96 * (20 - len(KINDS)) + 96 * 20
+
+
+def test_a_cached_prefix_of_more_pages_than_rows_is_replayed(
+    make_engine, oracle: GreedyOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_inflight_steps=2)
+    prefix = random.Random(5).choices(range(3, 256), k=400)
+    entries = [
+        replace(e, prompt_ids=[*prefix, *e.prompt_ids[:2]])
+        for e in make_entries(6, seed=3, kinds=SMALL_KINDS, max_tokens=4)
+    ]
+    check(oracle, engine, entries)
+    sent: list[int] = []
+    send = engine.runner._send_pages
+
+    def count(chunks: Sequence[ScheduledChunk]) -> None:
+        sent.append(engine.runner._rows.num_new_pages(chunks))
+        send(chunks)
+
+    def fail(_: StepPlan) -> None:
+        raise AssertionError("a step was launched kernel by kernel")
+
+    monkeypatch.setattr(engine.runner, "_send_pages", count)
+    monkeypatch.setattr(engine.runner, "_run", fail)
+    check(oracle, engine, entries)
+    assert sum(sent) >= 25 * len(entries)
 
 
 def test_evicted_adapters_and_preempted_requests(make_engine, oracle: GreedyOracle) -> None:

@@ -299,7 +299,7 @@ def test_decodes_and_prompts_padded_to_a_size(planning_builder: Builder) -> None
     assert batch.lora.tiles.slots.tolist() == [2, *[1] * 6, *[-1] * 9]
     # The chunk's rows are sampled by no request.
     assert batch.logit_rows is not None
-    assert batch.logit_rows.tolist() == [0, 6, *[0] * 10]
+    assert batch.logit_rows.tolist() == [0, 6, *[0] * (NUM_ROWS - 2)]
     assert views["sample_rows"].tolist()[:2] == [decode.row, whole.row]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kernels.launch_configs import ShrinkLaunch, shrink_launch
-from kernels.lora_segments import choose_block_rows, plan_tiles
+from kernels.lora_segments import choose_block_rows
 from slora_core.config import EngineConfig
 from slora_core.execution.buckets import (
     RANK_BUCKETS,
@@ -48,23 +48,21 @@ def test_rows_that_have_graphs(running: int, budget: int, rows: int) -> None:
     assert max_graph_rows(config) == rows
 
 
-def _launches(num_decodes: int, num_tokens: int) -> set[tuple[int, int, int, ShrinkLaunch]]:
-    """Of a step's shrinks: that many rows of an adapter each, and a prompt of another."""
-    bounds = [*range(num_decodes + 1), num_decodes + num_tokens]
-    num_runs = num_decodes + 1
-    block_rows = choose_block_rows(bounds[-1], num_runs)
-    num_tiles = len(plan_tiles(bounds, list(range(num_runs)), block_rows))
+def _launches(num_rows: int, num_runs: int = 1) -> set[tuple[int, int, int, ShrinkLaunch]]:
+    """Of the shrinks of a step with prompts, of so many rows in runs of one adapter."""
+    block_rows = choose_block_rows(num_rows, num_runs)
     shapes = [(3, 4096), (1, 4096), (2, 4096), (1, 11008)]
     return {
-        (block_rows, *shape, shrink_launch(num_tiles, block_rows, shape[0], rank, shape[1]))
+        (block_rows, *shape, shrink_launch(num_rows, block_rows, shape[0], rank, shape[1]))
         for shape in shapes
         for rank in RANK_BUCKETS
     }
 
 
-def test_every_launch_of_prompts_is_warmed_up() -> None:
-    warm = set().union(*(_launches(0, size) for size in warm_up_sizes(8192)))
-    for num_decodes in (0, 1, 20, 250):
-        for num_tokens in range(1, 8192 - num_decodes, 37):
-            missing = _launches(num_decodes, num_tokens) - warm
-            assert not missing, f"{num_decodes} decodes and {num_tokens} tokens: {missing}"
+@pytest.mark.parametrize("max_tokens", [16, 100, 512, 2000, 2048, 4096, 5000, 8192, 16384])
+def test_every_launch_of_prompts_is_warmed_up(max_tokens: int) -> None:
+    warm = set().union(*(_launches(size) for size in warm_up_sizes(max_tokens)))
+    for num_runs in (1, 3, 40):
+        for num_rows in range(num_runs, max_tokens + 1):
+            missing = _launches(num_rows, num_runs) - warm
+            assert not missing, f"{num_rows} rows in {num_runs} runs: {missing}"
