@@ -62,14 +62,9 @@ def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: Decoder
 
 def _run_largest_step(model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> int:
     """Prefill `max_batched_tokens` in requests as long as may be; returns the pool's bytes."""
-    # Triton is loaded only where it is used.
-    from kernels.compile_together import compile_together
-
     plan = prompt_step(model, engine, engine.max_batched_tokens)
     num_pages = num_step_pages(plan)
     small = dataclasses.replace(engine, num_pool_tokens=num_pages * engine.page_tokens)
     runner = ModelRunner(model, small, weights, max_slots=1)
-    with compile_together():
-        runner.launch(plan)
     runner.launch(plan).token_ids()
     return runner.pool.numel() * runner.pool.element_size()
