@@ -1,4 +1,8 @@
-"""Compiles Triton kernels side by side: one after another, hundreds of them take minutes."""
+"""Compiles Triton kernels side by side: one after another, a start's take minutes.
+
+Triton keeps on disk what is compiled here under other keys than what a launch compiles where
+constants are tuples, which it restores as lists: neither finds what the other has left there.
+"""
 
 import os
 from collections.abc import Iterator

@@ -20,7 +20,8 @@ class AttentionPlanner:
     def __init__(self, model: ModelConfig, dtype: torch.dtype) -> None:
         self._num_heads = model.num_heads
         self._num_kv_heads = model.num_kv_heads
-        self._max_block_rows = max(prefill_launches(model.head_dim, dtype))
+        # Packed query rows of a tile of a prefill, of all that steps may choose.
+        self.prefill_tiles = tuple(prefill_launches(model.head_dim, dtype))
 
     def decode(self, context_lens: Sequence[int]) -> DecodePlan:
         """Plan of decode rows, on the CPU; its sizes depend on the number of rows alone."""
@@ -30,7 +31,7 @@ class AttentionPlanner:
     def prefill_block_rows(self, chunk_lens: Sequence[int]) -> int:
         """Packed query rows of a tile for chunks of these lengths."""
         return prefill_block_rows(
-            chunk_lens, self._num_heads, self._num_kv_heads, self._max_block_rows
+            chunk_lens, self._num_heads, self._num_kv_heads, max(self.prefill_tiles)
         )
 
     def max_prefill_tiles(self, num_rows: int, num_prefills: int, block_rows: int) -> int:

@@ -10,21 +10,23 @@ def prompt_step(
 ) -> StepPlan:
     """Prompts of together `num_tokens` tokens, each as long as may be, on the first pages.
 
-    Of fewer tokens where more requests would be needed than run at once.
+    Of fewer tokens where the pool ends, or where more requests would be needed than run at once.
     """
-    context_len = engine.context_len(model)
+    context_len, page_tokens = engine.context_len(model), engine.page_tokens
     plan = StepPlan()
-    first_page = 0
+    left, first_page = num_tokens, 0
     for row in range(engine.max_running_requests):
-        length = min(num_tokens - row * context_len, context_len)
+        length = min(left, context_len)
+        if engine.num_pool_tokens is not None:
+            length = min(length, (engine.num_pages - first_page) * page_tokens)
         if length <= 0:
             break
         request = Request(f"dummy-{row}", [0] * length, SamplingParams(temperature=0.0), row=row)
         request.adapter_slot = adapter_slot
-        last_page = first_page + pages_for(length, engine.page_tokens)
+        last_page = first_page + pages_for(length, page_tokens)
         request.page_ids = list(range(first_page, last_page))
-        first_page = last_page
         plan.add(request, length)
+        left, first_page = left - length, last_page
     return plan
 
 

@@ -30,7 +30,7 @@ from slora_core.execution.buckets import (
     warm_up_sizes,
 )
 from slora_core.execution.chunks import is_plain_decode
-from slora_core.execution.dummy_steps import num_step_pages, prompt_step
+from slora_core.execution.dummy_steps import prompt_step
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.row_state import RowState
 from slora_core.execution.sampler import sample
@@ -69,6 +69,8 @@ class ModelRunner:
             engine.max_running_requests, pages_for(context_len, engine.page_tokens), self._device
         )
         planner = None if ops is reference else AttentionPlanner(model, engine.dtype)
+        # Packed query rows of a tile, of all that steps may choose.
+        self._prefill_tiles = () if planner is None else planner.prefill_tiles
         self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
         self._decoder = Decoder(model, weights, ops, self.pool)
@@ -83,37 +85,34 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile all kernels, and load those of eager steps, so that no request waits for them.
+        """Compile and load all kernels, so that no request waits for them.
 
-        Prompts of all sizes for which kernels differ, for the base model and each shape of LoRA,
-        by the first layer. They write to pages that nobody has yet.
+        For the base model and each shape of LoRA up to `graph_max_rank`, by the first layer. Steps
+        write to pages that nobody has yet.
         """
         # Triton is loaded only where it is used.
         from kernels.compile_together import compile_together
 
         with compile_together():
-            self._run_prompts()
-            for key in self._graph_keys():
-                shape = self._graph_shape(key)
-                views = self._builder.fields([], shape).to(self._device)
-                self._forward(views, shape, num_layers=1)
-        self._run_prompts()
+            self._run_every_kernel()
+        self._run_every_kernel()
 
-    def _run_prompts(self) -> None:
-        engine = self._engine
-        most = min(engine.max_batched_tokens, engine.num_pages * engine.page_tokens)
-        for num_tokens in warm_up_sizes(most):
+    def _run_every_kernel(self) -> None:
+        sizes = warm_up_sizes(self._engine.max_batched_tokens)
+        for num_tokens in sizes:
             for lora in (None, *self._lora_shapes()):
                 # With LoRA an empty slot: its kernels find that it has no weights.
                 slot = -1 if lora is None else 0
-                self._run_step(prompt_step(self._model, engine, num_tokens, slot), lora)
+                plan = prompt_step(self._model, self._engine, num_tokens, slot)
+                self._run_first_layer(plan, replace(self._builder.shape(plan.chunks), lora=lora))
+        for block_rows in self._prefill_tiles:
+            plan = prompt_step(self._model, self._engine, sizes[0])
+            shape = replace(self._builder.shape(plan.chunks), prefill_block_rows=block_rows)
+            self._run_first_layer(plan, shape)
+        for key in self._graph_keys():
+            self._run_first_layer(StepPlan(), self._graph_shape(key))
 
-    def _run_step(self, plan: StepPlan, lora: LoraShape | None) -> None:
-        """The first layer of a step, launched for a shape of LoRA that it may not have."""
-        if num_step_pages(plan) > self._engine.num_pages:
-            # Parts of pages at the prompts' ends: the pool holds no step as large.
-            return
-        shape = replace(self._builder.shape(plan.chunks), lora=lora)
+    def _run_first_layer(self, plan: StepPlan, shape: BatchShape) -> None:
         views = self._builder.fields(plan.chunks, shape).to(self._device)
         self._forward(views, shape, num_layers=1)
 

@@ -59,8 +59,8 @@ class StepGraphs:
         """
         inputs = torch.empty(len(fields), dtype=torch.int32, device=self._device)
         fields.copy_to(inputs)
-        # Compiles kernels and sets up libraries, which cannot be done while capturing; all layers
-        # have the same ones.
+        # Sets up libraries, and compiles kernels that the start did not, which cannot be done while
+        # capturing; all layers have the same ones.
         forward(inputs, 1)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()

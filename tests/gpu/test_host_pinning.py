@@ -1,7 +1,10 @@
 """Shared memory of a store, registered with CUDA by a reader and given back with its mapping."""
 
+import ctypes
 import gc
+import mmap
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,6 +16,8 @@ from slora_core.adapters.host_pinning import pin_in_background
 from slora_core.adapters.host_store import AdapterLocation, HostStore
 from slora_core.adapters.page_layout import AdapterGeometry, LoraWeights, pack_adapter, plan_layout
 from slora_core.adapters.slab_reader import SlabReader
+from slora_core.execution.int_fields import IntFields
+from slora_core.execution.step_graphs import GraphKey, StepGraphs
 from tests.on_gpu import needs_gpu
 
 pytestmark = needs_gpu
@@ -80,3 +85,33 @@ def test_the_registration_ends_with_the_mapping(location) -> None:
         gc.collect()
         # Mapped anew, as a rule at the address that was just given back.
         assert not SlabReader(GEOMETRY).open(location).pages.is_pinned()
+
+
+def test_memory_is_registered_during_a_capture() -> None:
+    """A graph may be captured while another thread maps a slab."""
+    graphs = StepGraphs(torch.device("cuda"))
+    fields = IntFields()
+    fields.add("values", [1, 2, 3])
+    errors: list[int] = []
+
+    def register() -> None:
+        memory = mmap.mmap(-1, 1 << 20)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        cudart = torch.cuda.cudart()
+        errors.append(int(cudart.cudaHostRegister(address, len(memory), 0)))
+        errors.append(int(cudart.cudaHostUnregister(address)))
+
+    result = torch.zeros(4, dtype=torch.int32, device="cuda")
+
+    def forward(inputs: torch.Tensor, num_layers: int | None) -> None:
+        if num_layers is None:
+            thread = threading.Thread(target=register)
+            thread.start()
+            thread.join()
+        result.copy_(inputs[: len(result)] * 2)
+
+    key = GraphKey(num_rows=3, has_prompts=False, lora=None)
+    graphs.capture(key, fields, forward)
+    assert errors == [0, 0]
+    graphs.replay(key, fields)
+    assert result[:3].tolist() == [2, 4, 6]

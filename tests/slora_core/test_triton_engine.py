@@ -99,6 +99,14 @@ def test_a_shared_prefix_and_a_small_pool(files, oracle: GreedyOracle) -> None:
     assert engine.stats().num_cached_prompt_tokens >= 2 * 32
 
 
+def test_a_warm_up_leaves_texts_as_they_are(files, oracle: GreedyOracle) -> None:
+    settings = {"max_batched_tokens": 40, "max_running_requests": 2, "graph_max_rank": 16}
+    engine = _engine(files, num_pool_tokens=640, **settings)
+    engine.runner.warm_up()
+    prompts = [list(range(3, 40)), [7, 5, 3]]
+    _check(oracle, engine, [_entry(prompt, "rank4-qv") for prompt in prompts])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_of_each_step_are_those_of_the_torch_twins(
     tmp_path: Path, dtype: torch.dtype

@@ -26,3 +26,12 @@ def test_no_more_prompts_than_run_at_once(tmp_path) -> None:
     plan = prompt_step(model, engine, 1000)
     assert [chunk.end for chunk in plan.chunks] == [64, 64]
     assert all(chunk.slot == -1 for chunk in plan.chunks)
+
+
+def test_no_more_tokens_than_the_pool_holds(tmp_path) -> None:
+    model = load_model_config(make_model(tmp_path, "llama"))
+    engine = EngineConfig(num_pool_tokens=240, max_running_requests=8, max_model_len=100)
+    plan = prompt_step(model, engine, 240)
+    # The ends of the pages of two prompts are lost.
+    assert [chunk.end for chunk in plan.chunks] == [100, 100, 16]
+    assert num_step_pages(plan) == engine.num_pages == 15
