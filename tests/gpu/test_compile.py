@@ -39,7 +39,7 @@ def test_no_kernel_is_compiled_at_its_launch(
     model_dir = make_model(
         tmp_path / "model",
         "llama",
-        hidden_size=96 if cuda_graphs else 80,
+        hidden_size=144 if cuda_graphs else 288,
         intermediate_size=176,
         num_hidden_layers=2,
         num_attention_heads=9,

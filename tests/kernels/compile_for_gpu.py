@@ -1,35 +1,17 @@
-"""Compiles the kernel of every op for an H100 on any machine; a program of its own.
-
-Triton's interpreter accepts what its compiler does not, and a process has one or the other.
-"""
+"""Compiles the kernel of every op for an H100 on any machine; a program of its own."""
 
 import sys
 from typing import Any
 
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
-from kernels import dependent_launch
 from kernels.compile_together import compile_together
+from tests.absent_gpu import pretend_gpu
 from tests.kernels.cases import make_lora_case, make_paged_case
 
 BF16 = torch.bfloat16
 EPS = 1e-5
-
-
-class _AbsentDevice:
-    """What Triton asks before a launch that is skipped."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def _attend(ops: Any) -> None:
@@ -66,11 +48,7 @@ def _change(ops: Any, block_rows: int, max_rank: int) -> None:
 
 def main() -> None:
     """Write the name of each kernel that was compiled."""
-    driver.set_active(_AbsentDevice())
-    # Threads that compile take the device of the thread that started them.
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.set_device = lambda device: None
-    dependent_launch.launch_options = lambda x: {"DEPENDENT": True, "launch_pdl": True}
+    pretend_gpu()
     from kernels import triton_ops
 
     def report(*, fn: Any, **_: Any) -> None:
