@@ -38,8 +38,6 @@ class BatchShape:
     num_rows: int
     num_decodes: int
     num_prefills: int
-    # Rows that sample, at most.
-    num_samples: int
     # None where all rows are the base model's.
     lora: LoraShape | None
     # Rows of a LoRA tile.
@@ -48,6 +46,11 @@ class BatchShape:
     prefill_block_rows: int = 0
     # Whether fields are padded, so that all steps of the shape have one layout: that of a graph.
     is_padded: bool = False
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that sample, at most; a padded step has a decode for each request that may run."""
+        return self.num_decodes if self.is_padded else self.num_decodes + self.num_prefills
 
     def padded(self, size: int) -> int | None:
         """Size of a field of at most `size` values; None: as many as the step has."""
@@ -76,7 +79,7 @@ class BatchBuilder:
         num_decodes = sum(chunk.is_decode for chunk in chunks)
         lora = self.lora_shape(chunks)
         if num_decodes == len(chunks):
-            return BatchShape(num_decodes, num_decodes, 0, num_decodes, lora)
+            return BatchShape(num_decodes, num_decodes, 0, lora)
         chunk_lens = [chunk.end - chunk.start for chunk in chunks]
         bounds, slots = slot_runs(chunks)
         prefill_rows = 0
@@ -86,7 +89,6 @@ class BatchBuilder:
             bounds[-1],
             num_decodes,
             len(chunks) - num_decodes,
-            len(chunks),
             lora,
             choose_block_rows(bounds[-1], len(slots)),
             prefill_rows,
@@ -107,16 +109,14 @@ class BatchBuilder:
     def padded_shape(self, num_rows: int, max_prompts: int, lora: LoraShape | None) -> BatchShape:
         """What a CUDA graph of so many rows is captured for; with `max_prompts` 0, of decodes."""
         if not max_prompts:
-            return BatchShape(num_rows, num_rows, 0, num_rows, lora, is_padded=True)
+            return BatchShape(num_rows, num_rows, 0, lora, is_padded=True)
         prefill_rows = 0
         if self._planner is not None:
             prefill_rows = self._planner.prefill_block_rows([num_rows])
-        max_requests = min(num_rows, self._rows.num_rows)
         return BatchShape(
             num_rows,
-            max_requests,
+            min(num_rows, self._rows.num_rows),
             min(num_rows, max_prompts),
-            max_requests,
             lora,
             prefill_block_rows=prefill_rows,
             is_padded=True,

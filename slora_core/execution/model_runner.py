@@ -69,7 +69,6 @@ class ModelRunner:
             engine.max_running_requests, pages_for(context_len, engine.page_tokens), self._device
         )
         planner = None if ops is reference else AttentionPlanner(model, engine.dtype)
-        # Packed query rows of a tile, of all that steps may choose.
         self._prefill_tiles = () if planner is None else planner.prefill_tiles
         self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
@@ -180,8 +179,9 @@ class ModelRunner:
         if key not in self._graphs:
             logger.warning("capturing a graph that was not captured at start: %s", key)
             self._capture(key)
-        # A prompt whose beginning is cached may bring more pages than it has rows.
-        if self._rows.num_new_pages(plan.chunks) > key.num_rows:
+        # A decode brings one new page at most, for which a graph has room; a prompt whose beginning
+        # is cached may bring more pages than it has rows.
+        if key.has_prompts and self._rows.num_new_pages(plan.chunks) > key.num_rows:
             self._send_pages(plan.chunks)
         fields = self._builder.fields(plan.chunks, self._graph_shape(key))
         inputs = self._graphs.replay(key, fields)

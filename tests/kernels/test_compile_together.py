@@ -1,4 +1,4 @@
-"""Launches are held back inside `compile_together` alone; what it compiles is tested on a GPU."""
+"""Launches are held back inside `compile_together` alone; `test_compile_for_gpu` compiles by it."""
 
 import pytest
 from triton import knobs
