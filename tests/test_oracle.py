@@ -67,12 +67,13 @@ def test_a_near_tie_is_forgiven_once_and_what_follows_is_checked(
     oracle: GreedyOracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = oracle.generate(PROMPT, 8)
-    other, gap = _second_best(oracle, text, 4)
-    # Widen the clause to this gap instead of searching for a tie; logits of a longer text may be
-    # rounded otherwise.
-    monkeypatch.setattr(oracle_module, "NEAR_TIE", gap + 1e-4)
+    other, _ = _second_best(oracle, text, 4)
     branch = [*text[:4], other]
     branch += oracle.generate([*PROMPT, *branch], 3)
+    # Widen the clause to this gap instead of searching for a tie; of the text that is compared, as
+    # logits of a shorter one may be rounded otherwise.
+    best, second = oracle.logits([*PROMPT, *branch])[len(PROMPT) + 3, [text[4], other]]
+    monkeypatch.setattr(oracle_module, "NEAR_TIE", (best - second).item() + 1e-6)
     assert_same_greedy(oracle, PROMPT, branch, text)
     assert (comparisons.num_compared, comparisons.num_forgiven) == (1, 1)
 

@@ -69,7 +69,7 @@ def test_no_kernel_is_compiled_at_its_launch(
     for name, path in adapters.items():
         packed = load_packed_adapter(path, engine.geometry)
         engine.add_adapter(replace(packed, adapter_id=name))
-    assert len(compiled[False]) >= 30
+    assert len(compiled[False]) > (30 if cuda_graphs else 29)
     # More prompts at once than a graph has room for, and fewer.
     entries = make_entries(64, kinds=SMALL_KINDS) + make_entries(8, kinds=SMALL_KINDS, seed=1)
     if dtype == torch.float32:
