@@ -4,12 +4,11 @@ Owns names, units, defaults and the reasons for them. It starts nothing; `build`
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-if TYPE_CHECKING:
-    from slora_core.config import EngineConfig
+from slora_core.config import EngineConfig
 
 DEMO_MODEL_NAME = "smollm2-135m-instruct"
 
@@ -34,8 +33,8 @@ class SLoRAArgs(BaseModel):
     # readable through it, so that a client cannot probe the server's files.
     allowed_adapter_roots: list[str] = []
     # File that remembers adapters loaded while serving. None: the Ray cluster itself does, so that
-    # a catalog that dies takes up where it was, and a new cluster starts afresh.
-    catalog_state_path: str | None = None
+    # a registry that dies takes up where it was, and a new cluster starts afresh.
+    registry_state_path: str | None = None
 
     # Device of weights and pool. The CPU serves the demo and tests.
     device: Literal["cpu", "cuda"] = "cpu"
@@ -145,17 +144,12 @@ class SLoRAArgs(BaseModel):
             roots.append(self.adapters_dir)
         return list(dict.fromkeys(str(Path(root).expanduser().resolve()) for root in roots))
 
-    def engine_config(self) -> "EngineConfig":
-        # Here, so that reading the arguments does not import torch.
-        import torch
-
-        from slora_core.config import EngineConfig
-
+    def engine_config(self) -> EngineConfig:
         on_cpu = self.device == "cpu"
         default_dtype = "float32" if on_cpu else "bfloat16"
         return EngineConfig(
             device=self.device,
-            dtype=getattr(torch, self.dtype or default_dtype),
+            dtype=self.dtype or default_dtype,
             page_tokens=self.page_tokens,
             num_pool_tokens=self.num_pool_tokens or (24576 if on_cpu else None),
             memory_utilization=self.memory_utilization,

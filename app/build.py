@@ -9,17 +9,17 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from app.adapter_catalog import CATALOG_DEPLOYMENT, AdapterCatalogServer, adapter_geometry
-from app.affinity_router import AffinityRouter
 from app.args import SLoRAArgs
-from app.engine_server import EngineServer
-from app.ingress_server import IngressServer, model_limits
+from app.http.server import IngressServer, model_limits
+from app.registry.deployment import REGISTRY_DEPLOYMENT, RegistryServer, adapter_geometry
+from app.replica.server import EngineServer
+from app.routing.serve_router import AffinityRouter
 
-# Ray only counts CPUs; ingress and catalog wait most of the time.
+# Ray only counts CPUs; ingress and registry wait most of the time.
 CPUS_PER_INGRESS = 0.2
-CPUS_PER_CATALOG = 0.1
-# Each watcher of the catalog has one call waiting in it.
-MAX_CATALOG_CALLS = 1000
+CPUS_PER_REGISTRY = 0.1
+# Each watcher of the registry has one call waiting in it.
+MAX_REGISTRY_CALLS = 1000
 # A replica whose engine died fails three checks before it is replaced: within about 3 s.
 HEALTH_CHECK_PERIOD_S = 1.0
 # How soon the router learns a new replica's number and a dead engine.
@@ -42,14 +42,14 @@ def build(args: SLoRAArgs) -> Application:
     model_limits(args)
     if args.adapters_dir is not None and not Path(args.adapters_dir).is_dir():
         raise ValueError(f"adapters_dir: the directory {args.adapters_dir} does not exist")
-    catalog = serve.deployment(AdapterCatalogServer).options(
-        name=CATALOG_DEPLOYMENT,
-        max_ongoing_requests=MAX_CATALOG_CALLS,
+    registry = serve.deployment(RegistryServer).options(
+        name=REGISTRY_DEPLOYMENT,
+        max_ongoing_requests=MAX_REGISTRY_CALLS,
         # The calls that wait in it at a stop are long polls of processes that are gone.
         graceful_shutdown_timeout_s=1.0,
         # Their access log would be all that the log says.
         logging_config={"enable_access_log": False},
-        ray_actor_options={"num_cpus": CPUS_PER_CATALOG},
+        ray_actor_options={"num_cpus": CPUS_PER_REGISTRY},
     )
     engine = serve.deployment(EngineServer).options(
         name="engine",
@@ -77,8 +77,8 @@ def build(args: SLoRAArgs) -> Application:
         max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": CPUS_PER_INGRESS},
     )
-    catalog_app = catalog.bind(args)
-    return ingress.bind(args, engine.bind(args, catalog_app), catalog_app)
+    registry_app = registry.bind(args)
+    return ingress.bind(args, engine.bind(args, registry_app), registry_app)
 
 
 def with_absolute_paths(args: SLoRAArgs) -> SLoRAArgs:
@@ -96,6 +96,6 @@ def with_absolute_paths(args: SLoRAArgs) -> SLoRAArgs:
             "served_model_name": args.base_model_name,
             "adapters_dir": absolute(args.adapters_dir),
             "allowed_adapter_roots": args.adapter_roots,
-            "catalog_state_path": absolute(args.catalog_state_path),
+            "registry_state_path": absolute(args.registry_state_path),
         }
     )

@@ -18,22 +18,22 @@ import tempfile
 from typing import Any
 
 from app.args import SLoRAArgs
-from app.demo_model import DemoModelError
-from benchmarks.local_server import (
+from app.models.demo import DemoModelError
+from benchmarks.report import ROOT
+from benchmarks.serving.local_server import (
     ServerError,
     config_args,
     say,
     serve_until_stopped,
     stop_on_signals,
 )
-from benchmarks.report import ROOT
-from benchmarks.server_files import (
+from benchmarks.serving.server_files import (
     adapter_dirs,
     make_dummy_adapters,
     make_dummy_model,
     number_adapters,
 )
-from benchmarks.settings import SETTINGS
+from benchmarks.serving.settings import SETTINGS
 from slora_core.errors import SLoRAError
 
 SHIPPED_ADAPTERS = ROOT / "serve_configs" / "adapters"
@@ -72,7 +72,7 @@ def server_args(args: argparse.Namespace, scratch: Path) -> SLoRAArgs:
     changes: dict[str, Any] = {
         "served_model_name": setting.served_name(args.dummy),
         "adapters_dir": str(scratch / "adapters"),
-        "catalog_state_path": str(scratch / "catalog.json"),
+        "registry_state_path": str(scratch / "registry.json"),
         "num_replicas": args.num_replicas,
         "num_ingress_replicas": args.num_ingress_replicas,
         **_device_args(args.device or setting.device),
@@ -100,7 +100,7 @@ def _device_args(device: str) -> dict[str, Any]:
 
 def _packed_bytes(sources: list[Path], num_adapters: int, args: SLoRAArgs) -> int:
     """Bytes of all numbered copies in page order."""
-    from app.adapter_catalog import adapter_geometry
+    from app.registry.deployment import adapter_geometry
     from slora_core.adapters.peft_weights import inspect_peft_adapter
 
     geometry = adapter_geometry(args)

@@ -22,12 +22,17 @@ from typing import Any, Self
 import httpx
 from tqdm import tqdm
 
-from benchmarks.load_generator import LoadGenerator, LoadLimits, PlannedRequest, RequestRecord
-from benchmarks.load_summary import DEFAULT_SLO_S, summarize, table
 from benchmarks.report import add_output_option, make_row, publish
-from benchmarks.server_files import numbered_order
-from benchmarks.settings import SETTINGS, Setting
-from benchmarks.trace import POPULARITIES, TraceConfig, TraceRequest, make_trace
+from benchmarks.serving.load_generator import (
+    LoadGenerator,
+    LoadLimits,
+    PlannedRequest,
+    RequestRecord,
+)
+from benchmarks.serving.load_summary import DEFAULT_SLO_S, summarize, table
+from benchmarks.serving.server_files import numbered_order
+from benchmarks.serving.settings import SETTINGS, Setting
+from benchmarks.serving.trace import POPULARITIES, TraceConfig, TraceRequest, make_trace
 
 EXIT_LOST = 1
 EXIT_WRONG_SERVER = 2

@@ -7,7 +7,7 @@ graph is captured; contents of tensors are not.
 from dataclasses import dataclass, replace
 from typing import Self
 
-from kernels.lora_segments import row_elems
+from kernels.row_alignment import row_elems
 
 # Tiles of up to this many rows are for decoding: most hold a single row.
 MAX_DECODE_BLOCK_ROWS = 32

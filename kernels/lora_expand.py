@@ -13,8 +13,9 @@ import triton.language as tl
 from kernels.dependent_launch import launch_options, wait_without_work
 from kernels.launch_configs import ExpandLaunch, expand_launch
 from kernels.lora_delta import row_delta, shrunk_tile, tile_delta
-from kernels.lora_segments import LoraSegments, row_elems
+from kernels.lora_segments import LoraSegments
 from kernels.lora_stream import VARYING_POINTERS, load_weights, pick
+from kernels.row_alignment import row_elems
 
 
 def lora_expand(

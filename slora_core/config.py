@@ -4,18 +4,17 @@ Nothing here reads files or touches a device; `models.hf_config` builds a `Model
 Hugging Face directory and `memory.sizing` turns an `EngineConfig` into a number of pages.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-
-from kernels.lora_segments import ROW_ALIGNMENT
-from slora_core.errors import InvalidRequestError
+from kernels.row_alignment import ROW_ALIGNMENT
 
 # Field order is the order of an adapter's stream and of every per-module array.
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Largest rank of an adapter: what the LoRA kernels are built and tested for.
 MAX_RANK = 256
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,14 @@ class EngineConfig:
     """Settings of one engine.
 
     Raises:
-        ValueError: a size below 1, or a pool of less than one page.
+        ValueError: a size below 1, a pool of less than one page, or an unknown dtype.
     """
 
     # Device of weights and pool: "cpu" or "cuda".
     device: str = "cpu"
-    # Weights, KV and adapter pages; float32 on the CPU equals Hugging Face token for token.
-    dtype: torch.dtype = torch.float32
+    # Of weights, KV and adapter pages, one of DTYPES; float32 on the CPU equals Hugging Face token
+    # for token.
+    dtype: str = "float32"
     # Tokens of KV a page holds. 16 keeps the unused tail of a request under 16 tokens.
     page_tokens: int = 16
     # Pool size in tokens of KV; adapters take their pages from the same pool. None, on CUDA only,
@@ -119,6 +119,8 @@ class EngineConfig:
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.max_inflight_steps not in (1, 2):
             raise ValueError(f"max_inflight_steps is {self.max_inflight_steps}; it must be 1 or 2")
         if not 0.0 < self.memory_utilization <= 1.0:
@@ -166,54 +168,3 @@ class EngineConfig:
                 f"max_model_len is {self.max_model_len}; the model's limit is {limit} tokens"
             )
         return self.max_model_len or limit
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens of one request are chosen.
-
-    Raises:
-        InvalidRequestError: a value outside its range; `param` names it.
-    """
-
-    max_tokens: int = 16
-    # 0 is greedy; the other sampling fields then have no effect.
-    temperature: float = 1.0
-    # Keep the smallest set of tokens that holds top_p of the probability top_k left, in (0, 1].
-    top_p: float = 1.0
-    # Keep the k most probable tokens; 0 keeps all.
-    top_k: int = 0
-    # Keep tokens at least min_p times as probable as the most probable one, in [0, 1].
-    min_p: float = 0.0
-    # Key of the request's random numbers, an int64.
-    seed: int = 0
-    # Go on past end-of-sequence tokens (stop_token_ids still end the request).
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    # Ends the text where one appears; matched by `detokenizer`, not by the engine.
-    stop: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("top_k", 0 <= self.top_k < 2**63, "0 (all) or more, a signed 64-bit integer"),
-            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("seed", -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"),
-        )
-        for name, ok, allowed in checks:
-            if not ok:
-                raise InvalidRequestError(
-                    f"{name} is {getattr(self, name)}; it must be {allowed}", name
-                )
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
-    def filtered(self) -> bool:
-        """Whether some tokens are cut before one is sampled."""
-        cuts = self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
-        return cuts and not self.greedy

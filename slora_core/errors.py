@@ -1,6 +1,6 @@
 """Errors a user of the engine can reach, each saying the value and what was allowed.
 
-They know nothing of HTTP: `app.http_errors` maps them to statuses by class.
+They know nothing of HTTP: `app.http.errors` maps them to statuses by class.
 """
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.lora_segments import row_elems
+from kernels.row_alignment import row_elems
 from slora_core.config import LORA_MODULES, MAX_RANK, EngineConfig, ModelConfig
+from slora_core.dtypes import torch_dtype
 
 # (layer, index in LORA_MODULES)
 ModuleKey = tuple[int, int]
@@ -44,7 +45,9 @@ class AdapterGeometry:
 
     @classmethod
     def of(cls, model: ModelConfig, engine: EngineConfig) -> "AdapterGeometry":
-        return cls(model.num_layers, engine.page_elems(model), model.module_dims, engine.dtype)
+        return cls(
+            model.num_layers, engine.page_elems(model), model.module_dims, torch_dtype(engine.dtype)
+        )
 
     @property
     def page_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Reading of an adapter directory that PEFT saved: checks, identity, weights.
 
 Tensor names and shapes are the truth of which modules an adapter has. It packs nothing (see
-`page_layout`) and never unpickles. The catalog inspects with it, the host store reads with it.
+`page_layout`) and never unpickles. The registry inspects with it, the host store reads with it.
 Files are read whole before they are parsed, not mapped: one that somebody truncates meanwhile
 then gives an error here instead of a SIGBUS, and the hash is of the very bytes that are used.
 """

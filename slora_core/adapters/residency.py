@@ -10,7 +10,7 @@ from functools import partial
 
 from slora_core.memory.eviction import CacheEntry, EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
-from slora_core.types import AdapterLoad
+from slora_core.requests import AdapterLoad
 
 # Of bringing a page back; what KV costs in `memory.prefix_cache` is in this unit.
 _PAGE_COST = 1.0

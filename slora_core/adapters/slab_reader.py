@@ -11,9 +11,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from slora_core.adapters.host_store import AdapterLocation
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
-from slora_core.adapters.slab import ExtentId, header, view_pages
+from slora_core.adapters.slab_format import AdapterLocation, ExtentId, header, view_pages
 from slora_core.errors import StoreGoneError
 
 

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from slora_core.types import AttentionBatch
+from slora_core.attention.batch import AttentionBatch
 
 
 class AttentionBackend(Protocol):

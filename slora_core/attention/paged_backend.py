@@ -4,9 +4,9 @@ from types import ModuleType
 
 import torch
 
+from slora_core.attention.batch import AttentionBatch
 from slora_core.config import ModelConfig
 from slora_core.layers.rotary import rotary_table
-from slora_core.types import AttentionBatch
 
 
 class PagedAttention:

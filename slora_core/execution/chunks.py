@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from slora_core.types import ScheduledChunk
+from slora_core.requests import ScheduledChunk
 
 
 def is_plain_decode(chunk: ScheduledChunk) -> bool:

@@ -1,8 +1,8 @@
 """Steps of prompts that nobody sent: for what is measured or compiled before the first request."""
 
-from slora_core.config import EngineConfig, ModelConfig, SamplingParams
-from slora_core.memory.sizing import pages_for
-from slora_core.types import Request, StepPlan
+from slora_core.config import EngineConfig, ModelConfig
+from slora_core.memory.page_pool import pages_for
+from slora_core.requests import Request, SamplingParams, StepPlan
 
 
 def prompt_step(

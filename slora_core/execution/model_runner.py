@@ -11,13 +11,12 @@ from types import ModuleType
 
 import torch
 
-from kernels import reference
-from slora_core.adapters.device_tables import DeviceAdapterTables
+from kernels import torch_ops as reference
+from slora_core.adapters.adapter_tables import DeviceAdapterTables
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_adapter_pages
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import EngineConfig, ModelConfig
-from slora_core.execution.batch_builder import BatchBuilder, BatchShape
 from slora_core.execution.buckets import (
     MAX_GRAPH_PROMPTS,
     MODULE_BUCKETS,
@@ -31,15 +30,17 @@ from slora_core.execution.buckets import (
 )
 from slora_core.execution.chunks import is_plain_decode
 from slora_core.execution.dummy_steps import prompt_step
+from slora_core.execution.graphs import GraphKey, StepGraphs
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.row_state import RowState
 from slora_core.execution.sampler import sample
-from slora_core.execution.step_graphs import GraphKey, StepGraphs
+from slora_core.execution.step_builder import BatchBuilder, BatchShape
 from slora_core.execution.step_handle import StepHandle
-from slora_core.memory.sizing import allocate_pool, pages_for
+from slora_core.memory.page_pool import pages_for
+from slora_core.memory.sizing import allocate_pool
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
-from slora_core.types import ScheduledChunk, StepPlan
+from slora_core.requests import ScheduledChunk, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class ModelRunner:
         self._rows = RowState(
             engine.max_running_requests, pages_for(context_len, engine.page_tokens), self._device
         )
-        planner = None if ops is reference else AttentionPlanner(model, engine.dtype)
+        planner = None if ops is reference else AttentionPlanner(model, self.pool.dtype)
         self._prefill_tiles = () if planner is None else planner.prefill_tiles
         self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slora_core.types import Request, ScheduledChunk
+from slora_core.requests import Request, ScheduledChunk
 
 
 class RowState:

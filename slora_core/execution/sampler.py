@@ -3,14 +3,31 @@
 A row's result depends on its logits, settings, seed and token index only, never on its batch.
 """
 
-import torch
+from dataclasses import dataclass
 
-from slora_core.types import SamplingBatch
+import torch
 
 # SplitMix64 (Steele, Lea, Flood, 2014), its constants as signed 64-bit integers.
 _GAMMA = -0x61C8864680B583EB
 _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Sampling settings of the rows that sample, not all of them greedy, on the device."""
+
+    # float32 [R]; 0 is greedy.
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    # int64 [R]; top_k 0 keeps all.
+    top_k: torch.Tensor
+    seed: torch.Tensor
+    # Index of the sampled token in its request's output.
+    token_index: torch.Tensor
+    # int64 [F]: rows that sample and whose top_k, top_p or min_p cuts something.
+    filtered_rows: torch.Tensor
 
 
 def sample(logits: torch.Tensor, sampling: SamplingBatch | None) -> torch.Tensor:

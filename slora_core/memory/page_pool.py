@@ -8,6 +8,11 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 
+def pages_for(num_tokens: int, page_tokens: int) -> int:
+    """KV pages that `num_tokens` tokens take."""
+    return -(-num_tokens // page_tokens)
+
+
 class PageOwner(IntEnum):
     FREE = 0
     KV = 1

@@ -3,16 +3,12 @@
 import torch
 
 from slora_core.config import EngineConfig, ModelConfig
-
-
-def pages_for(num_tokens: int, page_tokens: int) -> int:
-    """KV pages that `num_tokens` tokens take."""
-    return -(-num_tokens // page_tokens)
+from slora_core.dtypes import torch_dtype
 
 
 def page_bytes(model: ModelConfig, engine: EngineConfig) -> int:
     """Bytes of one page over all layers."""
-    return model.num_layers * engine.page_elems(model) * engine.dtype.itemsize
+    return model.num_layers * engine.page_elems(model) * torch_dtype(engine.dtype).itemsize
 
 
 def allocate_pool(model: ModelConfig, engine: EngineConfig) -> torch.Tensor:
@@ -24,8 +20,9 @@ def allocate_pool(model: ModelConfig, engine: EngineConfig) -> torch.Tensor:
     Raises:
         ValueError: a page that is no multiple of 64 elements.
     """
+    dtype = torch_dtype(engine.dtype)
     num_pages, num_layers, page_elems = engine.num_pages, model.num_layers, engine.page_elems(model)
     if engine.device == "cpu":
-        pool = torch.zeros(num_layers, num_pages, page_elems, dtype=engine.dtype)
+        pool = torch.zeros(num_layers, num_pages, page_elems, dtype=dtype)
         return pool.transpose(0, 1)
-    return torch.zeros(num_pages, num_layers, page_elems, dtype=engine.dtype, device=engine.device)
+    return torch.zeros(num_pages, num_layers, page_elems, dtype=dtype, device=engine.device)

@@ -12,8 +12,8 @@ from kernels.lora_segments import LoraSegments
 from slora_core.attention.backend import AttentionBackend
 from slora_core.config import ModelConfig
 from slora_core.layers.lora import DOWN, GATE_UP, O_PROJ, QKV, LoraGroup, LoraLinear, lora_groups
+from slora_core.models.forward_batch import ForwardBatch
 from slora_core.models.weights import DecoderWeights, LayerWeights
-from slora_core.types import ForwardBatch
 
 
 class DecoderLayer:

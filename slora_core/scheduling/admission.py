@@ -11,8 +11,8 @@ from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.memory.page_pool import PagePool
 from slora_core.memory.prefix_cache import PrefixCache
+from slora_core.requests import Request
 from slora_core.scheduling.running_set import RunningSet
-from slora_core.types import Request
 
 # Steps after which a refused head of the queue is tried again though nothing was given back:
 # running requests that come near their ends lower the peak, too, if slowly.

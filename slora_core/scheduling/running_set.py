@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
-from slora_core.memory.page_pool import PagePool
+from slora_core.memory.page_pool import PagePool, pages_for
 from slora_core.memory.prefix_cache import PrefixCache
-from slora_core.memory.sizing import pages_for
-from slora_core.types import AdapterLoad, Request
+from slora_core.requests import AdapterLoad, Request
 
 
 class RunningSet:

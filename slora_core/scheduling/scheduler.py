@@ -12,12 +12,11 @@ from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.errors import InvalidRequestError
 from slora_core.memory.eviction import EvictionQueue
-from slora_core.memory.page_pool import PageOwner, PagePool
+from slora_core.memory.page_pool import PageOwner, PagePool, pages_for
 from slora_core.memory.prefix_cache import PrefixCache
-from slora_core.memory.sizing import pages_for
+from slora_core.requests import FinishReason, Request, RequestOutput, StepPlan
 from slora_core.scheduling.admission import Admission
 from slora_core.scheduling.running_set import RunningSet
-from slora_core.types import FinishReason, Request, RequestOutput, StepPlan
 
 
 class Scheduler:

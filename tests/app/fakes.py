@@ -1,11 +1,11 @@
-"""Stand-ins for the engine and the catalog, so that the ingress runs without Ray."""
+"""Stand-ins for the engine and the registry, so that the ingress runs without Ray."""
 
 import asyncio
 from dataclasses import replace
 
-from app.messages import TokenChunk
-from slora_core.adapters.catalog import AdapterRecord, CatalogSnapshot
-from slora_core.adapters.catalog_checks import check_name
+from app.generation.replica_protocol import TokenChunk
+from app.registry.names_and_paths import check_name
+from app.registry.registry import AdapterRecord, RegistrySnapshot
 from slora_core.errors import AdapterExistsError, AdapterNotFoundError
 from tests.tiny_tokenizer import byte_ids
 
@@ -24,7 +24,7 @@ def make_record(name, version=1, **fields):
     return AdapterRecord(**{**values, **fields})
 
 
-class FakeCatalog:
+class FakeRegistry:
     """Holds records; `revision` moves at each change, as the real one's does."""
 
     def __init__(self, *names):
@@ -37,7 +37,7 @@ class FakeCatalog:
     async def snapshot(self):
         self.num_snapshots += 1
         await asyncio.sleep(0.01)
-        return CatalogSnapshot(self.revision, dict(self.records), self.num_pool_pages)
+        return RegistrySnapshot(self.revision, dict(self.records), self.num_pool_pages)
 
     async def wait_for_change(self, revision, timeout_s):
         while revision == self.revision:

@@ -1,9 +1,9 @@
 import pytest
 
-from app.adapter_catalog import CATALOG_DEPLOYMENT
 from app.args import SLoRAArgs
 from app.build import build, with_absolute_paths
-from app.ingress_server import model_limits
+from app.http.server import model_limits
+from app.registry.deployment import REGISTRY_DEPLOYMENT
 from slora_core.errors import UnsupportedModelError
 from tests.app.fakes import make_record
 from tests.factories import make_model
@@ -19,14 +19,14 @@ def test_an_application_is_built_without_ray(model):
         SLoRAArgs(model=str(model), num_replicas=3, num_ingress_replicas=2, max_queued_requests=7)
     )
     ingress = application._bound_deployment
-    args, engine_app, catalog_app = ingress.init_args
-    engine, catalog = engine_app._bound_deployment, catalog_app._bound_deployment
-    assert (ingress.name, engine.name, catalog.name) == ("ingress", "engine", CATALOG_DEPLOYMENT)
-    assert (ingress.num_replicas, engine.num_replicas, catalog.num_replicas) == (2, 3, 1)
+    args, engine_app, registry_app = ingress.init_args
+    engine, registry = engine_app._bound_deployment, registry_app._bound_deployment
+    assert (ingress.name, engine.name, registry.name) == ("ingress", "engine", REGISTRY_DEPLOYMENT)
+    assert (ingress.num_replicas, engine.num_replicas, registry.num_replicas) == (2, 3, 1)
     assert engine.max_queued_requests == 7
-    # All of them know the same arguments, and one catalog.
+    # All of them know the same arguments, and one registry.
     assert args.served_model_name == "tiny"
-    assert engine.init_args == (args, catalog_app) and catalog.init_args == (args,)
+    assert engine.init_args == (args, registry_app) and registry.init_args == (args,)
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(model, tmp_path):
@@ -50,10 +50,10 @@ def test_a_model_that_is_not_there(tmp_path):
 
 def test_relative_paths_start_where_the_user_is(model, monkeypatch):
     monkeypatch.chdir(model.parent)
-    args = with_absolute_paths(SLoRAArgs(model="tiny", adapters_dir="a", catalog_state_path="s"))
+    args = with_absolute_paths(SLoRAArgs(model="tiny", adapters_dir="a", registry_state_path="s"))
     parent = model.parent
     assert (args.model, args.base_model_name) == (str(model), "tiny")
-    assert (args.adapters_dir, args.catalog_state_path) == (f"{parent}/a", f"{parent}/s")
+    assert (args.adapters_dir, args.registry_state_path) == (f"{parent}/a", f"{parent}/s")
     assert args.allowed_adapter_roots == [f"{parent}/a"]
     hub = with_absolute_paths(SLoRAArgs(model="org/name"))
     assert (hub.model, hub.base_model_name) == ("org/name", "name")

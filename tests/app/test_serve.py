@@ -11,9 +11,10 @@ import openai
 import pytest
 
 from slora_core.adapters.peft_weights import load_packed_adapter
-from slora_core.config import EngineConfig, SamplingParams
-from slora_core.engine import Engine, GenerationRequest
-from slora_core.tokenizer import Tokenizer
+from slora_core.config import EngineConfig
+from slora_core.engine.engine import Engine, GenerationRequest
+from slora_core.requests import SamplingParams
+from slora_core.text.tokenizer import Tokenizer
 from tests.app.api_errors import error_of
 from tests.app.ray_actors import kill_named_actor
 from tests.app.serve_app import (
@@ -45,7 +46,7 @@ def app(ray_cluster, tmp_path_factory):
         num_replicas=NUM_REPLICAS,
         spill_queue_len=SPILL_QUEUE_LEN,
         max_body_bytes=2**20,
-        catalog_state_path=str(root / "catalog.json"),
+        registry_state_path=str(root / "registry.json"),
     ) as app:
         yield app
 

@@ -69,11 +69,11 @@ def test_death_of_the_only_engine(app):
     assert app.is_healthy()
 
 
-def test_death_of_catalog_and_store(app):
+def test_death_of_registry_and_store(app):
     path = make_random_adapter(app.extra_dir / "kept", app.model, seed=7)
     assert app.load("kept", path).status_code == 200
     text = app.complete("kept").json()["choices"][0]["text"]
-    for actor in ("SERVE_REPLICA::small#catalog#", "adapter-store:small:"):
+    for actor in ("SERVE_REPLICA::small#registry#", "adapter-store:small:"):
         kill_named_actor(actor)
         # Names are resolved here and adapters run from the pool meanwhile.
         assert app.complete(BASE).status_code == 200

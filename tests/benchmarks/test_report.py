@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from benchmarks import bench_cpu_engine, eval_demo_adapters, report, run_exp, train_demo_adapters
+from benchmarks import report, run_exp
+from benchmarks.demo import eval_demo_adapters, train_demo_adapters
+from benchmarks.engine import bench_cpu_engine
 from benchmarks.report import ROOT, make_row, provenance, publish
 
 
@@ -45,7 +47,7 @@ def test_the_training_script_needs_no_client_and_no_server_where_it_runs():
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(['httpx', 'openai', 'ray', 'starlette', 'pydantic']))\n"
-        "from benchmarks.train_demo_adapters import make_row\n"
+        "from benchmarks.demo.train_demo_adapters import make_row\n"
         "make_row('demo_training', {}, {}, 0)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

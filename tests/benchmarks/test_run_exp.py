@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 
 from benchmarks import launch_server
-from benchmarks.load_generator import RequestRecord
 from benchmarks.run_exp import (
     Progress,
     WrongServerError,
@@ -18,8 +17,9 @@ from benchmarks.run_exp import (
     served_adapters,
     trace_config,
 )
-from benchmarks.settings import SETTINGS
-from benchmarks.trace import make_trace
+from benchmarks.serving.load_generator import RequestRecord
+from benchmarks.serving.settings import SETTINGS
+from benchmarks.serving.trace import make_trace
 
 REAL = SETTINGS["Real"]
 
@@ -145,10 +145,10 @@ def test_settings_without_weights_want_dummy(capsys):
 def test_server_arguments(tmp_path, dummy, monkeypatch):
     if not dummy:
         # No download in this test: the demo model's config is that of the setting.
-        from benchmarks.server_files import make_dummy_model
+        from benchmarks.serving.server_files import make_dummy_model
 
         model = make_dummy_model(REAL.hf_config, tmp_path / "real")
-        monkeypatch.setattr("app.model_source.ensure_demo_model", lambda: model)
+        monkeypatch.setattr("app.models.source.ensure_demo_model", lambda: model)
     options = ["--num-adapter", "7", "--num-token", "10000", *(["--dummy"] if dummy else [])]
     args = launch_server.server_args(launch_server.parse_args(options), tmp_path)
     assert args.num_pool_tokens == 10000

@@ -12,8 +12,13 @@ if __name__ == "__main__":
 
 import argparse
 
-from app.demo_model import DemoModelError
-from benchmarks.local_server import ServerError, config_args, serve_until_stopped, stop_on_signals
+from app.models.demo import DemoModelError
+from benchmarks.serving.local_server import (
+    ServerError,
+    config_args,
+    serve_until_stopped,
+    stop_on_signals,
+)
 from slora_core.errors import SLoRAError
 
 

@@ -22,9 +22,9 @@ import openai
 from tqdm import tqdm
 
 from app.args import DEMO_MODEL_NAME
-from benchmarks.demo_tasks import HELD_OUT_SEED, TASKS, check, held_out_examples, messages
+from benchmarks.demo.demo_tasks import HELD_OUT_SEED, TASKS, check, held_out_examples, messages
+from benchmarks.demo.tasks.base import Example
 from benchmarks.report import add_output_option, make_row, publish
-from benchmarks.tasks.base import Example
 
 # Adapters were seen at 97.5% and more on 40 examples a task, the base at 0% on 10; the limits leave
 # room for chance where fewer are asked.

@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from slora_core.config import SamplingParams
-from slora_core.engine import Engine, GenerationRequest
+from slora_core.engine.engine import Engine, GenerationRequest
+from slora_core.requests import SamplingParams
 from tests.factories import ALL_MODULES, ATTENTION_MODULES
 from tests.oracle import GreedyOracle, assert_same_greedy
 

@@ -10,7 +10,7 @@ import torch
 
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.engine import Engine
+from slora_core.engine.engine import Engine
 from tests.factories import make_adapter, make_model
 from tests.gpu.cases import ADAPTERS
 from tests.oracle import GreedyOracle

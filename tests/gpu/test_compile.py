@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from triton import knobs
 
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.engine import Engine
+from slora_core.engine.engine import Engine
 from tests.factories import make_adapter, make_model
 from tests.gpu.cases import ADAPTERS, SMALL_KINDS, check, make_entries
 from tests.on_gpu import needs_gpu
@@ -22,16 +21,16 @@ pytestmark = needs_gpu
 @pytest.mark.parametrize(
     "dtype,max_batched_tokens,cuda_graphs",
     [
-        (torch.float32, 2048, True),
-        (torch.float32, 2048, False),
+        ("float32", 2048, True),
+        ("float32", 2048, False),
         # Has two tiles of prompts, of which long ones alone would take the smaller.
-        (torch.bfloat16, 512, True),
+        ("bfloat16", 512, True),
     ],
 )
 def test_no_kernel_is_compiled_at_its_launch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    dtype: torch.dtype,
+    dtype: str,
     max_batched_tokens: int,
     cuda_graphs: bool,
 ) -> None:
@@ -72,7 +71,7 @@ def test_no_kernel_is_compiled_at_its_launch(
     assert len(compiled[False]) > (30 if cuda_graphs else 29)
     # More prompts at once than a graph has room for, and fewer.
     entries = make_entries(64, kinds=SMALL_KINDS) + make_entries(8, kinds=SMALL_KINDS, seed=1)
-    if dtype == torch.float32:
+    if dtype == "float32":
         check(GreedyOracle(model_dir, adapters, ignore_eos=True), engine, entries)
     else:
         assert all(engine.generate(entries))

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from slora_core.config import EngineConfig, SamplingParams
-from slora_core.engine import Engine, GenerationRequest
+from slora_core.config import EngineConfig
+from slora_core.engine.engine import Engine, GenerationRequest
 from slora_core.errors import UnsupportedModelError
 from slora_core.execution import model_runner
+from slora_core.execution.graphs import GraphKey
 from slora_core.execution.int_fields import IntFields
-from slora_core.execution.step_graphs import GraphKey
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import dummy_weights
-from slora_core.types import ScheduledChunk, StepPlan
+from slora_core.requests import SamplingParams, ScheduledChunk, StepPlan
 from tests.factories import ALL_MODULES, make_random_adapter
 from tests.gpu.cases import KINDS, SMALL_KINDS, check, make_entries
 from tests.on_gpu import needs_gpu

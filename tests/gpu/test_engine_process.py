@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from slora_core.adapters.host_store import HostStore
+from app.store.memory import HostStore
 from slora_core.adapters.peft_weights import read_peft_adapter
-from slora_core.config import EngineConfig, SamplingParams
-from slora_core.engine_messages import EngineSpec
-from slora_core.engine_process import AsyncEngine
+from slora_core.config import EngineConfig
+from slora_core.engine.process import AsyncEngine
+from slora_core.engine.protocol import EngineSpec
 from slora_core.errors import EngineDeadError
-from slora_core.types import FinishReason
+from slora_core.requests import FinishReason, SamplingParams
 from tests.factories import ALL_MODULES, make_adapter, make_geometry
 from tests.on_gpu import needs_gpu
 from tests.oracle import GreedyOracle, assert_same_greedy
@@ -106,8 +106,8 @@ def test_an_adapter_of_the_slab_an_abort_and_a_kill(model_dir: Path, tmp_path: P
 def test_memory_comes_back_with_the_death_of_the_owner(model_dir: Path) -> None:
     code = f"""
     import asyncio
-    from slora_core.engine_messages import EngineSpec
-    from slora_core.engine_process import AsyncEngine
+    from slora_core.engine.protocol import EngineSpec
+    from slora_core.engine.process import AsyncEngine
     from tests.gpu.test_engine_process import CONFIG, ENDLESS, PROMPT
 
     async def main():

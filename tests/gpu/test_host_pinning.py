@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from slora_core.adapters.device_tables import DeviceAdapterTables
+from app.store.memory import HostStore
+from slora_core.adapters.adapter_tables import DeviceAdapterTables
 from slora_core.adapters.host_pinning import pin_in_background
-from slora_core.adapters.host_store import AdapterLocation, HostStore
 from slora_core.adapters.page_layout import AdapterGeometry, LoraWeights, pack_adapter, plan_layout
+from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.adapters.slab_reader import SlabReader
+from slora_core.execution.graphs import GraphKey, StepGraphs
 from slora_core.execution.int_fields import IntFields
-from slora_core.execution.step_graphs import GraphKey, StepGraphs
 from tests.on_gpu import needs_gpu
 
 pytestmark = needs_gpu

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from slora_core.config import SamplingParams
-from slora_core.engine import Engine, GenerationRequest
-from slora_core.types import Request, StepPlan
+from slora_core.engine.engine import Engine, GenerationRequest
+from slora_core.requests import Request, SamplingParams, StepPlan
 from tests.gpu.cases import SMALL_KINDS, make_entries
 from tests.on_gpu import needs_gpu
 
@@ -86,9 +85,9 @@ def test_prompts_and_cold_adapters_join_without_a_wait(make_engine) -> None:
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_base_rows_have_the_same_bits_with_adapters_taken_off(
-    make_engine, dtype: torch.dtype, cuda_graphs: bool
+    make_engine, dtype: str, cuda_graphs: bool
 ) -> None:
     engine = make_engine(dtype=dtype, cuda_graphs=cuda_graphs)
     _add(engine, make_entries(12, seed=6, kinds=SMALL_KINDS), "row")

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from kernels import reference, triton_ops
+from kernels import torch_ops as reference
+from kernels import triton_ops
 from tests.kernels.cases import DEVICE, DTYPES, bits
 
 EVERY_OPS = pytest.mark.parametrize("ops", [reference, triton_ops], ids=["twin", "triton"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import reference
+from kernels import torch_ops as reference
 from kernels.launch_configs import ExpandLaunch, ShrinkLaunch
 from kernels.lora_expand import lora_expand
 from kernels.lora_shrink import lora_shrink

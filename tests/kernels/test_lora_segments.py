@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.lora_segments import LoraTiles, Tile, choose_block_rows, plan_tiles, row_elems
+from kernels.lora_segments import LoraTiles, Tile, choose_block_rows, plan_tiles
+from kernels.row_alignment import row_elems
 
 
 @pytest.mark.parametrize("block_rows", [1, 16, 64])

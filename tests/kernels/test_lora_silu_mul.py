@@ -6,7 +6,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from kernels import reference, triton_ops
+from kernels import torch_ops as reference
+from kernels import triton_ops
 from kernels.lora_segments import MIN_DECODE_RUN, TILE_FIELDS
 from tests.kernels.cases import DEVICE, DTYPES, LoraCase, assert_close, bits, make_lora_case
 from tests.kernels.elementwise import assert_few_bits_differ, randn

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from kernels import reference
+from kernels import torch_ops as reference
 from kernels.attention_launch import AttentionLaunch
 from kernels.attention_plan import plan_decode
 from kernels.paged_decode import paged_decode

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from kernels import reference
+from kernels import torch_ops as reference
 from kernels.attention_launch import AttentionLaunch
 from kernels.attention_plan import plan_prefill
 from kernels.paged_prefill import paged_prefill

@@ -5,7 +5,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from kernels import reference, triton_ops
+from kernels import torch_ops as reference
+from kernels import triton_ops
 from tests.kernels.cases import DEVICE, assert_close
 from tests.kernels.elementwise import (
     EVERY_16_BIT_DTYPE,

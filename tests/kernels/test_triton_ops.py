@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 
-from kernels import reference, triton_ops
+from kernels import torch_ops as reference
+from kernels import triton_ops
 
 
 def test_every_op_has_a_kernel() -> None:

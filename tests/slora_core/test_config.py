@@ -4,8 +4,9 @@ import pickle
 
 import pytest
 
-from slora_core.config import LORA_MODULES, EngineConfig, ModelConfig, SamplingParams
+from slora_core.config import LORA_MODULES, EngineConfig, ModelConfig
 from slora_core.errors import InvalidRequestError
+from slora_core.requests import SamplingParams
 
 MODEL = ModelConfig(
     vocab_size=50,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.lora_segments import ROW_ALIGNMENT, row_elems
+from kernels.row_alignment import ROW_ALIGNMENT, row_elems
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     LoraWeights,

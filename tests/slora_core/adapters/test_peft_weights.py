@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.lora_segments import row_elems
+from kernels.row_alignment import row_elems
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import (
     inspect_peft_adapter,

@@ -13,7 +13,7 @@ from hypothesis.stateful import (
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
-from slora_core.types import AdapterLoad
+from slora_core.requests import AdapterLoad
 
 
 def _make(

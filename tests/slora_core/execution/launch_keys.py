@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from triton import knobs
 
 from slora_core.adapters.peft_weights import load_packed_adapter
-from slora_core.config import EngineConfig, SamplingParams
-from slora_core.engine import Engine
+from slora_core.config import EngineConfig
+from slora_core.engine.engine import Engine
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import dummy_weights
-from slora_core.types import Request
+from slora_core.requests import Request, SamplingParams
 from tests.absent_gpu import pretend_gpu
 from tests.factories import ALL_MODULES, make_model, make_random_adapter
 
@@ -46,7 +46,7 @@ def _make_engine(directory: Path, budget: int, pool_tokens: int) -> Engine:
     model = load_model_config(model_dir)
     config = EngineConfig(
         device="cpu",
-        dtype=torch.bfloat16,
+        dtype="bfloat16",
         num_pool_tokens=pool_tokens,
         max_batched_tokens=budget,
         max_running_requests=64,

@@ -2,9 +2,8 @@
 
 import torch
 
-from slora_core.config import SamplingParams
 from slora_core.execution.row_state import RowState
-from slora_core.types import Request, ScheduledChunk
+from slora_core.requests import Request, SamplingParams, ScheduledChunk
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from slora_core.config import SamplingParams
-from slora_core.execution.sampler import sample, uniform
-from slora_core.types import SamplingBatch
+from slora_core.execution.sampler import SamplingBatch, sample, uniform
+from slora_core.requests import SamplingParams
 
 VOCAB = 60
 MASK = 2**64 - 1

@@ -1,10 +1,11 @@
 """Pages are counted up, and the pool's tensor has the shape its readers expect."""
 
 import pytest
-import torch
 
 from slora_core.config import EngineConfig, ModelConfig
-from slora_core.memory.sizing import allocate_pool, pages_for
+from slora_core.dtypes import torch_dtype
+from slora_core.memory.page_pool import pages_for
+from slora_core.memory.sizing import allocate_pool
 
 MODEL = ModelConfig(
     vocab_size=8,
@@ -23,12 +24,12 @@ def test_pages_for(tokens: int, pages: int) -> None:
     assert pages_for(tokens, 16) == pages
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pool_shape(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pool_shape(dtype: str) -> None:
     # The last, unfilled page does not count.
     pool = allocate_pool(MODEL, EngineConfig(num_pool_tokens=95, page_tokens=16, dtype=dtype))
     assert pool.shape == (5, 3, 2 * 16 * 2 * 4)
-    assert pool.dtype == dtype
+    assert pool.dtype == torch_dtype(dtype)
     assert not pool.any()
 
 

@@ -11,12 +11,19 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from slora_core.adapters.residency import AdapterResidency
-from slora_core.config import EngineConfig, SamplingParams
+from slora_core.config import EngineConfig
 from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
 from slora_core.memory.prefix_cache import PrefixCache
+from slora_core.requests import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    ScheduledChunk,
+    StepPlan,
+)
 from slora_core.scheduling.scheduler import Scheduler
-from slora_core.types import FinishReason, Request, RequestOutput, ScheduledChunk, StepPlan
 
 EOS = 2
 

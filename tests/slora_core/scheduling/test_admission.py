@@ -4,10 +4,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from slora_core.config import EngineConfig, SamplingParams
-from slora_core.memory.sizing import pages_for
+from slora_core.config import EngineConfig
+from slora_core.memory.page_pool import pages_for
+from slora_core.requests import Request, SamplingParams
 from slora_core.scheduling.admission import PeakEstimate, expected_total_tokens
-from slora_core.types import Request
 
 
 def _request(num_prompt: int, max_tokens: int, num_output: int = 0) -> Request:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slora_core.types import FinishReason, StepPlan
+from slora_core.requests import FinishReason, StepPlan
 from tests.slora_core.scheduling.harness import Harness, make_config, make_request
 
 

@@ -8,8 +8,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from slora_core.errors import InvalidRequestError
-from slora_core.memory.sizing import pages_for
-from slora_core.types import FinishReason
+from slora_core.memory.page_pool import pages_for
+from slora_core.requests import FinishReason
 from tests.slora_core.scheduling.harness import EOS, Harness, make_config, make_request
 
 

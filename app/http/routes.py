@@ -1,0 +1,224 @@
+"""The HTTP side: routes, bodies, events and statuses of the OpenAI API.
+
+Stateless beside its copy of the registry. It knows Starlette and the registry's and service's
+methods; `api_app` makes the ASGI application, which `build` puts under Serve.
+"""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Protocol, TypeVar
+
+from pydantic import BaseModel
+from ray.exceptions import TaskCancelledError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from app.generation.text_stream import TextPiece
+from app.http.errors import ApiError, BodyTooLargeError, api_error
+from app.http.parsing import Model, parse_body
+from app.http.responses import Answer
+from app.http.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    LoadAdapterRequest,
+    ModelList,
+    UnloadAdapterRequest,
+)
+from app.http.service import CompletionService
+from app.registry.registry import AdapterRecord
+from slora_core.errors import AdapterNotFoundError
+
+Result = TypeVar("Result")
+Handler = Callable[[Request], Awaitable[Response]]
+Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
+# 499 is nginx's status for a client that left; it is logged, nobody reads it.
+CLIENT_LEFT = Response(status_code=499)
+
+# Bodies from this size on are parsed on a thread: smaller ones take a millisecond or two.
+LARGE_BODY_BYTES = 2**16
+
+
+class RegistryAdmin(Protocol):
+    """What the ingress needs of the registry beside reading it."""
+
+    async def load(self, name: str, path: str, replace: bool) -> AdapterRecord: ...
+
+    async def unload(self, name: str) -> None: ...
+
+
+class Ingress:
+    """Request handlers; one object a process."""
+
+    def __init__(
+        self,
+        service: CompletionService,
+        registry: RegistryAdmin,
+        is_ready: Callable[[], Awaitable[bool]],
+        max_body_bytes: int,
+    ) -> None:
+        self._service = service
+        self._registry = registry
+        self._is_ready = is_ready
+        self._max_body_bytes = max_body_bytes
+
+    async def completions(self, request: Request) -> Response:
+        body = await self._parse(CompletionRequest, request)
+        return await self._answer(request, await self._service.complete(body), body.stream)
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = await self._parse(ChatCompletionRequest, request)
+        return await self._answer(request, await self._service.chat(body), body.stream)
+
+    async def list_models(self, request: Request) -> Response:
+        return _json(ModelList(data=self._service.model_cards()))
+
+    async def get_model(self, request: Request) -> Response:
+        return _json(await self._service.model_card(request.path_params["name"]))
+
+    async def load_adapter(self, request: Request) -> Response:
+        body = await self._parse(LoadAdapterRequest, request)
+        record = await self._registry.load(body.lora_name, body.lora_path, body.load_inplace)
+        # So that a request that follows this answer finds the adapter here.
+        await self._service.registry.refresh()
+        return _json(self._service.adapter_card(record))
+
+    async def unload_adapter(self, request: Request) -> Response:
+        body = await self._parse(UnloadAdapterRequest, request)
+        try:
+            await self._registry.unload(body.lora_name)
+        except AdapterNotFoundError as error:
+            return ApiError(404, str(error), "lora_name").response()
+        await self._service.registry.refresh()
+        return JSONResponse({"id": body.lora_name, "object": "model", "deleted": True})
+
+    async def health(self, request: Request) -> Response:
+        if await self._is_ready():
+            return JSONResponse({"status": "ok"})
+        return ApiError(503, "no engine replica answers").response()
+
+    async def _parse(self, model: type[Model], request: Request) -> Model:
+        body = await self._body(request)
+        if len(body) < LARGE_BODY_BYTES:
+            return parse_body(model, body)
+        return await asyncio.to_thread(parse_body, model, body)
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self._max_body_bytes
+        parts, num_bytes = [], 0
+        async for part in request.stream():
+            num_bytes += len(part)
+            if num_bytes > limit:
+                raise BodyTooLargeError(f"the body has more than {limit} bytes")
+            parts.append(part)
+        return b"".join(parts)
+
+    async def _answer(self, request: Request, answer: Answer, stream: bool) -> Response:
+        if not stream:
+            return await _unless_client_leaves(request, _collect(answer)) or CLIENT_LEFT
+        pieces = answer.pieces()
+        # Before the status line is written, so that an early error has a status of its own.
+        first = await _unless_client_leaves(request, anext(pieces))
+        if first is None:
+            await pieces.aclose()
+            return CLIENT_LEFT
+        events = _server_sent_events(answer, _chain(first, pieces))
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+def api_app(ingress: Ingress, lifespan: Lifespan) -> Starlette:
+    """The ASGI application; `lifespan` runs around its life, before the first request."""
+
+    def post(path: str, handler: Handler) -> Route:
+        return Route(path, _answering_errors(handler), methods=["POST"])
+
+    def get(path: str, handler: Handler) -> Route:
+        return Route(path, _answering_errors(handler), methods=["GET"])
+
+    routes = [
+        post("/v1/completions", ingress.completions),
+        post("/v1/chat/completions", ingress.chat_completions),
+        get("/v1/models", ingress.list_models),
+        get("/v1/models/{name:path}", ingress.get_model),
+        post("/v1/load_lora_adapter", ingress.load_adapter),
+        post("/v1/unload_lora_adapter", ingress.unload_adapter),
+        get("/health", ingress.health),
+    ]
+    return Starlette(
+        routes=routes, exception_handlers={HTTPException: _no_such_route}, lifespan=lifespan
+    )
+
+
+def _answering_errors(handler: Handler) -> Handler:
+    """What a handler raises becomes its answer."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except (ClientDisconnect, TaskCancelledError):
+            # The latter from Serve, where it is the first to see that the client left.
+            return CLIENT_LEFT
+        except Exception as error:
+            return api_error(error, uuid.uuid4().hex).response()
+
+    return answer
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    return ApiError(error.status_code, message).response()
+
+
+def _json(model: BaseModel) -> Response:
+    return Response(model.model_dump_json(), media_type="application/json")
+
+
+async def _collect(answer: Answer) -> Response:
+    return _json(await answer.collect())
+
+
+async def _unless_client_leaves(request: Request, work: Awaitable[Result]) -> Result | None:
+    """The result of `work`, which is cancelled if the client disconnects first: None then."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _chain(
+    first: TextPiece, pieces: AsyncGenerator[TextPiece, None]
+) -> AsyncGenerator[TextPiece, None]:
+    async with aclosing(pieces):
+        yield first
+        async for piece in pieces:
+            yield piece
+
+
+async def _server_sent_events(
+    answer: Answer, pieces: AsyncGenerator[TextPiece, None]
+) -> AsyncGenerator[str, None]:
+    """The body of a stream; an error after the first event becomes an event, and then the end."""
+    try:
+        async with aclosing(pieces), aclosing(answer.events(pieces)) as events:
+            async for event in events:
+                yield f"data: {event}\n\n"
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        yield f"data: {json.dumps(api_error(error, answer.id).body)}\n\n"

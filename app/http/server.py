@@ -1,0 +1,90 @@
+"""The ingress deployment: `ingress.Ingress` in a Serve replica.
+
+Owns what the ASGI application is made of and its life: the tokenizer, the copy of the registry,
+the handles. No logic of requests lives here.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ray import serve
+from starlette.applications import Starlette
+
+from app.args import SLoRAArgs
+from app.generation.client import EngineClient
+from app.http.routes import Ingress, api_app
+from app.http.service import CompletionService, ModelLimits
+from app.models.source import resolve_model
+from app.registry.deployment import RegistryClient
+from app.registry.follower import RegistryView
+from slora_core.models.hf_config import load_model_config
+from slora_core.text.tokenizer import Tokenizer
+
+# How long /health waits for an engine replica and believes its last answer, seconds.
+READY_TIMEOUT_S = 2.0
+READY_CACHE_S = 1.0
+
+
+@serve.ingress()
+class IngressServer:
+    """Takes HTTP requests; any number of them serve the same engine replicas."""
+
+    def __init__(self, args: SLoRAArgs, engine: Any, registry: Any) -> None:
+        self._args = args
+        self._engine = engine
+        self._registry = RegistryClient(registry)
+        self._view = RegistryView(self._registry)
+        self._ready = (False, -READY_CACHE_S)
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        args = self._args
+        model_dir = resolve_model(args.model)
+        service = CompletionService(
+            args.base_model_name,
+            args.model or args.base_model_name,
+            model_limits(args),
+            Tokenizer(model_dir),
+            self._view,
+            EngineClient(self._engine),
+        )
+        ingress = Ingress(service, self._registry, self._is_ready, args.max_body_bytes)
+        return api_app(ingress, self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        await self._view.refresh()
+        following = asyncio.create_task(self._view.follow())
+        yield
+        following.cancel()
+
+    async def _is_ready(self) -> bool:
+        """Whether some replica has a living engine; asks them at most once a second."""
+        is_ready, asked_at = self._ready
+        if time.monotonic() - asked_at >= READY_CACHE_S:
+            try:
+                answers = self._engine.broadcast("is_alive").results_async(return_exceptions=True)
+                is_ready = True in await asyncio.wait_for(answers, READY_TIMEOUT_S)
+            except TimeoutError:
+                # Replicas are there but full: the call waits behind requests. One that hangs is
+                # found by Serve's own check, which does not wait.
+                is_ready = True
+            except Exception:
+                # There is no replica.
+                is_ready = False
+            self._ready = (is_ready, time.monotonic())
+        return is_ready
+
+
+def model_limits(args: SLoRAArgs) -> ModelLimits:
+    """What the model and these arguments allow."""
+    model = load_model_config(resolve_model(args.model))
+    engine = args.engine_config()
+    return ModelLimits(
+        context_len=engine.context_len(model),
+        vocab_size=model.vocab_size,
+        eos_token_ids=frozenset(model.eos_token_ids),
+        page_tokens=engine.page_tokens,
+    )

@@ -1,0 +1,39 @@
+"""Where the base model lies on this machine: the demo model, a local directory or the hub.
+
+Owns the download of hub models. It knows no engine; every process that needs the model's files
+calls it, and all but the first find them there.
+"""
+
+from pathlib import Path
+
+from app.models.demo import ensure_demo_model
+from slora_core.errors import UnsupportedModelError
+
+# Weights as the engine reads them, configs, tokenizers and templates. Some repositories hold the
+# weights a second time, as consolidated.safetensors or pickled.
+HUB_PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+def resolve_model(model: str | None) -> Path:
+    """Local directory of the base model, fetched first where it must be.
+
+    Raises:
+        UnsupportedModelError: neither a directory nor a model that the hub gives.
+        DemoModelUnavailableError: the demo model could not be fetched.
+    """
+    if model is None:
+        return ensure_demo_model()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or model.startswith((".", "~")):
+        raise UnsupportedModelError(f"model: the directory {path} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+    except Exception as error:
+        # The hub's client raises errors of several libraries, for the net, for access and names.
+        raise UnsupportedModelError(
+            f"model: {model!r} is no local directory, and the Hugging Face hub gave: {error}"
+        ) from error

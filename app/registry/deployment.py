@@ -1,0 +1,157 @@
+"""The adapter registry as a Serve deployment, and its client.
+
+Owns the long poll and where the registry's state lies; which adapters are registered is decided by
+`app.registry.registry`. The ingress, the engine replicas and the stores call it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.experimental import internal_kv
+
+from app.args import SLoRAArgs
+from app.models.source import resolve_model
+from app.registry.registry import AdapterRecord, AdapterRegistry, RegistrySnapshot
+from app.registry.state import StateFile
+from slora_core.adapters.page_layout import AdapterGeometry
+from slora_core.errors import SLoRAError
+from slora_core.models.hf_config import load_model_config
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Of this project's names in Ray: the state here, the store actors.
+NAMESPACE = "slora"
+REGISTRY_DEPLOYMENT = "registry"
+
+
+class RegistryServer:
+    """The one replica of the registry. Files are read in threads, so that polls are not held up."""
+
+    async def __init__(self, args: SLoRAArgs) -> None:  # type: ignore[misc]
+        app_name = serve.get_replica_context().app_name
+        self._changed = asyncio.Event()
+        self._registry = await asyncio.to_thread(_open_registry, args, app_name)
+
+    async def snapshot(self) -> RegistrySnapshot:
+        return self._registry.snapshot()
+
+    async def wait_for_change(self, revision: int, timeout_s: float) -> RegistrySnapshot:
+        """The registrations, as soon as their revision is another one or after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._registry.revision == revision:
+                    await self._changed.wait()
+        except TimeoutError:
+            logger.debug("no change from revision %s in %s s", revision, timeout_s)
+        return self._registry.snapshot()
+
+    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord | SLoRAError:
+        """Register an adapter directory; returns what `AdapterRegistry.load` raises."""
+        return await self._change(lambda: self._registry.load(name, path, replace))
+
+    async def unload(self, name: str) -> AdapterRecord | SLoRAError:
+        """Drop a registration; returns what `AdapterRegistry.unload` raises."""
+        return await self._change(lambda: self._registry.unload(name))
+
+    async def report_pool(self, num_pages: int) -> None:
+        """An engine started with a pool of this size."""
+        await self._change(lambda: self._registry.report_pool(num_pages))
+
+    async def _change(self, change: Callable[[], T]) -> T | SLoRAError:
+        """Run a change in a thread and wake the polls, also where the caller has left.
+
+        A user's error is a value here: Serve would log each with its traceback.
+        """
+        task = asyncio.create_task(asyncio.to_thread(change))
+        task.add_done_callback(self._announce)
+        try:
+            return await asyncio.shield(task)
+        except SLoRAError as error:
+            return error
+
+    def _announce(self, task: "asyncio.Task[Any]") -> None:
+        if not task.cancelled():
+            # Looked at, so that asyncio does not warn where the caller has left.
+            task.exception()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class RegistryClient:
+    """Calls the registry through its Serve handle; its typed errors are raised here."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def snapshot(self) -> RegistrySnapshot:
+        snapshot: RegistrySnapshot = await self._handle.snapshot.remote()
+        return snapshot
+
+    async def wait_for_change(self, revision: int, timeout_s: float) -> RegistrySnapshot:
+        snapshot: RegistrySnapshot = await self._handle.wait_for_change.remote(revision, timeout_s)
+        return snapshot
+
+    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
+        record: AdapterRecord = _raised(await self._handle.load.remote(name, path, replace))
+        return record
+
+    async def unload(self, name: str) -> None:
+        _raised(await self._handle.unload.remote(name))
+
+    async def report_pool(self, num_pages: int) -> None:
+        await self._handle.report_pool.remote(num_pages)
+
+
+def _raised(result: Any) -> Any:
+    """A result of the registry, or the error that it is."""
+    if isinstance(result, SLoRAError):
+        raise result
+    return result
+
+
+def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:
+    """The geometry of adapters for the model and engine of these arguments."""
+    return AdapterGeometry.of(load_model_config(resolve_model(args.model)), args.engine_config())
+
+
+class ClusterState:
+    """An application's entry in Ray's own key-value store, as `StateStore`.
+
+    It is found from every node and ends with the cluster, so that a registry that dies takes up
+    where it was, a new cluster starts afresh and nothing has to be cleaned up.
+    """
+
+    def __init__(self, app_name: str) -> None:
+        self._key = f"registry:{app_name}"
+
+    def read(self) -> bytes | None:
+        return internal_kv._internal_kv_get(self._key, namespace=NAMESPACE)
+
+    def write(self, data: bytes) -> None:
+        try:
+            internal_kv._internal_kv_put(self._key, data, overwrite=True, namespace=NAMESPACE)
+        except RayError as error:
+            raise OSError(f"Ray's key-value store: {error}") from error
+
+
+def _open_registry(args: SLoRAArgs, app_name: str) -> AdapterRegistry:
+    path = args.registry_state_path
+    engine = args.engine_config()
+    registry = AdapterRegistry(
+        adapter_geometry(args),
+        None if engine.num_pool_tokens is None else engine.num_pages,
+        args.adapter_roots,
+        ClusterState(app_name) if path is None else StateFile(Path(path)),
+        {args.base_model_name},
+    )
+    if args.adapters_dir is not None:
+        registry.scan(args.adapters_dir)
+    logger.info("%s adapters are registered", len(registry.records()))
+    return registry

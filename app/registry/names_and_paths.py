@@ -1,0 +1,68 @@
+"""Checks of what a user names to the registry: adapter names and paths. Pure functions."""
+
+import os
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from slora_core.adapters.peft_config import CONFIG_FILE
+from slora_core.adapters.peft_weights import WEIGHTS_FILE
+from slora_core.errors import AdapterNameError, AdapterPathError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+# How much of a user's text an error repeats.
+_MAX_SHOWN = 200
+# Names listed in the error for one that is not registered.
+_MAX_NAMES_SHOWN = 8
+
+
+def check_name(name: str, reserved: Collection[str]) -> None:
+    """Raises `AdapterNameError` for bad syntax or a reserved name (the base model's)."""
+    if not _NAME.fullmatch(name):
+        raise AdapterNameError(
+            f"adapter name {name[:_MAX_SHOWN]!r} is not 1 to 128 letters, digits and ._:/@+- that "
+            "start with a letter or digit"
+        )
+    if name in reserved:
+        raise AdapterNameError(f"adapter name {name!r} is the base model's name")
+
+
+def confined_path(path: str | Path, roots: Sequence[Path]) -> Path:
+    """The real path of an adapter directory that lies, with its two files, in one of `roots`.
+
+    `roots` are real paths; a relative path is looked up under each of them. Nothing is said of
+    what exists elsewhere.
+
+    Raises:
+        AdapterPathError: it lies elsewhere once symbolic links are followed, or is no path.
+    """
+    try:
+        candidates = [path] if os.path.isabs(path) else [root / path for root in roots]
+        real = [Path(os.path.realpath(candidate)) for candidate in candidates]
+        inside = [directory for directory in real if _all_inside(directory, roots)]
+        existing = [directory for directory in inside if directory.exists()]
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AdapterPathError(f"adapter path {str(path)[:_MAX_SHOWN]!r}: {reason}") from None
+    if not inside:
+        allowed = ", ".join(map(str, roots)) or "none are configured"
+        raise AdapterPathError(
+            f"adapter path {str(path)[:_MAX_SHOWN]!r} is outside the allowed roots: {allowed}"
+        )
+    return (existing or inside)[0]
+
+
+def listed(names: Collection[str]) -> str:
+    """A short list of the registered names."""
+    if not names:
+        return "none are loaded"
+    shown = sorted(names)[:_MAX_NAMES_SHOWN]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"loaded are {', '.join(shown)}{more}"
+
+
+def _all_inside(directory: Path, roots: Sequence[Path]) -> bool:
+    files = [os.path.realpath(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return all(
+        any(path.is_relative_to(root) for root in roots) for path in (directory, *map(Path, files))
+    )

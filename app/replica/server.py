@@ -1,0 +1,142 @@
+"""The engine replica: an actor that moves messages between Serve and an engine process.
+
+Owns the engine, the leases of the adapters that it runs and what the replica tells Serve of
+itself. It never touches a tensor or a text; `engine_client` calls `generate`.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+from ray import serve
+
+from app.args import SLoRAArgs
+from app.generation.replica_protocol import GenerateRequest, TokenChunk
+from app.models.source import resolve_model
+from app.registry.deployment import RegistryClient
+from app.registry.follower import RegistryView
+from app.registry.registry import RegistrySnapshot
+from app.replica.coalesce import coalesce
+from app.replica.leases import AdapterLeases
+from app.routing.serve_router import HEALTHY_KEY, SLOT_KEY
+from app.store.actor import StoreClient
+from slora_core.engine.process import AsyncEngine
+from slora_core.engine.protocol import EngineSpec
+from slora_core.errors import SLoRAError
+
+logger = logging.getLogger(__name__)
+
+
+class EngineServer:
+    """One replica; Serve calls the methods that end in nothing but its own names."""
+
+    async def __init__(self, args: SLoRAArgs, registry: Any) -> None:  # type: ignore[misc]
+        context = serve.get_replica_context()
+        self._replica_id = context.replica_id.unique_id
+        self._flush_interval_s = args.flush_interval_s
+        self._max_pieces_per_s = args.max_pieces_per_s
+        # Before the engine, so that both start at once.
+        store = StoreClient(args)
+        self._engine = AsyncEngine(engine_spec(args))
+        started_at = time.monotonic()
+        info = await self._engine.start()
+        logger.info(
+            "engine process %s has %s pages after %.1f s",
+            info.pid,
+            info.num_pages,
+            time.monotonic() - started_at,
+        )
+        self._pid = info.pid
+        self._num_pages = info.num_pages
+        self._registry = RegistryClient(registry)
+        self._reporting: asyncio.Task[None] | None = None
+        view = RegistryView(self._registry, self._drop_adapters, self._report_pool)
+        await view.refresh()
+        # No request should wait for the store's start.
+        await store.stats()
+        self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
+        self._following = asyncio.create_task(view.follow())
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Tokens of one request; every error that is somebody's input is the last chunk."""
+        try:
+            record = request.record
+            holding = nullcontext() if record is None else self._leases.hold(record)
+            async with holding as location:
+                outputs = self._engine.generate(
+                    request.request_id, request.prompt_ids, request.params, location
+                )
+                async with aclosing(coalesce(outputs, self._flush_interval)) as chunks:
+                    async for token_ids, reason in chunks:
+                        yield TokenChunk(token_ids, None if reason is None else reason.value)
+        except SLoRAError as error:
+            yield TokenChunk(error=error, replica_id=self._replica_id)
+
+    def _flush_interval(self) -> float:
+        """Seconds between two pieces of one stream, so that all together are not too many."""
+        return max(self._flush_interval_s, self._engine.num_streams / self._max_pieces_per_s)
+
+    async def is_alive(self) -> bool:
+        return self._engine.is_alive()
+
+    async def stats(self) -> dict[str, Any]:
+        """The engine's counters, and which replica and process they are of."""
+        stats = asdict(await self._engine.stats())
+        identity = {
+            "replica_id": self._replica_id,
+            "slot": self._slot(),
+            "replica_pid": os.getpid(),
+        }
+        return {**identity, "engine_pid": self._pid, **stats}
+
+    async def check_integrity(self) -> None:
+        """Raises AssertionError if the engine's pool has lost a page."""
+        await self._engine.check_integrity()
+
+    async def check_health(self) -> None:
+        """Called by Serve; an error makes it replace the replica."""
+        if not self._engine.is_alive():
+            raise RuntimeError("the engine process ended")
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve; what `affinity_router` reads."""
+        return {SLOT_KEY: self._slot(), HEALTHY_KEY: self._engine.is_alive()}
+
+    def __del__(self) -> None:
+        # Serve calls it at a graceful stop, also where __init__ failed.
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+    def _slot(self) -> str:
+        # Serve may renumber replicas when it removes some, so it is read anew each time.
+        return str(serve.get_replica_context().rank.rank)
+
+    def _report_pool(self, snapshot: RegistrySnapshot) -> None:
+        """Tell the registry of a smaller pool than it knows of, also where it has restarted."""
+        known = snapshot.num_pool_pages
+        if known is None or known > self._num_pages:
+            # Kept, or the loop could lose it; one that fails is made up for by the next snapshot.
+            self._reporting = asyncio.create_task(self._registry.report_pool(self._num_pages))
+
+    def _drop_adapters(self, adapter_ids: frozenset[str]) -> None:
+        for adapter_id in adapter_ids:
+            self._engine.drop_adapter(adapter_id)
+
+
+def engine_spec(args: SLoRAArgs) -> EngineSpec:
+    """What an engine process of these arguments is started with."""
+    num_threads = args.num_threads
+    if num_threads is None and args.device == "cpu":
+        # Replicas share the machine; more threads than cores make each of them slower.
+        num_threads = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
+    return EngineSpec(
+        model_path=str(resolve_model(args.model)),
+        load_format=args.load_format,
+        engine=args.engine_config(),
+        num_threads=num_threads,
+    )

@@ -1,0 +1,220 @@
+"""The store actor of a node, and how engine replicas reach it.
+
+Owns the actor's name, its making, its end and its restarts. What a store does is `NodeStore`'s.
+The actor is detached, so that it outlives the replica that made it, and ends itself once no
+replica on its node has lived for a while: nothing is left after `serve shutdown`.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from app.args import SLoRAArgs
+from app.registry.deployment import (
+    NAMESPACE,
+    REGISTRY_DEPLOYMENT,
+    RegistryClient,
+    adapter_geometry,
+)
+from app.registry.registry import AdapterRecord
+from app.remote_errors import typed
+from app.store.memory import HostStore, StoreStats
+from app.store.packer import NodeStore
+from slora_core.adapters.page_layout import AdapterGeometry
+from slora_core.adapters.slab_format import AdapterLocation
+from slora_core.errors import StoreGoneError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# How long a store outlives its last client, seconds: longer than Serve takes to replace a replica.
+GRACE_S = 30.0
+# A store that was killed is restarted by Ray, or made anew by its clients, in about 2 s.
+MAX_CALL_ATTEMPTS = 5
+RETRY_S = 0.5
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What a store is made with; replicas of equal specs on one node share a store."""
+
+    app_name: str
+    geometry: AdapterGeometry
+    capacity_bytes: int
+    extent_bytes: int
+    # See `slab.Slab`.
+    punch_holes: bool
+    grace_s: float = GRACE_S
+
+    @classmethod
+    def of(cls, args: SLoRAArgs, app_name: str) -> "StoreSpec":
+        return cls(
+            app_name,
+            adapter_geometry(args),
+            args.store_capacity_bytes,
+            args.store_extent_bytes,
+            punch_holes=args.device == "cpu",
+        )
+
+    def actor_name(self, node_id: str) -> str:
+        # A redeployment with another model or size gets a store of its own beside the old one.
+        key = hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+        return f"adapter-store:{self.app_name}:{node_id}:{key}"
+
+
+class AdapterStoreActor:
+    """`NodeStore` as a Ray actor; async, so that its calls share one event loop."""
+
+    def __init__(self, spec: StoreSpec) -> None:
+        self._spec = spec
+        self._store: NodeStore | None = None
+
+    async def attach(self, client_pid: int) -> None:
+        await self._running().attach(client_pid)
+
+    async def lease(self, record: AdapterRecord, holder_pid: int) -> AdapterLocation:
+        return await self._running().lease(record, holder_pid)
+
+    async def release(self, adapter_id: str, holder_pid: int, token: str) -> bool:
+        return self._running().release(adapter_id, holder_pid, token)
+
+    async def stats(self) -> StoreStats:
+        return self._running().stats()
+
+    async def check_integrity(self) -> None:
+        self._running().check_integrity()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    def _running(self) -> NodeStore:
+        """The store, started by the first call: Ray runs __init__ outside the event loop."""
+        if self._store is None:
+            spec = self._spec
+            logging.basicConfig(level=logging.INFO)
+            # By name, so that a registry that was deployed again is found too.
+            registry = serve.get_deployment_handle(
+                REGISTRY_DEPLOYMENT, spec.app_name, _check_exists=False
+            )
+            store = HostStore(
+                spec.geometry, spec.capacity_bytes, spec.extent_bytes, spec.punch_holes
+            )
+            self._store = NodeStore(store, RegistryClient(registry), spec.grace_s, _end_this_actor)
+            self._store.start()
+        return self._store
+
+
+def get_or_create_store(spec: StoreSpec) -> Any:
+    """Handle of this node's store actor, made where there is none; blocks on Ray."""
+    node_id = ray.get_runtime_context().get_node_id()
+    options: dict[str, Any] = {
+        "name": spec.actor_name(node_id),
+        "namespace": NAMESPACE,
+        "get_if_exists": True,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "num_cpus": 0,
+        # The store's memory is only good for processes of its node.
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
+    }
+    return ray.remote(AdapterStoreActor).options(**options).remote(spec)
+
+
+class StoreClient:
+    """This process's side of its node's store; make it on a running event loop.
+
+    It keeps the store alive and, where it was killed, has it made and filled again at once.
+    `app_name` is the Serve application's; None asks Serve.
+    """
+
+    def __init__(self, args: SLoRAArgs, app_name: str | None = None) -> None:
+        if app_name is None:
+            app_name = serve.get_replica_context().app_name
+        self._spec = StoreSpec.of(args, app_name)
+        self._handle: Any = None
+        self._connecting = asyncio.Lock()
+        # Extent tokens of the leases held, by (adapter id, holder pid).
+        self._tokens: dict[tuple[str, int], list[str]] = {}
+        self._attaching = asyncio.create_task(self._stay_attached())
+
+    async def lease(self, record: AdapterRecord, holder_pid: int) -> AdapterLocation:
+        """Pin an adapter for a process of this node until `release` or the process's end.
+
+        Raises:
+            InvalidAdapterError: the adapter's files changed since it was registered.
+            StoreFullError: no room beside what is leased.
+            StoreGoneError: the store ended and does not come back.
+        """
+        location: AdapterLocation = await self._call(
+            lambda store: store.lease.remote(record, holder_pid)
+        )
+        tokens = self._tokens.setdefault((record.adapter_id, holder_pid), [])
+        tokens.append(location.extent.token)
+        return location
+
+    async def release(self, adapter_id: str, holder_pid: int) -> None:
+        """Give one lease back; one that a killed store took with it is forgotten."""
+        tokens = self._tokens.get((adapter_id, holder_pid))
+        if not tokens:
+            return
+        token = tokens.pop()
+        if not tokens:
+            del self._tokens[adapter_id, holder_pid]
+        await self._call(lambda store: store.release.remote(adapter_id, holder_pid, token))
+
+    async def stats(self) -> StoreStats:
+        return await self._call(lambda store: store.stats.remote())
+
+    async def check_integrity(self) -> None:
+        await self._call(lambda store: store.check_integrity.remote())
+
+    async def close(self) -> None:
+        """Stop keeping the store for this process; its leases end with their processes."""
+        self._attaching.cancel()
+        await asyncio.wait({self._attaching})
+
+    async def _call(self, call: Callable[[Any], Awaitable[T]]) -> T:
+        """Call the store, again where it was killed meanwhile."""
+        for attempt in range(MAX_CALL_ATTEMPTS):
+            try:
+                return await typed(call(await self._connect()))
+            except RayTaskError:
+                # The store itself raised it; only the store's death is worth another try.
+                raise
+            except RayActorError as error:
+                logger.warning("the adapter store did not answer: %r; trying again", error)
+                self._handle = None
+                await asyncio.sleep(RETRY_S * attempt)
+        raise StoreGoneError("the node's adapter store does not come back; try again later")
+
+    async def _connect(self) -> Any:
+        async with self._connecting:
+            if self._handle is None:
+                # Ray looks the name up in another process.
+                self._handle = await asyncio.to_thread(get_or_create_store, self._spec)
+            return self._handle
+
+    async def _stay_attached(self) -> None:
+        while True:
+            try:
+                # Returns only where the store ends.
+                await typed((await self._connect()).attach.remote(os.getpid()))
+            except Exception as error:
+                logger.warning("the adapter store ended: %r; attaching again", error)
+                self._handle = None
+            await asyncio.sleep(RETRY_S)
+
+
+def _end_this_actor() -> None:
+    # exit_actor works in a call only, and this is a timer.
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

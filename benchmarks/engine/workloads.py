@@ -1,0 +1,134 @@
+"""Shapes, adapter settings and requests of the offline engine benchmark, as S-LoRA sets them.
+
+All is a function of its arguments. Knows the engine's types, not its parts.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from benchmarks.lora_targets import ATTENTION
+from slora_core.config import LORA_MODULES, ModelConfig
+from slora_core.engine.engine import GenerationRequest
+from slora_core.requests import SamplingParams
+
+SHAPES = {
+    "llama-7b": ModelConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    ),
+    "llama-3.1-8b": ModelConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+    ),
+    # For trying the benchmark itself out.
+    "tiny": ModelConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class AdapterSetting:
+    """Ranks by adapter index modulo their number, on these modules."""
+
+    ranks: tuple[int, ...]
+    modules: tuple[str, ...]
+
+
+# S1 and S2 are S-LoRA's (Sheng et al., 2023, table 1).
+SETTINGS = {
+    "S1": AdapterSetting((8,), ATTENTION),
+    "S2": AdapterSetting((64, 32, 16, 8), ATTENTION),
+    "all16": AdapterSetting((16,), LORA_MODULES),
+    "rank64": AdapterSetting((64,), ATTENTION),
+}
+
+
+# Names of adapters end in their number.
+STANDARD = "adapter"
+# Of rank 64, that come and go beside the others, and that stay.
+WIDE, WIDE_KEPT = "wide", "wide-kept"
+
+
+def adapter_id(index: int, family: str = STANDARD) -> str:
+    return f"{family}-{index}"
+
+
+def fixed_batch(
+    adapters: Sequence[str | None], prompt_len: int, output_len: int, vocab_size: int, seed: int
+) -> list[GenerationRequest]:
+    """One request an entry of `adapters`, all of the same lengths."""
+    rng = random.Random(seed)
+    return [_request(prompt_len, output_len, a, vocab_size, rng) for a in adapters]
+
+
+def trace(
+    adapters: Sequence[str | None], lengths: tuple[int, int], vocab_size: int, seed: int
+) -> list[GenerationRequest]:
+    """One request an entry of `adapters`; lengths in and out uniform, both ends included."""
+    rng = random.Random(seed)
+    return [
+        _request(rng.randint(*lengths), rng.randint(*lengths), a, vocab_size, rng) for a in adapters
+    ]
+
+
+def shared_prefix(
+    num_requests: int,
+    prefix_len: int,
+    tail_len: int,
+    output_len: int,
+    adapter: str,
+    vocab_size: int,
+    seed: int,
+    *,
+    shared: bool = True,
+) -> list[GenerationRequest]:
+    """Requests that differ in their last tokens alone, or, not `shared`, in all."""
+    rng = random.Random(f"prefix {seed}")
+    requests = fixed_batch(
+        [adapter] * num_requests, prefix_len + tail_len, output_len, vocab_size, seed
+    )
+    if not shared:
+        return requests
+    prefix = rng.choices(range(vocab_size), k=prefix_len)
+    return [replace(r, prompt_ids=[*prefix, *r.prompt_ids[prefix_len:]]) for r in requests]
+
+
+def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
+    """Seconds after the start at which requests arrive, `rate` a second."""
+    rng = random.Random(seed)
+    return list(accumulate(rng.expovariate(rate) for _ in range(num_requests)))
+
+
+def _request(
+    prompt_len: int, output_len: int, adapter: str | None, vocab_size: int, rng: random.Random
+) -> GenerationRequest:
+    return GenerationRequest(
+        prompt_ids=rng.choices(range(vocab_size), k=prompt_len),
+        params=SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True),
+        adapter_id=adapter,
+    )

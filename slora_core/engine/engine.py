@@ -1,0 +1,275 @@
+"""The engine: plan, launch, commit. Synchronous, in-process, without Ray.
+
+Owns one scheduler, one pool and one model runner. `engine_main` drives it from a queue of
+messages; tests and offline benchmarks call it directly.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
+from slora_core.adapters.residency import AdapterResidency
+from slora_core.config import EngineConfig, ModelConfig
+from slora_core.dtypes import torch_dtype
+from slora_core.errors import AdapterNotFoundError, AdapterTooLargeError, InvalidRequestError
+from slora_core.execution.memory_profile import profile_num_pages
+from slora_core.execution.model_runner import ModelRunner
+from slora_core.execution.step_handle import StepHandle
+from slora_core.memory.eviction import EvictionQueue
+from slora_core.memory.page_pool import PageOwner, PagePool
+from slora_core.memory.prefix_cache import PrefixCache
+from slora_core.models.hf_config import load_model_config
+from slora_core.models.weights import DecoderWeights, dummy_weights, load_weights
+from slora_core.requests import Request, RequestOutput, SamplingParams, StepPlan
+from slora_core.scheduling.scheduler import Scheduler
+from slora_core.stage_timer import StageTimer
+from slora_core.stats import EngineStats
+
+# Slots are only table rows; more of them than pages could never be in use.
+MAX_ADAPTER_SLOTS = 4096
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One entry of `Engine.generate`; `adapter_id` None is the base model."""
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    adapter_id: str | None = None
+
+
+class Engine:
+    """Args:
+    ops: the kernel module, as of `ModelRunner`; None takes the device's.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        weights: DecoderWeights,
+        ops: ModuleType | None = None,
+    ) -> None:
+        stages = StageTimer()
+        if config.num_pool_tokens is None:
+            with stages.measure("profile"):
+                num_pages = profile_num_pages(model, config, weights)
+            config = replace(config, num_pool_tokens=num_pages * config.page_tokens)
+        self.model = model
+        self.config = config
+        self.geometry = AdapterGeometry.of(model, config)
+        max_slots = min(config.num_pages, MAX_ADAPTER_SLOTS)
+        with stages.measure("pool"):
+            self.runner = ModelRunner(model, config, weights, max_slots, ops)
+        if config.device == "cuda":
+            with stages.measure("kernels"):
+                self.runner.warm_up()
+        if config.device == "cuda" and config.cuda_graphs:
+            with stages.measure("graphs"):
+                self.runner.capture_graphs()
+        # Seconds of each stage of the start, in order.
+        self.startup_s = stages.seconds
+        self._host_copies: dict[str, PackedAdapter] = {}
+        self._pool = PagePool(config.num_pages)
+        queue = EvictionQueue(self._pool)
+        self._residency = AdapterResidency(self._pool, queue, max_slots)
+        self._prefixes = PrefixCache(
+            self._pool, queue, config.page_tokens, enabled=config.prefix_caching
+        )
+        self.scheduler = Scheduler(
+            config,
+            self._pool,
+            queue,
+            self._residency,
+            self._prefixes,
+            lambda adapter_id: self._host_copies[adapter_id].layout.num_pages,
+            model.eos_token_ids,
+        )
+        # Launched and not committed, the oldest first.
+        self._inflight: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._num_finished = self._num_aborted = self._num_steps = 0
+        self._num_prompt_tokens = self._num_output_tokens = 0
+
+    @classmethod
+    def from_pretrained(
+        cls, model_dir: Path, config: EngineConfig, *, load_format: str = "safetensors"
+    ) -> "Engine":
+        """An engine for a Hugging Face directory.
+
+        `load_format` "dummy" needs the directory's config only and makes random weights.
+
+        Raises:
+            UnsupportedModelError: a model the decoder does not implement, or damaged weights.
+            ValueError: an unknown load_format.
+        """
+        model = load_model_config(model_dir)
+        dtype = torch_dtype(config.dtype)
+        stages = StageTimer()
+        with stages.measure("weights"):
+            if load_format == "safetensors":
+                weights = load_weights(model_dir, model, config.device, dtype)
+            elif load_format == "dummy":
+                weights = dummy_weights(model, config.device, dtype)
+            else:
+                raise ValueError(f"load_format is {load_format!r}; use 'safetensors' or 'dummy'")
+        engine = cls(model, config, weights)
+        engine.startup_s = {**stages.seconds, **engine.startup_s}
+        return engine
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to launch or to commit."""
+        return bool(self._inflight or self.scheduler.num_running or self.scheduler.num_waiting)
+
+    def add_adapter(self, adapter: PackedAdapter) -> None:
+        """Make an adapter's host pages known; they are read until `release_adapter`.
+
+        Raises:
+            AdapterTooLargeError: it has more pages than the pool.
+        """
+        if adapter.layout.num_pages > self._pool.num_pages:
+            raise AdapterTooLargeError(
+                f"the adapter needs {adapter.layout.num_pages} pages; the pool has "
+                f"{self._pool.num_pages}"
+            )
+        self._host_copies[adapter.adapter_id] = adapter
+
+    def has_adapter(self, adapter_id: str) -> bool:
+        """Whether an adapter's host pages are known: added, and not released since."""
+        return adapter_id in self._host_copies
+
+    def release_adapter(self, adapter_id: str) -> None:
+        """Forget an adapter's host pages, which no request uses; its pool pages stay a cache.
+
+        Waits for a step in flight that copies them.
+        """
+        for plan, handle in self._inflight:
+            if any(load.adapter_id == adapter_id for load in plan.adapter_loads):
+                handle.token_ids()
+        self._host_copies.pop(adapter_id, None)
+
+    def drop_adapter(self, adapter_id: str) -> None:
+        """Free an unloaded adapter's pages and prefixes, once its running requests have ended."""
+        self._residency.drop(adapter_id)
+        self._prefixes.drop(adapter_id)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: an empty prompt, a token outside the vocabulary, or more tokens
+                than the context or the pool holds.
+            AdapterNotFoundError: its adapter was not added.
+        """
+        self._validate(request)
+        self.scheduler.add(request)
+        self._num_prompt_tokens += len(request.prompt_ids)
+
+    def abort(self, request_id: str) -> bool:
+        """Stop a request; False if it has ended or was never added.
+
+        What it holds is freed at once, or with the last step in flight that computes it.
+        """
+        aborted = self.scheduler.abort(request_id)
+        self._num_aborted += aborted
+        return aborted
+
+    def step(self) -> list[RequestOutput]:
+        """Launch the next step and commit the oldest one once enough are in flight.
+
+        Returns the new tokens of every request that got one, of all steps that were committed.
+        """
+        outputs: list[RequestOutput] = []
+        plan = self._launch()
+        if plan.blocked:
+            # With nothing in flight the scheduler can preempt.
+            while self._inflight:
+                outputs += self._commit()
+            plan = self._launch()
+        assert self._inflight or not self.has_work, "requests wait and none can run"
+        if self._inflight and (
+            not plan.chunks or len(self._inflight) >= self.config.max_inflight_steps
+        ):
+            outputs += self._commit()
+        return outputs
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+        """Run requests to their end together; the output token ids of each, offline use."""
+        live = []
+        for index, entry in enumerate(requests):
+            request = Request(
+                f"generate-{index}", list(entry.prompt_ids), entry.params, entry.adapter_id
+            )
+            self.add_request(request)
+            live.append(request)
+        while self.has_work:
+            self.step()
+        return [request.output_ids for request in live]
+
+    def stats(self) -> EngineStats:
+        pool, residency, scheduler = self._pool, self._residency, self.scheduler
+        return EngineStats(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_pages=pool.num_pages,
+            num_free_pages=pool.num_free,
+            num_kv_pages=pool.num_owned(PageOwner.KV) - self._prefixes.num_idle_pages,
+            num_idle_prefix_pages=self._prefixes.num_idle_pages,
+            num_adapter_pages=pool.num_owned(PageOwner.ADAPTER),
+            resident_adapters=tuple(residency.resident_ids()),
+            num_adapter_loads=residency.num_loads,
+            num_adapter_hits=residency.num_hits,
+            num_adapter_evictions=residency.num_evictions,
+            num_preemptions=scheduler.num_preemptions,
+            num_finished=self._num_finished,
+            num_aborted=self._num_aborted,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_prompt_tokens=scheduler.num_cached_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert the pool's invariant: free + KV + adapter == total, one owner a page."""
+        self.scheduler.check_integrity()
+
+    def _launch(self) -> StepPlan:
+        """Plan a step, and launch it if anything can run."""
+        plan = self.scheduler.schedule()
+        if plan.chunks:
+            self.runner.load_adapters(plan, self._host_copies.__getitem__)
+            self._inflight.append((plan, self.runner.launch(plan)))
+        return plan
+
+    def _commit(self) -> list[RequestOutput]:
+        """Take the tokens of the oldest step in flight, waiting for them."""
+        plan, handle = self._inflight.popleft()
+        outputs = self.scheduler.commit(plan, handle.token_ids())
+        self._num_steps += 1
+        self._num_output_tokens += len(outputs)
+        self._num_finished += sum(output.finish_reason is not None for output in outputs)
+        return outputs
+
+    def _validate(self, request: Request) -> None:
+        if not request.prompt_ids:
+            raise InvalidRequestError(
+                "the prompt is empty; it must have at least one token", "prompt"
+            )
+        vocab_size = self.model.vocab_size
+        for token_id in (min(request.prompt_ids), max(request.prompt_ids)):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"the prompt has token id {token_id}; ids are in [0, {vocab_size})", "prompt"
+                )
+        context = self.config.context_len(self.model)
+        if request.max_total_tokens > context:
+            raise InvalidRequestError(
+                f"the prompt's {len(request.prompt_ids)} tokens and max_tokens "
+                f"{request.params.max_tokens} exceed the context of {context} tokens",
+                "max_tokens",
+            )
+        if request.adapter_id is not None and request.adapter_id not in self._host_copies:
+            raise AdapterNotFoundError(f"no adapter {request.adapter_id!r} was added")

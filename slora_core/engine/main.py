@@ -1,0 +1,193 @@
+"""The engine process: `python -m slora_core.engine.main FD`, started by `engine_process`.
+
+Reads messages from the inherited connection FD in a thread of its own, steps the engine in the
+main thread, answers with one message a step. Ends when the connection does, or with its parent.
+"""
+
+import ctypes
+import gc
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from slora_core.adapters.host_pinning import pin_in_background
+from slora_core.adapters.slab_reader import SlabReader
+from slora_core.engine.engine import Engine
+from slora_core.engine.protocol import (
+    AbortRequest,
+    AddRequest,
+    Call,
+    DropAdapter,
+    EngineInfo,
+    EngineSpec,
+    Failed,
+    Refused,
+    Reply,
+    StepOutputs,
+    receive_message,
+    send_message,
+)
+from slora_core.errors import SLoRAError
+from slora_core.requests import FinishReason, Request, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+# prctl(2): the signal a process receives when the thread that started it ends.
+_PR_SET_PDEATHSIG = 1
+
+
+class EngineLoop:
+    """Drives an engine by messages; everything but `_read` runs in the main thread."""
+
+    def __init__(self, connection: Connection, engine: Engine) -> None:
+        self._connection = connection
+        self._engine = engine
+        on_map = pin_in_background if engine.config.device == "cuda" else None
+        self._slabs = SlabReader(engine.geometry, on_map)
+        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="engine-inbox", daemon=True).start()
+
+    def run(self) -> None:
+        """Handle messages and step, for ever; blocks on the inbox while there is no work."""
+        while True:
+            self._handle_messages(block=not self._engine.has_work)
+            outputs = self._engine.step()
+            if outputs:
+                self._send(StepOutputs(outputs))
+
+    def _read(self) -> None:
+        """Queue messages until the owner closes its end or dies, then end the process."""
+        while True:
+            try:
+                self._inbox.put(receive_message(self._connection))
+            except (EOFError, OSError):
+                # Nobody is left to answer; exit at once, whatever the main thread computes.
+                os._exit(0)
+            except BaseException:
+                logger.exception("a message could not be read; the engine process ends")
+                os._exit(1)
+
+    def _send(self, message: object) -> None:
+        send_message(self._connection, message)
+
+    def _handle_messages(self, *, block: bool) -> None:
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            self._handle(message)
+
+    def _handle(self, message: object) -> None:
+        match message:
+            case AddRequest():
+                self._add(message)
+            case AbortRequest(request_id):
+                if self._engine.abort(request_id):
+                    ended = RequestOutput(request_id, [], FinishReason.ABORT)
+                    self._send(StepOutputs([ended]))
+            case DropAdapter(adapter_id):
+                self._engine.drop_adapter(adapter_id)
+            case Call():
+                self._send(self._answer(message))
+            case _:
+                raise TypeError(f"unknown message {message!r}")
+
+    def _add(self, message: AddRequest) -> None:
+        location = message.adapter
+        try:
+            # Known pages are under a lease still, whatever became of the store of this location.
+            if location is not None and not self._engine.has_adapter(location.adapter_id):
+                self._engine.add_adapter(self._slabs.open(location))
+            self._engine.add_request(
+                Request(
+                    message.request_id,
+                    message.prompt_ids,
+                    message.params,
+                    None if location is None else location.adapter_id,
+                )
+            )
+        except SLoRAError as error:
+            self._send(Refused(message.request_id, error))
+
+    def _answer(self, call: Call) -> Reply:
+        try:
+            match call.action:
+                case "stats":
+                    return Reply(call.call_id, self._engine.stats())
+                case "check_integrity":
+                    self._engine.check_integrity()
+                case "release_adapter_source":
+                    self._engine.release_adapter(call.argument)
+        except AssertionError as error:
+            return Reply(call.call_id, error=str(error))
+        return Reply(call.call_id)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    _end_with_parent()
+    connection = Connection(int(sys.argv[1]))
+    try:
+        spec: EngineSpec = receive_message(connection)
+        torch.set_num_threads(spec.num_threads or _default_threads(spec.engine.device))
+        engine = Engine.from_pretrained(
+            Path(spec.model_path), spec.engine, load_format=spec.load_format
+        )
+        logger.info(
+            "ready in %.1f s: %s",
+            sum(engine.startup_s.values()),
+            ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in engine.startup_s.items()),
+        )
+        # What a start made stays: searching it for garbage would hold up a step by 0.1 s or more.
+        gc.collect()
+        gc.freeze()
+        loop = EngineLoop(connection, engine)
+        info = EngineInfo(
+            pid=os.getpid(),
+            num_pages=engine.config.num_pages,
+            page_tokens=spec.engine.page_tokens,
+            context_len=spec.engine.context_len(engine.model),
+            geometry=engine.geometry,
+        )
+        send_message(connection, info)
+        loop.run()
+    except EOFError:
+        # The owner ended before it sent a spec.
+        return
+    except Exception as error:
+        logger.exception("the engine process ends")
+        reason = str(error) if isinstance(error, SLoRAError) else traceback.format_exc()
+        send_message(connection, Failed(reason))
+        sys.exit(1)
+
+
+def _default_threads(device: str) -> int:
+    """Every core computes for a CPU engine; a GPU's plans its steps by tiny tensors.
+
+    On those, waking up other threads takes milliseconds (seen: 2.6 ms in `repeat_interleave`).
+    """
+    return len(os.sched_getaffinity(0)) if device == "cpu" else 1
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process with its parent, even while it computes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

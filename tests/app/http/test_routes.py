@@ -1,0 +1,501 @@
+import asyncio
+import json
+import threading
+from contextlib import asynccontextmanager, nullcontext
+
+import httpx
+import openai
+import pytest
+from ray.exceptions import TaskCancelledError
+
+from app.http.parsing import parse_body
+from app.http.routes import Ingress, api_app
+from app.http.service import CompletionService, ModelLimits
+from app.registry.follower import RegistryView
+from slora_core.errors import (
+    AdapterNotFoundError,
+    EngineDeadError,
+    InvalidAdapterError,
+    InvalidRequestError,
+)
+from slora_core.text.tokenizer import Tokenizer
+from tests.app.api_errors import error_of
+from tests.app.fakes import FakeEngine, FakeRegistry, make_record
+from tests.tiny_tokenizer import VOCAB_SIZE, byte_ids, make_tokenizer
+
+LIMITS = ModelLimits(
+    context_len=100,
+    vocab_size=VOCAB_SIZE,
+    eos_token_ids=frozenset({2}),
+    page_tokens=16,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+class Server:
+    """The ASGI application over fakes; `call` runs one coroutine with a client of it."""
+
+    def __init__(self, tokenizer):
+        self.engine = FakeEngine()
+        self.registry = FakeRegistry("sql", "json")
+        self.is_ready = True
+        self.tokenizer = tokenizer
+
+    def make_app(self):
+        view = RegistryView(self.registry)
+        service = CompletionService("base", "/base", LIMITS, self.tokenizer, view, self.engine)
+
+        async def is_ready():
+            return self.is_ready
+
+        ingress = Ingress(service, self.registry, is_ready, max_body_bytes=10_000)
+        return api_app(ingress, lambda app: nullcontext())
+
+    def call(self, work):
+        async def run():
+            transport = httpx.ASGITransport(self.make_app())
+            async with httpx.AsyncClient(transport=transport, base_url="http://slora") as client:
+                return await work(client)
+
+        return asyncio.run(run())
+
+    def post(self, path, body):
+        return self.call(lambda client: client.post(path, json=body))
+
+    def get(self, path):
+        return self.call(lambda client: client.get(path))
+
+    def complete(self, **fields):
+        return self.post("/v1/completions", {"model": "base", "prompt": "hi", **fields})
+
+    def chat(self, **fields):
+        messages = [{"role": "user", "content": "hi"}]
+        return self.post("/v1/chat/completions", {"model": "base", "messages": messages, **fields})
+
+    def openai(self, work):
+        async def run():
+            transport = httpx.ASGITransport(self.make_app())
+            async with openai.AsyncOpenAI(
+                api_key="none",
+                base_url="http://slora/v1",
+                max_retries=0,
+                http_client=httpx.AsyncClient(transport=transport),
+            ) as client:
+                return await work(client)
+
+        return asyncio.run(run())
+
+
+@pytest.fixture
+def server(tokenizer):
+    return Server(tokenizer)
+
+
+def events_of(response):
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_completion(server):
+    answer = server.complete().json()
+    assert answer["id"].startswith("cmpl-")
+    assert answer["object"] == "text_completion"
+    assert answer["choices"] == [
+        {"index": 0, "text": "hello world", "logprobs": None, "finish_reason": "length"}
+    ]
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 11, "total_tokens": 13}
+    [request] = server.engine.requests
+    assert (request.prompt_ids, request.record) == (byte_ids(b"hi"), None)
+    assert request.params.max_tokens == 16
+
+
+def test_chat(server):
+    answer = server.chat(model="sql").json()
+    assert answer["object"] == "chat.completion"
+    [choice] = answer["choices"]
+    assert choice["message"]["content"] == "hello world"
+    assert choice["message"]["role"] == "assistant"
+    [request] = server.engine.requests
+    assert request.record.adapter_id == "sql-v1"
+    # All that the context and the pool beside the adapter's two pages leave.
+    assert request.params.max_tokens == (6 - 2) * 16 - len(request.prompt_ids)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_stream(server, chat):
+    response = server.chat(stream=True) if chat else server.complete(stream=True)
+    events = events_of(response)
+    assert len(events) == 4
+    assert len({event["id"] for event in events}) == 1
+    assert all("usage" not in event for event in events)
+    choices = [event["choices"][0] for event in events]
+    assert [choice["finish_reason"] for choice in choices] == [None, None, None, "length"]
+    if chat:
+        assert choices[0]["delta"] == {"role": "assistant", "content": "hel"}
+        assert "".join(choice["delta"]["content"] for choice in choices) == "hello world"
+    else:
+        assert "".join(choice["text"] for choice in choices) == "hello world"
+
+
+def test_stream_with_usage(server):
+    events = events_of(server.complete(stream=True, stream_options={"include_usage": True}))
+    assert [event["usage"] for event in events[:-1]] == [None] * 4
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"]["completion_tokens"] == 11
+
+
+def test_several_prompts(server):
+    for stream in (False, True):
+        response = server.complete(prompt=["a", "bc", [5]], stream=stream)
+        texts = {0: "", 1: "", 2: ""}
+        answers = events_of(response) if stream else [response.json()]
+        for answer in answers:
+            for choice in answer["choices"]:
+                texts[choice["index"]] += choice["text"]
+        assert set(texts.values()) == {"hello world"}
+    assert response.status_code == 200
+    assert len({request.request_id for request in server.engine.requests}) == 6
+    assert len({request.params.seed for request in server.engine.requests}) == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_ends_the_text_and_the_request(server, stream):
+    response = server.complete(stop=[" wor"], stream=stream)
+    answers = events_of(response) if stream else [response.json()]
+    assert "".join(answer["choices"][0]["text"] for answer in answers) == "hello"
+    assert answers[-1]["choices"][0]["finish_reason"] == "stop"
+    assert server.engine.num_closed_early == 1
+    if not stream:
+        assert answers[0]["usage"]["completion_tokens"] == len("hello wor")
+
+
+def test_the_token_that_ends_the_text_is_counted_but_not_shown(server):
+    server.engine.finish_reason = "stop"
+    answer = server.complete(stop_token_ids=byte_ids(b"d")).json()
+    assert answer["choices"][0]["text"] == "hello worl"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 11
+
+
+def test_characters_are_whole_in_a_stream(server):
+    server.engine.text = "你好 👋🏽"
+    server.engine.num_bytes = 1
+    events = events_of(server.complete(stream=True))
+    texts = [event["choices"][0]["text"] for event in events]
+    assert "".join(texts) == "你好 👋🏽"
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(texts)
+
+
+def test_sampling_fields_reach_the_engine(server):
+    server.complete(temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, seed=7, max_tokens=9)
+    params = server.engine.requests[0].params
+    assert (params.temperature, params.top_p, params.top_k) == (0.5, 0.9, 3)
+    assert (params.min_p, params.seed, params.max_tokens) == (0.1, 7, 9)
+
+
+def test_models(server):
+    server.get("/v1/models")
+    cards = server.call(_list_after_a_miss).json()["data"]
+    assert [card["id"] for card in cards] == ["base", "json", "sql"]
+    assert (cards[0]["root"], cards[0]["parent"]) == ("/base", None)
+    assert (cards[1]["root"], cards[1]["parent"]) == ("/adapters/json", "base")
+    assert server.get("/v1/models/sql").json()["id"] == "sql"
+    assert error_of(server.get("/v1/models/a/b"), 404)["param"] == "model"
+
+
+async def _list_after_a_miss(client):
+    # The fake has no long poll; asking for a model makes the ingress read the registry.
+    await client.get("/v1/models/sql")
+    return await client.get("/v1/models")
+
+
+def test_load_is_seen_at_once(server):
+    async def work(client):
+        body = {"lora_name": "new", "lora_path": "/adapters/new"}
+        loaded = await client.post("/v1/load_lora_adapter", json=body)
+        assert loaded.json()["id"] == "new"
+        listed = await client.get("/v1/models")
+        assert "new" in [card["id"] for card in listed.json()["data"]]
+        assert (await client.post("/v1/load_lora_adapter", json=body)).status_code == 400
+        again = await client.post("/v1/load_lora_adapter", json={**body, "load_inplace": True})
+        assert again.status_code == 200
+        await client.post("/v1/completions", json={"model": "new", "prompt": "x"})
+        assert server.engine.requests[-1].record.version == 2
+        assert (
+            await client.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
+        ).status_code == 200
+        return await client.post("/v1/completions", json={"model": "new", "prompt": "x"})
+
+    error_of(server.call(work), 404)
+
+
+@pytest.mark.parametrize("name", ["base", "", " a", "a\n", "ä", "x" * 129])
+def test_a_name_that_no_adapter_can_have(server, name):
+    body = {"lora_name": name, "lora_path": "/x", "load_inplace": True}
+    error = error_of(server.post("/v1/load_lora_adapter", body), 400)
+    assert error["param"] == "lora_name" and "adapter name" in error["message"]
+
+
+def test_unload_of_an_unknown_adapter(server):
+    error = error_of(server.post("/v1/unload_lora_adapter", {"lora_name": "x"}), 404)
+    assert error["param"] == "lora_name"
+
+
+def test_unknown_model(server):
+    error = error_of(server.complete(model="nope"), 404)
+    assert (error["type"], error["param"]) == ("NotFoundError", "model")
+    assert "nope" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "numbers"),
+    [
+        ({"max_tokens": 99}, "max_tokens", ["2", "99", "100"]),
+        ({"prompt": "x" * 100}, "prompt", ["100"]),
+        ({"prompt": [VOCAB_SIZE]}, "prompt", [str(VOCAB_SIZE)]),
+        ({"prompt": [-1]}, "prompt", ["-1"]),
+        ({"stop_token_ids": [5, VOCAB_SIZE]}, "stop_token_ids", [str(VOCAB_SIZE)]),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", ["-1"]),
+        ({"max_tokens": 0}, "max_tokens", ["0"]),
+        ({"temperature": -1}, "temperature", ["-1"]),
+    ],
+)
+def test_what_the_model_cannot_take(server, fields, param, numbers):
+    error = error_of(server.complete(**fields), 400)
+    assert error["param"] == param
+    assert all(number in error["message"] for number in numbers)
+    assert server.engine.requests == []
+
+
+def test_stop_token_ids_of_a_chat(server):
+    error = error_of(server.chat(stop_token_ids=[VOCAB_SIZE]), 400)
+    assert error["param"] == "stop_token_ids"
+
+
+def test_the_limit_is_named_as_it_was_given(server):
+    error = error_of(server.chat(max_completion_tokens=99), 400)
+    assert error["param"] == "max_completion_tokens"
+
+
+def test_default_length_is_what_fits(server):
+    server.complete(model="sql", prompt="x" * 60)
+    # Beside the adapter's 2 pages, the pool of 6 holds 64 tokens.
+    assert server.engine.requests[0].params.max_tokens == 4
+
+
+def test_template_that_refuses(server):
+    messages = [{"role": "assistant", "content": "x" * 200}]
+    assert error_of(server.chat(messages=messages), 400)["param"] == "messages"
+
+
+def test_malformed_bodies(server):
+    async def work(client):
+        return [await client.post("/v1/completions", content=body) for body in (b"", b"{", b"[1]")]
+
+    for response in server.call(work):
+        assert error_of(response, 400)["type"] == "BadRequestError"
+
+
+def test_a_large_body_is_parsed_beside_the_event_loop(server, monkeypatch):
+    threads = []
+
+    def parse(model, body):
+        threads.append(threading.current_thread())
+        return parse_body(model, body)
+
+    monkeypatch.setattr("app.http.routes.parse_body", parse)
+    monkeypatch.setattr("app.http.routes.LARGE_BODY_BYTES", 1000)
+    assert server.complete().status_code == 200
+    error_of(server.complete(prompt="x" * 1000), 400)
+    small, large = threads
+    assert small is threading.main_thread() and large is not small
+
+
+def test_body_over_the_limit(server):
+    error = error_of(server.complete(prompt="x" * 20_000), 413)
+    assert "10000" in error["message"]
+
+
+def test_routes_that_do_not_exist(server):
+    assert "/v1/nothing" in error_of(server.get("/v1/nothing"), 404)["message"]
+    error_of(server.get("/v1/completions"), 405)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InvalidRequestError("too long for the pool"), 400),
+        (EngineDeadError("the engine process ended"), 503),
+        (KeyError("a defect"), 500),
+    ],
+)
+def test_an_early_error_has_a_status_of_its_own(server, stream, error, status):
+    server.engine.errors[0] = error
+    error_of(server.complete(stream=stream), status)
+
+
+def test_a_late_error_is_an_event(server):
+    server.engine.errors[2] = EngineDeadError("the engine process ended")
+    response = server.complete(stream=True)
+    assert response.status_code == 200
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert len(lines) == 3
+    error = json.loads(lines[-1].removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("ServiceUnavailableError", 503)
+
+
+def test_a_late_error_of_a_whole_answer_is_a_status(server):
+    server.engine.errors[2] = EngineDeadError("the engine process ended")
+    error_of(server.complete(), 503)
+
+
+def test_one_failed_prompt_ends_the_others(server):
+    server.engine.delay_s = 0.01
+    server.engine.errors[3] = EngineDeadError("dead")
+    error_of(server.complete(prompt=["a", "b"]), 503)
+
+
+@pytest.mark.parametrize("error", [AdapterNotFoundError("gone"), InvalidAdapterError("changed")])
+def test_an_adapter_replaced_on_the_way_is_looked_up_again(server, error):
+    async def work(client):
+        await client.get("/v1/models/sql")
+        # The registry moves on unseen, and the store knows the old version no more.
+        server.registry.records["sql"] = make_record("sql", version=2)
+        server.engine.errors[0] = error
+        engine_generate = server.engine.generate
+
+        async def generate(request):
+            if request.record.version == 2:
+                server.engine.errors.clear()
+            async for chunk in engine_generate(request):
+                yield chunk
+
+        server.engine.generate = generate
+        return await client.post("/v1/completions", json={"model": "sql", "prompt": "x"})
+
+    assert server.call(work).status_code == 200
+    assert [request.record.version for request in server.engine.requests] == [1, 2]
+
+
+def test_an_adapter_unloaded_on_the_way_is_404(server):
+    async def work(client):
+        await client.get("/v1/models/sql")
+        del server.registry.records["sql"]
+        server.engine.errors[0] = AdapterNotFoundError("gone")
+        return await client.post("/v1/completions", json={"model": "sql", "prompt": "x"})
+
+    error_of(server.call(work), 404)
+
+
+def test_an_adapter_whose_files_are_not_what_was_loaded(server):
+    server.engine.errors[0] = InvalidAdapterError("the files have changed")
+    error = error_of(server.complete(model="sql"), 400)
+    assert (error["param"], error["message"]) == ("model", "the files have changed")
+
+
+def test_unknown_models_asked_at_once_share_a_snapshot(server):
+    async def work(client):
+        body = {"model": "nope", "prompt": "x"}
+        await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(20)))
+
+    server.call(work)
+    assert server.registry.num_snapshots <= 3
+
+
+def test_health(server):
+    assert server.get("/health").json() == {"status": "ok"}
+    server.is_ready = False
+    error_of(server.get("/health"), 503)
+
+
+def statuses_when_leaving(server, body, is_whole=True, error=None):
+    """Send a body and leave, which may raise; the statuses of what is answered nevertheless."""
+    incoming = [
+        {"type": "http.request", "body": body, "more_body": not is_whole},
+        {"type": "http.disconnect"},
+    ]
+    statuses = []
+
+    async def receive():
+        if len(incoming) == 1:
+            await asyncio.sleep(0.05)
+            if error is not None:
+                raise error
+        return incoming.pop(0) if incoming else await asyncio.sleep(100)
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [],
+    }
+    asyncio.run(asyncio.wait_for(server.make_app()(scope, receive, send), timeout=2))
+    return statuses
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_first_token(server, stream):
+    server.engine.delay_s = 5.0
+    body = json.dumps({"model": "base", "prompt": "hi", "stream": stream}).encode()
+    assert statuses_when_leaving(server, body) == [499]
+    assert server.engine.num_closed_early == 1
+
+
+@pytest.mark.parametrize("error", [None, TaskCancelledError()])
+def test_a_client_that_leaves_while_it_sends_is_no_defect(server, caplog, error):
+    assert statuses_when_leaving(server, b'{"model": ', is_whole=False, error=error) == [499]
+    assert caplog.records == []
+    assert server.engine.requests == []
+
+
+def test_openai_client(server):
+    async def work(client):
+        answer = await client.chat.completions.create(
+            model="base", messages=[{"role": "user", "content": "hi"}]
+        )
+        assert answer.choices[0].message.content == "hello world"
+        stream = await client.completions.create(model="sql", prompt="x", stream=True)
+        assert "".join([c.choices[0].text async for c in stream]) == "hello world"
+        assert [m.id async for m in await client.models.list()][0] == "base"
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.completions.create(model="nope", prompt="x")
+        assert caught.value.body["param"] == "model"
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            await client.completions.create(model="base", prompt="x", temperature=-1)
+        server.engine.errors[2] = EngineDeadError("the engine process ended")
+        stream = await client.completions.create(model="base", prompt="x", stream=True)
+        with pytest.raises(openai.APIError, match="engine process ended"):
+            async for _ in stream:
+                pass
+
+    server.openai(work)
+
+
+def test_lifespan_runs(tokenizer):
+    seen = []
+
+    @asynccontextmanager
+    async def lifespan(app):
+        seen.append("start")
+        yield
+        seen.append("stop")
+
+    from starlette.testclient import TestClient
+
+    ingress = Ingress(None, None, None, 1)
+    with TestClient(api_app(ingress, lifespan)):
+        assert seen == ["start"]
+    assert seen == ["start", "stop"]

@@ -1,0 +1,91 @@
+import asyncio
+
+import pytest
+
+from app.registry.follower import RegistryView
+from slora_core.errors import AdapterNotFoundError
+from tests.app.fakes import FakeRegistry
+
+
+def test_a_name_unknown_here_is_asked_of_the_registry():
+    async def run():
+        registry = FakeRegistry("a")
+        view = RegistryView(registry)
+        assert (await view.find("a")).name == "a"
+        await view.find("a")
+        assert registry.num_snapshots == 1
+        with pytest.raises(AdapterNotFoundError, match="'b'"):
+            await view.find("b")
+        assert registry.num_snapshots == 2
+
+    asyncio.run(run())
+
+
+def test_it_follows_the_registry_and_tells_what_is_gone():
+    async def run():
+        registry = FakeRegistry("a", "b")
+        gone = []
+        view = RegistryView(registry, gone.append)
+        following = asyncio.create_task(view.follow())
+        await asyncio.sleep(0.05)
+        assert set(view.records) == {"a", "b"}
+        await registry.load("a", "/new", replace=True)
+        await asyncio.sleep(0.05)
+        assert view.has_id("a-v2") and not view.has_id("a-v1")
+        await registry.unload("b")
+        await asyncio.sleep(0.05)
+        following.cancel()
+        assert gone == [{"a-v1"}, {"b-v1"}]
+        assert view.records["a"].path == "/new"
+
+    asyncio.run(run())
+
+
+def test_it_never_goes_back_in_time():
+    async def run():
+        registry = FakeRegistry("a")
+        snapshot, is_sent = registry.snapshot, asyncio.Event()
+
+        async def late_snapshot():
+            old = await snapshot()
+            await is_sent.wait()
+            return old
+
+        registry.snapshot = late_snapshot
+        view = RegistryView(registry)
+        refreshing = asyncio.create_task(view.refresh())
+        await asyncio.sleep(0.05)
+        registry.snapshot = snapshot
+        await registry.load("b", "/b", replace=False)
+        following = asyncio.create_task(view.follow())
+        await asyncio.sleep(0.05)
+        is_sent.set()
+        await refreshing
+        following.cancel()
+        assert set(view.records) == {"a", "b"}
+
+    asyncio.run(run())
+
+
+def test_it_outlives_a_registry_that_fails(monkeypatch):
+    monkeypatch.setattr("app.registry.follower.RETRY_S", 0.01)
+
+    async def run():
+        registry = FakeRegistry("a")
+        wait, num_calls = registry.wait_for_change, 0
+
+        async def failing(revision, timeout_s):
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls <= 2:
+                raise ConnectionError("the registry is restarting")
+            return await wait(revision, timeout_s)
+
+        registry.wait_for_change = failing
+        view = RegistryView(registry)
+        following = asyncio.create_task(view.follow())
+        await asyncio.sleep(0.2)
+        following.cancel()
+        assert set(view.records) == {"a"}
+
+    asyncio.run(run())

@@ -1,0 +1,316 @@
+"""Registrations: versions, refusals, confinement to the roots, and what survives a restart."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from app.registry.registry import AdapterRegistry
+from app.registry.state import StateFile
+from slora_core.adapters.page_layout import AdapterGeometry
+from slora_core.adapters.peft_weights import inspect_peft_adapter
+from slora_core.errors import (
+    AdapterExistsError,
+    AdapterNameError,
+    AdapterNotFoundError,
+    AdapterPathError,
+    AdapterTooLargeError,
+    InvalidAdapterError,
+)
+from tests.factories import make_geometry, make_model, make_random_adapter
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("registry") / "model", "llama")
+
+
+@pytest.fixture(scope="module")
+def geometry(model_dir: Path) -> AdapterGeometry:
+    return make_geometry(model_dir)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def add(root: Path, model_dir: Path):
+    return lambda name, **options: make_random_adapter(root / name, model_dir, **options)
+
+
+@pytest.fixture
+def make(geometry: AdapterGeometry, root: Path, tmp_path: Path):
+    """A registry whose state outlives it."""
+    return lambda **options: AdapterRegistry(
+        **{
+            "geometry": geometry,
+            "num_pool_pages": 1000,
+            "allowed_roots": [root],
+            "store": StateFile(tmp_path / "s" / "state"),
+        }
+        | options
+    )
+
+
+def test_load_describes_the_adapter(make, add, geometry) -> None:
+    path = add("one", rank=5)
+    record = make().load("one", path)
+    summary = inspect_peft_adapter(path, geometry)
+    assert (record.name, record.version, record.path) == ("one", 1, str(path))
+    assert (record.adapter_id, record.max_rank) == (summary.adapter_id, 5)
+    assert (record.num_pages, record.nbytes) == (summary.num_pages, summary.nbytes)
+
+
+def test_every_change_raises_the_revision(make, add) -> None:
+    registry = make()
+    revisions = [registry.revision]
+    registry.load("a", add("a"))
+    revisions.append(registry.revision)
+    registry.load("a", add("a", seed=2), replace=True)
+    revisions.append(registry.revision)
+    registry.unload("a")
+    revisions.append(registry.snapshot().revision)
+    assert revisions == sorted(set(revisions))
+    assert registry.snapshot().records == {}
+    with pytest.raises(AdapterNotFoundError):
+        registry.unload("a")
+    assert registry.revision == revisions[-1]
+
+
+def test_engines_tell_the_size_of_their_pools(make, add, caplog) -> None:
+    registry = make(num_pool_pages=None)
+    small, large = (registry.load(f"rank-{r}", add(f"rank-{r}", rank=r)) for r in (4, 64))
+    assert registry.snapshot().num_pool_pages is None
+    registry.report_pool(large.num_pages + 1)
+    assert set(registry.records()) == {"rank-4", "rank-64"}
+    revision = registry.revision
+    # Of two engines the smaller one counts; a larger one changes nothing.
+    registry.report_pool(large.num_pages + 9)
+    assert registry.revision == revision
+    registry.report_pool(small.num_pages + 1)
+    snapshot = registry.snapshot()
+    assert (set(snapshot.records), snapshot.num_pool_pages) == ({"rank-4"}, small.num_pages + 1)
+    assert snapshot.revision > revision
+    assert "'rank-64' takes" in caplog.text
+    with pytest.raises(AdapterTooLargeError):
+        registry.load("again", large.path)
+
+
+def test_versions_count_contents_of_a_name(make, add) -> None:
+    registry = make()
+    first = registry.load("a", add("a"))
+    with pytest.raises(AdapterExistsError, match="version 1 .* replace it or unload"):
+        registry.load("a", first.path)
+    assert registry.load("a", first.path, replace=True).version == 1
+    second = registry.load("a", add("a", seed=2), replace=True)
+    assert second.version == 2 and second.adapter_id != first.adapter_id
+    registry.unload("a")
+    assert registry.load("a", second.path).version == 3
+    assert registry.load("b", second.path).version == 1
+
+
+def test_a_failed_replacement_keeps_the_old_version(make, add) -> None:
+    registry = make()
+    old = registry.load("a", add("a"))
+    bad = add("bad")
+    file = bad / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    revision = registry.revision
+    with pytest.raises(InvalidAdapterError):
+        registry.load("a", bad, replace=True)
+    assert registry.records() == {"a": old} and registry.revision == revision
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "-a", "a b", "a\n", "é", "a" * 129, "base", "a\0"])
+def test_names_that_are_refused(make, add, name: str) -> None:
+    with pytest.raises(AdapterNameError, match="adapter name"):
+        make(reserved_names=["base"]).load(name, add("x"))
+
+
+@pytest.mark.parametrize("name", ["a", "Team-1/date_iso:v2", "x@y+z", "a" * 128])
+def test_names_that_are_taken(make, add, name: str) -> None:
+    assert make().load(name, add("x")).name == name
+
+
+def test_paths_are_confined_to_the_roots(make, add, root, tmp_path, model_dir) -> None:
+    registry = make()
+    outside = make_random_adapter(tmp_path / "outside", model_dir)
+    (root / "link").symlink_to(outside)
+    inside = add("inside")
+    (tmp_path / "link_in").symlink_to(inside)
+    half = add("half")
+    (half / "adapter_config.json").unlink()
+    (half / "adapter_config.json").symlink_to(outside / "adapter_config.json")
+    bad = [outside, "../outside", root / ".." / "outside", root / "link", "link", half]
+    bad += ["/etc", "/nonexistent", "a\0b", "/", "/proc/self/root" + str(outside), "x" * 5000]
+    for path in bad:
+        with pytest.raises(AdapterPathError):
+            registry.load("a", path)
+    assert registry.load("a", tmp_path / "link_in").path == str(inside)
+    assert registry.load("b", "inside").path == str(inside)
+    with pytest.raises(InvalidAdapterError, match="not a directory"):
+        registry.load("c", "nowhere")
+    with pytest.raises(AdapterPathError, match="none are configured"):
+        make(allowed_roots=[], store=None).load("a", inside)
+
+
+def test_an_adapter_too_large_for_the_pool(make, add, geometry) -> None:
+    path = add("a", rank=32)
+    pages = make().load("a", path).num_pages
+    registry = make(num_pool_pages=pages + 1)
+    registry.load("b", path)
+    assert set(registry.records()) == {"a", "b"}
+    # Restarted with a smaller pool, it keeps none that could not run.
+    registry = make(num_pool_pages=pages)
+    assert registry.records() == {}
+    mib = geometry.page_bytes / 2**20
+    with pytest.raises(AdapterTooLargeError) as error:
+        registry.load("c", path)
+    assert str(error.value) == (
+        f"adapter 'c' takes {pages} pages ({pages * mib:.2f} MiB) and a request at least one "
+        f"more; the pool has {pages} pages ({pages * mib:.2f} MiB)"
+    )
+
+
+def test_unload_of_an_unknown_name_lists_a_few(make, add) -> None:
+    registry = make()
+    with pytest.raises(AdapterNotFoundError, match="'x'; none are loaded"):
+        registry.unload("x")
+    path = add("a")
+    for i in range(10):
+        registry.load(f"n{i}", path)
+    with pytest.raises(AdapterNotFoundError, match=r"n0, .*, n7 and 2 more$"):
+        registry.unload("x")
+
+
+def test_scan_loads_the_good_and_reports_the_bad(make, add, root, tmp_path, model_dir) -> None:
+    add("good")
+    add("also_good", seed=2)
+    add("dora", use_dora=True)
+    add("bad name")
+    add(".hidden")
+    (root / "empty").mkdir()
+    (root / "file").write_text("no adapter")
+    (root / "away").symlink_to(make_random_adapter(tmp_path / "outside", model_dir))
+    registry = make()
+    failures = dict(registry.scan(root))
+    assert set(registry.records()) == {"good", "also_good"}
+    assert set(failures) == {"dora", "bad name", "empty", "away"}
+    assert "use_dora" in str(failures["dora"])
+    assert isinstance(failures["away"], AdapterPathError)
+    with pytest.raises(AdapterPathError, match="cannot list"):
+        registry.scan(root / "nowhere")
+
+
+def test_a_second_scan_takes_what_is_new(make, add, root, tmp_path, model_dir) -> None:
+    registry = make()
+    add("same")
+    add("changes")
+    add("unloaded")
+    add("moved")
+    registry.scan(root)
+    before = registry.records()
+    registry.unload("unloaded")
+    elsewhere = add(".deep/moved", seed=9)
+    registry.load("moved", elsewhere, replace=True)
+    shutil.rmtree(root / "changes")
+    add("changes", seed=5)
+    add("new")
+    registry.scan(root)
+    after = registry.records()
+    assert set(after) == {"same", "changes", "moved", "new"}
+    assert after["same"] == before["same"]
+    assert after["changes"].version == 2
+    assert after["moved"].path == str(elsewhere)
+
+
+def test_registrations_survive_the_registry(make, add, root) -> None:
+    registry = make()
+    add("scanned")
+    add("unloaded")
+    registry.scan(root)
+    registry.load("live", add(".deep/live", seed=1))
+    registry.load("live", add(".deep/live2", seed=2), replace=True)
+    registry.unload("unloaded")
+    revision, records = registry.revision, registry.records()
+    again = make()
+    assert again.records() == records and again.revision > revision
+    assert again.scan(root) == [] and again.records() == records
+    assert again.load("unloaded", root / "unloaded").version == 2
+
+
+def test_a_restart_drops_what_is_gone_and_checks_what_changed(make, add, root, caplog) -> None:
+    registry = make()
+    for name in ("same", "gone", "changed", "broken", "barred"):
+        registry.load(name, add(name))
+    records = registry.records()
+    shutil.rmtree(root / "gone")
+    add("changed", seed=8)
+    (root / "broken" / "adapter_config.json").write_text("{}")
+    shutil.rmtree(root / "barred")
+    (root / "barred").symlink_to("/etc")
+    again = make()
+    assert set(again.records()) == {"same", "changed"}
+    assert again.records()["same"] == records["same"]
+    assert again.records()["changed"].version == 2
+    assert {r.args[0] for r in caplog.records} == {"gone", "broken", "barred"}
+    assert set(make().records()) == {"same", "changed"}
+
+
+def test_a_restart_with_another_geometry_plans_anew(make, add, model_dir, root) -> None:
+    record = make().load("a", add("a", rank=16))
+    again = make(geometry=make_geometry(model_dir, page_tokens=4)).records()["a"]
+    assert again.num_pages > record.num_pages and again.version == 1
+    other = make_geometry(make_model(root / "other", "llama", hidden_size=128, head_dim=16))
+    assert make(geometry=other).records() == {}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1}', "null"])
+def test_a_damaged_state_is_ignored(make, add, tmp_path, content: str) -> None:
+    make().load("a", add("a"))
+    (tmp_path / "s" / "state").write_text(content)
+    registry = make()
+    assert registry.records() == {}
+    registry.load("a", add("a"))
+    assert set(make().records()) == {"a"}
+
+
+def test_the_state_file_is_replaced_whole(make, add, tmp_path, monkeypatch, caplog) -> None:
+    registry = make()
+    registry.load("a", add("a"))
+    state = tmp_path / "s" / "state"
+    before = state.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    registry.load("b", add("b"))
+    assert "disk full" in caplog.text
+    assert state.read_bytes() == before and os.listdir(state.parent) == ["state"]
+    assert set(registry.records()) == {"a", "b"}
+
+
+def test_threads_may_load_and_unload_at_once(make, add) -> None:
+    registry = make()
+    paths = [add(f"a{i}", seed=i) for i in range(4)]
+    errors: list[Exception] = []
+
+    def work(mine: int) -> None:
+        try:
+            for i in range(10):
+                registry.load(f"shared{i}", paths[mine], replace=True)
+                registry.load(f"own{mine}", paths[i % 4], replace=True)
+                registry.unload(f"own{mine}")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert set(registry.records()) == {f"shared{i}" for i in range(10)}
+    assert make().records() == registry.records()

@@ -1,0 +1,100 @@
+from collections import Counter
+
+import pytest
+
+from app.routing.order import ReplicaLoad, order_replicas
+
+ADAPTERS = [f"adapter-{i:04d}" for i in range(2000)]
+
+
+def idle(num_replicas):
+    return [ReplicaLoad(str(slot), 0) for slot in range(num_replicas)]
+
+
+def order(key, replicas, spill_queue_len=4, spill_factor=1.25):
+    return order_replicas(key, replicas, spill_queue_len, spill_factor)
+
+
+def test_every_replica_is_tried_once():
+    replicas = [ReplicaLoad(str(slot), slot * 5) for slot in range(7)]
+    for key in ("", "a", "b"):
+        assert sorted(order(key, replicas)) == list(range(7))
+
+
+@pytest.mark.parametrize("num_replicas", [2, 3, 5, 8])
+def test_adapters_spread_evenly(num_replicas):
+    counts = Counter(order(key, idle(num_replicas))[0] for key in ADAPTERS)
+    ideal = len(ADAPTERS) / num_replicas
+    assert len(counts) == num_replicas
+    assert max(counts.values()) < 1.2 * ideal
+
+
+@pytest.mark.parametrize("num_replicas", [2, 3, 4])
+def test_a_new_replica_moves_only_what_it_takes(num_replicas):
+    before = [order(key, idle(num_replicas))[0] for key in ADAPTERS]
+    after = [order(key, idle(num_replicas + 1))[0] for key in ADAPTERS]
+    moved = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert set(moved) == {num_replicas}
+    assert len(moved) / len(ADAPTERS) == pytest.approx(1 / (num_replicas + 1), abs=0.04)
+
+
+def test_the_order_does_not_depend_on_the_position_in_the_list():
+    replicas = idle(5)
+    for key in ADAPTERS[:50]:
+        slots = [replicas[i].slot for i in order(key, replicas)]
+        turned = replicas[2:] + replicas[:2]
+        assert [turned[i].slot for i in order(key, turned)] == slots
+
+
+def test_an_adapter_stays_while_its_replica_is_within_the_bound():
+    for key in ADAPTERS[:50]:
+        first, second = order(key, idle(2))
+        replicas = idle(2)
+        replicas[first] = ReplicaLoad(str(first), 3)
+        assert order(key, replicas)[0] == first
+        replicas[first] = ReplicaLoad(str(first), 4)
+        assert order(key, replicas) == [second, first]
+
+
+def test_equally_busy_replicas_keep_their_adapters():
+    for key in ADAPTERS[:50]:
+        first = order(key, idle(4))[0]
+        replicas = [ReplicaLoad(str(slot), 40 + (slot == first)) for slot in range(4)]
+        assert order(key, replicas)[0] == first
+
+
+def test_a_hot_adapter_spills_to_the_same_next_replica():
+    key = "hot"
+    preferred = order(key, idle(4))
+    loads = [0, 0, 0, 0]
+    for _ in range(8):
+        replicas = [ReplicaLoad(str(slot), loads[slot]) for slot in range(4)]
+        loads[order(key, replicas)[0]] += 1
+    assert loads[preferred[0]] == 4
+    assert loads[preferred[1]] == 4
+
+
+def test_no_replica_idles_while_a_hot_adapter_queues():
+    loads = [0, 0, 0, 0]
+    for _ in range(400):
+        replicas = [ReplicaLoad(str(slot), loads[slot]) for slot in range(4)]
+        loads[order("hot", replicas)[0]] += 1
+    assert max(loads) <= 1.25 * 101 + 1
+    assert min(loads) > 0
+
+
+def test_base_model_requests_go_to_the_least_loaded():
+    replicas = [ReplicaLoad("0", 3), ReplicaLoad("1", 1), ReplicaLoad("2", 2)]
+    assert order("", replicas) == [1, 2, 0]
+
+
+def test_equal_replicas_share_the_base_model():
+    counts = Counter(order("", idle(2))[0] for _ in range(200))
+    assert min(counts.values()) > 50
+
+
+def test_a_replica_without_engine_comes_last_and_does_not_count():
+    replicas = [ReplicaLoad("0", 0, healthy=False), ReplicaLoad("1", 3), ReplicaLoad("2", 100)]
+    for key in ("", *ADAPTERS[:20]):
+        assert order(key, replicas)[-1] == 0
+        assert order(key, replicas)[0] == 1

@@ -1,0 +1,319 @@
+"""The node's store in asyncio, without Ray: packing once, following the registry, ending."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import app.store.packer as node_store
+from app.registry.registry import AdapterRegistry
+from app.store.memory import HostStore
+from app.store.packer import NodeStore
+from slora_core.adapters.peft_weights import load_packed_adapter
+from slora_core.adapters.slab_reader import SlabReader
+from slora_core.errors import InvalidAdapterError, StoreFullError
+from tests.factories import make_geometry, make_model, make_random_adapter
+
+ME = os.getpid()
+
+
+class LocalRegistry:
+    """The real registry, served by a poll instead of Serve."""
+
+    def __init__(self, geometry, root):
+        self.registry = AdapterRegistry(geometry, 1000, [root])
+        self.is_down = False
+
+    async def wait_for_change(self, revision, timeout_s):
+        async with asyncio.timeout(timeout_s):
+            while self.registry.revision == revision and not self.is_down:
+                await asyncio.sleep(0.005)
+        if self.is_down:
+            raise ConnectionError("down")
+        return self.registry.snapshot()
+
+
+class World:
+    """One store with its registry and a directory of adapters; use on a running loop."""
+
+    def __init__(self, tmp_path: Path, model: Path, capacity: int = 2**24, grace_s: float = 60):
+        self.root = tmp_path
+        self.model = model
+        self.geometry = make_geometry(model)
+        self.registry = LocalRegistry(self.geometry, tmp_path)
+        self.host = HostStore(self.geometry, capacity, capacity)
+        self.unused = asyncio.Event()
+        self.store = NodeStore(self.host, self.registry, grace_s, self.unused.set)
+
+    def add(self, name, replace=False, **options):
+        path = make_random_adapter(self.root / name, self.model, **options)
+        return self.registry.registry.load(name, path, replace)
+
+    async def until(self, condition, timeout_s=10):
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def __aenter__(self):
+        self.store.start()
+        return self
+
+    async def __aexit__(self, *_):
+        self.host.check_integrity()
+        self.store.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("node_store") / "model")
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    """Run `scenario(world)` on a loop."""
+
+    def run_scenario(scenario, **options):
+        async def main():
+            async with World(tmp_path, model, **options) as world:
+                await asyncio.wait_for(scenario(world), 60)
+
+        asyncio.run(main())
+
+    return run_scenario
+
+
+@pytest.fixture
+def num_reads(monkeypatch):
+    """Paths read, in order."""
+    reads: list[str] = []
+    lock = threading.Lock()
+    original = node_store.read_peft_adapter
+
+    def read(path, geometry):
+        with lock:
+            reads.append(Path(path).name)
+        return original(path, geometry)
+
+    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+    return reads
+
+
+def test_registered_adapters_are_packed_ahead_and_removed_after(run) -> None:
+    async def scenario(world):
+        records = [world.add(f"a{i}", seed=i, rank=4 + i) for i in range(3)]
+        await world.until(lambda: world.host.stats().num_adapters == 3)
+        location = await world.store.lease(records[1], ME)
+        expected = load_packed_adapter(records[1].path, world.geometry).pages
+        pages = SlabReader(world.geometry).open(location).pages
+        assert torch.equal(pages, expected)
+        for name in ("a0", "a1"):
+            world.registry.registry.unload(name)
+        await world.until(lambda: world.host.adapter_ids() == [records[2].adapter_id])
+        assert world.host.stats().num_draining == 1 and torch.equal(pages, expected)
+        assert world.store.release(records[1].adapter_id, ME, location.extent.token)
+        assert world.host.stats().num_adapters == 1
+
+    run(scenario)
+
+
+def test_concurrent_misses_read_once(run, num_reads) -> None:
+    async def scenario(world):
+        await asyncio.sleep(0.05)
+        world.store._tasks[1].cancel()  # nothing is packed ahead
+        record, other = world.add("a"), world.add("b", seed=2)
+        await asyncio.gather(
+            *(world.store.lease(record, ME) for _ in range(8)), world.store.lease(other, ME)
+        )
+        assert sorted(num_reads) == ["a", "b"]
+        assert world.host.stats().num_leases == 9
+
+    run(scenario)
+
+
+def test_a_slow_read_holds_up_nobody_else(run, monkeypatch) -> None:
+    original = node_store.read_peft_adapter
+    may_go_on = threading.Event()
+
+    def read(path, geometry):
+        if Path(path).name == "slow":
+            assert may_go_on.wait(30)
+        return original(path, geometry)
+
+    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+
+    async def scenario(world):
+        slow, quick = world.add("slow"), world.add("quick", seed=2)
+        waiting = asyncio.create_task(world.store.lease(slow, ME))
+        left = asyncio.create_task(world.store.lease(slow, ME))
+        await world.store.lease(quick, ME)
+        left.cancel()
+        assert not waiting.done()
+        may_go_on.set()
+        await waiting
+        assert world.host.stats().num_leases == 2
+
+    run(scenario)
+
+
+def test_files_that_changed_are_refused_until_loaded_again(run) -> None:
+    async def scenario(world):
+        old = world.add("a")
+        await world.until(lambda: old.adapter_id in world.host)
+        new = world.add("a", replace=True, seed=5)
+        await world.until(lambda: world.host.adapter_ids() == [new.adapter_id])
+        with pytest.raises(InvalidAdapterError, match="changed since version 1 was loaded"):
+            await world.store.lease(old, ME)
+        shutil.rmtree(world.root / "a")
+        with pytest.raises(InvalidAdapterError, match="not a directory"):
+            await world.store.lease(old, ME)
+        await world.store.lease(new, ME)
+
+    run(scenario)
+
+
+def test_packing_ahead_evicts_nothing_and_a_lease_does(run, model, tmp_path) -> None:
+    async def scenario(world):
+        records = [world.add(f"a{i}", seed=i, rank=16) for i in range(5)]
+        await world.until(lambda: world.host.stats().num_adapters == 2)
+        await asyncio.sleep(0.05)
+        assert world.host.stats().num_evictions == 0
+        for record in records:
+            await world.store.lease(record, ME)
+            world.store.release(record.adapter_id, ME)
+        assert world.host.stats().num_evictions >= 3
+        for record in records[:2]:
+            await world.store.lease(record, ME)
+        with pytest.raises(StoreFullError, match="under leases"):
+            await world.store.lease(records[2], ME)
+
+    nbytes = World(tmp_path, model).add("probe", rank=16).nbytes
+    run(scenario, capacity=2 * nbytes + 3 * 4096)
+
+
+def test_a_broken_adapter_does_not_stop_the_others(run) -> None:
+    async def scenario(world):
+        world.add("broken")
+        (world.root / "broken" / "adapter_config.json").write_text("{}")
+        good = world.add("good", seed=2)
+        await world.until(lambda: world.host.adapter_ids() == [good.adapter_id])
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("error", [OSError("I/O error"), MemoryError()])
+def test_an_adapter_that_cannot_be_read_does_not_stop_the_others(run, monkeypatch, error) -> None:
+    original = node_store.read_peft_adapter
+
+    def read(path, geometry):
+        if Path(path).name == "broken":
+            raise error
+        return original(path, geometry)
+
+    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+
+    async def scenario(world):
+        world.add("broken")
+        good = world.add("good", seed=2)
+        await world.until(lambda: world.host.adapter_ids() == [good.adapter_id])
+        later = world.add("later", seed=3)
+        await world.until(lambda: later.adapter_id in world.host)
+
+    run(scenario)
+
+
+def test_a_failed_removal_is_tried_again(run, monkeypatch) -> None:
+    monkeypatch.setattr("app.registry.follower.RETRY_S", 0.01)
+
+    async def scenario(world):
+        record = world.add("a")
+        await world.until(lambda: record.adapter_id in world.host)
+        remove, errors = world.host.remove, [OSError("no memory")]
+
+        def failing(adapter_id):
+            if errors:
+                raise errors.pop()
+            return remove(adapter_id)
+
+        monkeypatch.setattr(world.host, "remove", failing)
+        world.registry.registry.unload("a")
+        await world.until(lambda: record.adapter_id not in world.host)
+        assert errors == []
+
+    run(scenario)
+
+
+def test_the_registry_may_be_away_for_a_while(run, monkeypatch) -> None:
+    monkeypatch.setattr("app.registry.follower.RETRY_S", 0.01)
+
+    async def scenario(world):
+        world.registry.is_down = True
+        record = world.add("a")
+        await world.store.lease(record, ME)
+        other = world.add("b", seed=2)
+        await asyncio.sleep(0.05)
+        assert other.adapter_id not in world.host
+        world.registry.is_down = False
+        await world.until(lambda: other.adapter_id in world.host)
+
+    run(scenario)
+
+
+def _process() -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
+def test_leases_end_with_their_process(run) -> None:
+    async def scenario(world):
+        record = world.add("a")
+        holder = _process()
+        await world.store.lease(record, holder.pid)
+        await world.store.lease(record, holder.pid)
+        await world.store.lease(record, ME)
+        holder.kill()
+        await world.until(lambda: world.host.stats().num_leases == 1)
+        holder.wait()
+
+    run(scenario)
+
+
+def test_the_store_is_unused_once_its_clients_are_gone(run) -> None:
+    async def scenario(world):
+        first, second = _process(), _process()
+        attached = [asyncio.create_task(world.store.attach(p.pid)) for p in (first, second)]
+        await asyncio.sleep(0.25)
+        first.kill()
+        await attached[0]
+        await asyncio.sleep(0.25)
+        assert not world.unused.is_set()
+        second.kill()
+        await attached[1]
+        third = asyncio.create_task(world.store.attach(ME))
+        await asyncio.sleep(0.25)
+        assert not world.unused.is_set(), "a replacement came in time"
+        third.cancel()
+        first.wait(), second.wait()
+
+    run(scenario, grace_s=0.2)
+
+
+def test_a_store_that_nobody_attaches_to_is_unused(run) -> None:
+    async def scenario(world):
+        await world.unused.wait()
+
+    run(scenario, grace_s=0.05)
+
+
+def test_a_lease_of_a_store_before_is_not_confused(run) -> None:
+    async def scenario(world):
+        record = world.add("a")
+        await world.store.lease(record, ME)
+        assert not world.store.release(record.adapter_id, ME, "token of an older store")
+        assert world.host.stats().num_leases == 1
+
+    run(scenario)

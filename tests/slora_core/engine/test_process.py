@@ -1,0 +1,277 @@
+"""The engine in a process of its own: tokens, refusals, aborts, and every way it can end."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from app.store.memory import HostStore
+from slora_core.adapters.peft_weights import load_packed_adapter, read_peft_adapter
+from slora_core.adapters.slab_format import AdapterLocation
+from slora_core.config import EngineConfig
+from slora_core.engine.engine import Engine, GenerationRequest
+from slora_core.engine.process import AsyncEngine
+from slora_core.engine.protocol import EngineSpec
+from slora_core.errors import EngineDeadError, InvalidRequestError, StoreGoneError
+from slora_core.requests import FinishReason, SamplingParams
+from tests.factories import make_adapter, make_geometry, make_model, make_random_adapter
+
+CONFIG = EngineConfig(num_pool_tokens=1024, page_tokens=8, max_batched_tokens=64)
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+PROMPT = [5, 17, 99, 3, 42, 8]
+# Long enough never to end by itself within a test.
+ENDLESS = SamplingParams(max_tokens=490, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="module")
+def in_process(model_dir: Path) -> Engine:
+    return Engine.from_pretrained(model_dir, CONFIG)
+
+
+@asynccontextmanager
+async def running(model_dir: Path, inflight: int = 1) -> AsyncIterator[AsyncEngine]:
+    config = replace(CONFIG, max_inflight_steps=inflight)
+    engine = AsyncEngine(EngineSpec(str(model_dir), "safetensors", config, num_threads=1))
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+async def collect(engine: AsyncEngine, request_id: str, params: SamplingParams) -> list[int]:
+    tokens: list[int] = []
+    async for output in engine.generate(request_id, PROMPT, params, None):
+        tokens += output.new_token_ids
+    return tokens
+
+
+async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not await condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        await asyncio.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("inflight", [1, 2])
+def test_tokens_equal_those_of_an_engine_in_this_process(
+    model_dir: Path, in_process: Engine, inflight: int
+) -> None:
+    [expected] = in_process.generate([GenerationRequest(PROMPT, GREEDY)])
+
+    async def main() -> list[list[int]]:
+        async with running(model_dir, inflight) as engine:
+            return await asyncio.gather(*(collect(engine, f"r{i}", GREEDY) for i in range(4)))
+
+    assert asyncio.run(main()) == [expected] * 4
+
+
+def test_adapter_comes_from_the_shared_slab(
+    model_dir: Path, in_process: Engine, tmp_path: Path
+) -> None:
+    directory = make_adapter(tmp_path / "adapter", model_dir, seed=3, rank=8)
+    geometry = in_process.geometry
+    summary, weights = read_peft_adapter(directory, geometry)
+    store = HostStore(geometry, capacity_bytes=1 << 24, extent_bytes=1 << 22)
+    store.put(summary.adapter_id, summary.layout, weights)
+
+    async def main() -> tuple[list[int], int]:
+        async with running(model_dir) as engine:
+            info = await engine.stats()
+            assert info.num_adapter_loads == 0
+            location = store.lease(summary.adapter_id, os.getpid())
+            tokens: list[int] = []
+            async for output in engine.generate("r", PROMPT, GREEDY, location):
+                tokens += output.new_token_ids
+            await engine.release_adapter_source(summary.adapter_id)
+            store.release(summary.adapter_id, os.getpid())
+            resident = await engine.stats()
+            engine.drop_adapter(summary.adapter_id)
+            dropped = await engine.stats()
+            assert resident.num_adapter_pages == summary.layout.num_pages
+            await engine.check_integrity()
+            return tokens, dropped.num_adapter_pages
+
+    try:
+        tokens, adapter_pages = asyncio.run(main())
+    finally:
+        store.close()
+    in_process.add_adapter(load_packed_adapter(directory, geometry))
+    [base], [expected] = (
+        in_process.generate([GenerationRequest(PROMPT, GREEDY, adapter_id)])
+        for adapter_id in (None, summary.adapter_id)
+    )
+    assert tokens == expected != base
+    assert adapter_pages == 0
+
+
+def test_a_used_adapter_is_served_after_its_store_ended(model_dir: Path, tmp_path: Path) -> None:
+    geometry = make_geometry(model_dir, page_tokens=CONFIG.page_tokens)
+    adapters = [
+        read_peft_adapter(make_random_adapter(tmp_path / str(i), model_dir, seed=i), geometry)
+        for i in range(2)
+    ]
+    (hot, _), (other, _) = adapters
+    stores = [HostStore(geometry, 1 << 24, 1 << 22) for _ in range(2)]
+    for store in stores:
+        for summary, weights in adapters:
+            store.put(summary.adapter_id, summary.layout, weights)
+
+    async def main() -> None:
+        async with running(model_dir) as engine:
+
+            async def ask(request_id: str, location: AdapterLocation) -> None:
+                async for _ in engine.generate(request_id, PROMPT, GREEDY, location):
+                    pass
+
+            location = stores[0].lease(hot.adapter_id, os.getpid())
+            stream = engine.generate("endless", PROMPT, ENDLESS, location)
+            await anext(stream)
+            stores[0].close()
+            # Has the reader forget the first store's memory.
+            await ask("other", stores[1].lease(other.adapter_id, os.getpid()))
+            await ask("hot", location)
+            await stream.aclose()
+            await engine.release_adapter_source(hot.adapter_id)
+            with pytest.raises(StoreGoneError):
+                await ask("late", location)
+
+    asyncio.run(main())
+    stores[1].close()
+
+
+def test_refused_request_raises_and_costs_others_nothing(model_dir: Path) -> None:
+    async def main() -> None:
+        async with running(model_dir) as engine:
+            other = asyncio.create_task(collect(engine, "other", GREEDY))
+            too_long = SamplingParams(max_tokens=2000)
+            with pytest.raises(InvalidRequestError, match="exceed the context of 512 tokens"):
+                await collect(engine, "too-long", too_long)
+            assert len(await other) == GREEDY.max_tokens
+
+    asyncio.run(main())
+
+
+def test_closing_the_generator_aborts_and_frees_pages(model_dir: Path) -> None:
+    async def main() -> None:
+        async with running(model_dir) as engine:
+            stream = engine.generate("r", PROMPT, ENDLESS, None)
+            await anext(stream)
+            assert (await engine.stats()).num_kv_pages > 0
+            await stream.aclose()
+
+            async def is_free() -> bool:
+                stats = await engine.stats()
+                return stats.num_running == stats.num_kv_pages == 0
+
+            await until(is_free)
+            assert (await engine.stats()).num_aborted == 1
+
+    asyncio.run(main())
+
+
+def test_abort_by_id_ends_the_stream_with_its_reason(model_dir: Path) -> None:
+    async def main() -> FinishReason | None:
+        async with running(model_dir) as engine:
+            reason = None
+            async for output in engine.generate("r", PROMPT, ENDLESS, None):
+                engine.abort("r")
+                reason = output.finish_reason
+            return reason
+
+    assert asyncio.run(main()) is FinishReason.ABORT
+
+
+def test_killed_engine_fails_its_requests_and_later_ones(model_dir: Path) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(EngineSpec(str(model_dir), "safetensors", CONFIG, num_threads=1))
+        info = await engine.start()
+        stream = engine.generate("r", PROMPT, ENDLESS, None)
+        await anext(stream)
+        assert engine.is_alive()
+        os.kill(info.pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError):
+            async for _ in stream:
+                pass
+        assert not engine.is_alive()
+        with pytest.raises(EngineDeadError):
+            await collect(engine, "later", GREEDY)
+        with pytest.raises(EngineDeadError):
+            await engine.stats()
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_failed_start_says_why(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(EngineSpec(str(tmp_path), "safetensors", CONFIG))
+        with pytest.raises(EngineDeadError, match=r"config\.json does not exist"):
+            await engine.start()
+        engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def owner(model_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that owns an engine with an endless request and prints the engine's pid."""
+    code = f"""
+    import asyncio
+    from slora_core.engine.protocol import EngineSpec
+    from slora_core.engine.process import AsyncEngine
+    from tests.slora_core.engine.test_process import CONFIG, ENDLESS, PROMPT
+
+    async def main():
+        engine = AsyncEngine(EngineSpec({str(model_dir)!r}, "safetensors", CONFIG))
+        info = await engine.start()
+        print(info.pid, flush=True)
+        while True:
+            async for _ in engine.generate("r", PROMPT, ENDLESS, None):
+                pass
+
+    asyncio.run(main())
+    """
+    root = Path(__file__).resolve().parents[3]
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=root
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_engine_ends_with_its_owner(owner: subprocess.Popen[str], end: signal.Signals) -> None:
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    assert is_running(pid)
+    owner.send_signal(end)
+    owner.wait()
+
+    async def is_gone() -> bool:
+        return not is_running(pid)
+
+    asyncio.run(until(is_gone))
