@@ -60,4 +60,11 @@ class OverloadedError(SLoRAError):
 
 
 class EngineDeadError(SLoRAError):
-    """The engine process ended; every request it held has failed."""
+    """The engine process ended, that of `replica_id`; every request it held has failed."""
+
+    def __init__(self, message: str, replica_id: str | None = None) -> None:
+        super().__init__(message)
+        self.replica_id = replica_id
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (str(self), self.replica_id)

@@ -3,11 +3,12 @@
 Shared by scheduling (which decides) and execution (which computes); neither knows the other.
 """
 
-from dataclasses import dataclass, field
+import uuid
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from slora_core.errors import InvalidRequestError
+from slora_core.errors import InvalidRequestError, SLoRAError
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,42 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Request:
-    """One generation request and how far it has come, steps in flight included.
+    """One prompt to continue, as it goes from the ingress to the scheduler; nobody changes it.
+
+    With `output_ids` it continues an answer that began elsewhere: they are computed like a prompt
+    and not given out again, and the next token is drawn with the index that it has in the answer.
+    """
+
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    # Content hash of the adapter; None is the base model.
+    adapter_id: str | None = None
+    # Tokens of the answer that the client has already; fewer than max_tokens.
+    output_ids: list[int] = field(default_factory=list)
+    _: KW_ONLY
+    # Names the request wherever it is; no two at one time share it.
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    # Who asks, for fairness and limits. Unused yet, as the next three.
+    tenant: str | None = None
+    # Seconds since the epoch: when the client asked, and when its answer is worth nothing any more.
+    arrived_at: float | None = None
+    deadline: float | None = None
+    # Higher goes first.
+    priority: int = 0
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request in the engine and how far it has come, steps in flight included.
 
     Tokens are those of `prompt_ids + output_ids`, then `num_pending` that steps in flight sample.
     Token `i` has its KV in the pool for i in [0, num_computed), once the steps launched have run.
     `page_ids` is the block table: page `i` holds tokens [i * page_tokens, (i + 1) * page_tokens).
     """
 
-    request_id: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    # Content hash of the adapter; None is the base model.
-    adapter_id: str | None = None
-    output_ids: list[int] = field(default_factory=list)
+    request: Request
     num_computed: int = 0
     page_ids: list[int] = field(default_factory=list)
     # Of its pages, the first ones that the prefix cache has, and the first that it found there.
@@ -91,15 +113,25 @@ class Request:
     num_matched_pages: int = 0
     # Slot of the adapter while the request runs; None for the base model or a waiting request.
     adapter_slot: int | None = None
-    # Its index in [0, max_running_requests) for as long as it holds pages; -1 while it waits.
-    row: int = -1
+    # Its index in the device's tables, in [0, max_running_requests), for as long as it holds pages;
+    # -1 while it waits.
+    table_idx: int = -1
     num_preemptions: int = 0
     # Tokens sampled by steps in flight, which the host does not know yet.
     num_pending: int = 0
     # Steps in flight with a chunk of it.
     num_inflight: int = 0
-    # Finished or aborted; what a step in flight still samples for it is discarded.
+    # Finished, refused or aborted; what a step in flight still samples for it is discarded.
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        # The request's own fields that a step reads of every row.
+        self.request_id = self.request.request_id
+        self.prompt_ids = self.request.prompt_ids
+        self.sampling = self.request.sampling
+        self.adapter_id = self.request.adapter_id
+        # The whole answer so far, what came with the request included.
+        self.output_ids = list(self.request.output_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -111,7 +143,7 @@ class Request:
 
     @property
     def max_total_tokens(self) -> int:
-        return len(self.prompt_ids) + self.params.max_tokens
+        return len(self.prompt_ids) + self.sampling.max_tokens
 
     @property
     def awaits_last_token(self) -> bool:
@@ -133,7 +165,7 @@ class ScheduledChunk(NamedTuple):
     step has hundreds of them and a frozen dataclass takes three times as long to make.
     """
 
-    request: Request
+    request: RequestState
     start: int
     end: int
     # Whether the chunk ends at the request's last token, so that the next one is sampled.
@@ -172,7 +204,7 @@ class StepPlan:
     # More could run if a request was preempted, for which no step may be in flight.
     blocked: bool = False
 
-    def add(self, request: Request, end: int) -> ScheduledChunk:
+    def add(self, request: RequestState, end: int) -> ScheduledChunk:
         """Compute the request's tokens from what it has up to `end`."""
         num_tokens, slot = request.num_tokens, request.adapter_slot
         chunk = ScheduledChunk(
@@ -191,10 +223,67 @@ class StepPlan:
         self.chunks.sort(key=lambda chunk: (not chunk.is_decode, chunk.slot))
 
 
-@dataclass(frozen=True)
-class RequestOutput:
-    """New tokens of one request after one step, and how it ended if it did."""
+class Delta(NamedTuple):
+    """New tokens of one request on their way out; the last has a finish reason or an error.
+
+    A tuple because every token that is streamed is carried by one, pickled and made several times.
+    """
 
     request_id: str
-    new_token_ids: list[int]
+    token_ids: list[int]
     finish_reason: FinishReason | None = None
+    # The tokens beside it came before it. Data rather than raised: see `app.remote_errors`.
+    error: SLoRAError | None = None
+
+    @classmethod
+    def of(
+        cls, request_id: str, token_ids: list[int], ending: FinishReason | SLoRAError | None
+    ) -> Self:
+        if isinstance(ending, SLoRAError):
+            return cls(request_id, token_ids, None, ending)
+        return cls(request_id, token_ids, ending)
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step gave, as flat lists: `token_ids[i]` is the new token of `request_ids[i]`.
+
+    Requests that ended are in `endings`, with or without a token. Lists and one dict because a
+    step of 256 rows is then pickled in microseconds.
+    """
+
+    request_ids: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    # Why each request that ended did: a finish reason, or the error that its client is told.
+    endings: dict[str, FinishReason | SLoRAError] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.request_ids or self.endings)
+
+    def add(self, request_id: str, token_id: int, ending: FinishReason | None = None) -> None:
+        self.request_ids.append(request_id)
+        self.token_ids.append(token_id)
+        if ending is not None:
+            self.endings[request_id] = ending
+
+    def deltas(self) -> list[Delta]:
+        """The same by request, in the order in which each got its first token."""
+        tokens: dict[str, list[int]] = {}
+        for request_id, token_id in zip(self.request_ids, self.token_ids, strict=True):
+            tokens.setdefault(request_id, []).append(token_id)
+        for request_id in self.endings:
+            tokens.setdefault(request_id, [])
+        return [
+            Delta.of(request_id, token_ids, self.endings.get(request_id))
+            for request_id, token_ids in tokens.items()
+        ]
+
+    def extend(self, later: "StepOutput") -> None:
+        """Add what a later step gave."""
+        self.request_ids.extend(later.request_ids)
+        self.token_ids.extend(later.token_ids)
+        self.endings.update(later.endings)

@@ -24,6 +24,8 @@ class EngineStats:
     num_preemptions: int
     num_finished: int
     num_aborted: int
+    # Given up by the engine after they were queued.
+    num_refused: int
     num_steps: int
     num_prompt_tokens: int
     # Of these, ones whose KV was found in the prefix cache.

@@ -3,7 +3,9 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,11 @@ CORE_LIBRARIES = {"torch", "safetensors"}
 SERVING_LIBRARIES = {"ray", "starlette", "fastapi", "pydantic", "uvicorn"}
 
 # The only modules that may import transformers and what comes with it.
-TRANSFORMERS_MODULES = {"slora_core/text/tokenizer.py", "app/models/gguf.py"}
+TRANSFORMERS_MODULES = {
+    "slora_core/text/tokenizer.py",
+    "slora_core/text/chat_template.py",
+    "app/models/gguf.py",
+}
 TRANSFORMERS_LIBRARIES = {"transformers", "jinja2", "tokenizers"}
 
 
@@ -128,6 +134,116 @@ def test_scheduling_and_execution_do_not_know_each_other() -> None:
     # The scheduler never touches tensors.
     for path in _modules("slora_core/scheduling"):
         assert "torch" not in _libraries(path), _name(path)
+
+
+def _dotted(path: Path) -> str:
+    """ "slora_core/memory/__init__.py" is the module slora_core.memory."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _paths() -> dict[str, Path]:
+    """Our modules by dotted name."""
+    return {_dotted(path): path for package in PRODUCT for path in _modules(package)}
+
+
+@cache
+def _graph() -> dict[str, set[str]]:
+    """What each of our modules imports of ours; importing a module imports its packages, too."""
+    paths = _paths()
+    graph = {}
+    for name, path in paths.items():
+        # The last part of an import may be what a module defines.
+        imported = set().union(*(_prefixes(target) for target in (name, *_ours(path))))
+        graph[name] = imported & paths.keys() - {name}
+    return graph
+
+
+def _prefixes(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+
+
+def _chain(start: str, is_target: Callable[[str], bool]) -> list[str] | None:
+    """The shortest chain of imports from a module to a target; None where it reaches none."""
+    previous: dict[str, str | None] = {start: None}
+    queue = deque([start])
+    while queue:
+        name: str | None = queue.popleft()
+        if name != start and is_target(name):
+            chain = []
+            while name is not None:
+                chain.append(name)
+                name = previous[name]
+            return chain[::-1]
+        for imported in sorted(_graph()[name] - previous.keys()):
+            previous[imported] = name
+            queue.append(imported)
+    return None
+
+
+def _within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+# From where, and where no chain of imports may lead to.
+NEVER_REACHED = [
+    ("kernels", ("slora_core", "app")),
+    ("slora_core", ("app",)),
+    ("slora_core.scheduling", ("slora_core.execution", "slora_core.models", "slora_core.engine")),
+    ("slora_core.execution", ("slora_core.scheduling", "slora_core.engine")),
+    ("slora_core.memory", ("slora_core.scheduling", "slora_core.execution", "slora_core.models")),
+    ("slora_core.requests", ("slora_core.scheduling", "slora_core.execution", "kernels")),
+    # The engine reads tokens; text is the ingress's.
+    ("slora_core.engine", ("slora_core.text",)),
+    # Knows neither an engine nor what one is made of.
+    ("slora_core.engine.streams", ("slora_core.execution", "slora_core.scheduling", "kernels")),
+]
+
+
+@pytest.mark.parametrize("start,targets", NEVER_REACHED, ids=lambda x: x if type(x) is str else "")
+def test_not_even_through_others(start: str, targets: tuple[str, ...]) -> None:
+    modules = [name for name in _graph() if _within(name, start)]
+    assert modules and all(any(_within(name, t) for name in _graph()) for t in targets)
+    for module in modules:
+        chain = _chain(module, lambda name: _within(name, *targets))
+        assert chain is None, " imports ".join(chain)
+
+
+def test_chains_are_found() -> None:
+    """A guard of the guard: what does lead somewhere, and by how many steps."""
+    chain = _chain("slora_core.engine.main", lambda name: name == "slora_core.memory.eviction")
+    assert chain is not None and len(chain) >= 3
+    assert _chain("slora_core.engine.engine", lambda name: _within(name, "slora_core.execution"))
+    assert _chain("slora_core.engine.engine", lambda name: _within(name, "slora_core.scheduling"))
+    assert _chain("slora_core.errors", lambda name: True) == ["slora_core.errors", "slora_core"]
+
+
+def test_the_core_reaches_no_serving_library() -> None:
+    """Through whichever of our modules, but for those that own transformers."""
+    unwanted = SERVING_LIBRARIES | TRANSFORMERS_LIBRARIES | {"peft"}
+    owners = {_dotted(ROOT / name) for name in TRANSFORMERS_MODULES}
+    needing = {name for name, path in _paths().items() if _libraries(path) & unwanted}
+    assert owners <= needing
+    for module in [name for name in _graph() if _within(name, "slora_core", "kernels")]:
+        if module not in owners:
+            chain = [module] if module in needing else _chain(module, needing.__contains__)
+            assert chain is None, " imports ".join(chain)
+
+
+def test_the_scheduler_loads_no_torch() -> None:
+    """Nor does anything that it imports: plans are made of plain numbers."""
+    modules = [name for name in _graph() if _within(name, "slora_core.scheduling")]
+    modules += ["slora_core.requests", "slora_core.config"]
+    assert len(modules) > 5
+    loaded = _run(
+        "import importlib, sys\n"
+        f"for name in {modules!r}:\n"
+        "    importlib.import_module(name)\n"
+        "print(*sys.modules)\n"
+    ).split()
+    assert set(modules) <= set(loaded)
+    assert not {"torch", "triton", "numpy", "slora_core.execution"} & set(loaded)
 
 
 def _run(code: str) -> str:

@@ -1,13 +1,14 @@
-"""The ingress's side of a generation: sends it to a replica, hands back its tokens.
+"""The ingress's side of a generation: sends it to a replica, hands back its deltas.
 
-Owns what becomes of a replica that fails: a request that has no token yet is sent once more, to
-another replica. It knows nothing of text or HTTP.
+Owns what becomes of an attempt that fails before its first token: with a dead replica the request
+is sent once more, to another one, and with an adapter that was replaced on the way once more for
+the version that its name means now. It knows nothing of text or HTTP.
 """
 
 import contextvars
 import itertools
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,14 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
-from app.generation.replica_protocol import GenerateRequest, TokenChunk
-from slora_core.errors import EngineDeadError, OverloadedError
+from slora_core.errors import (
+    AdapterNotFoundError,
+    EngineDeadError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from slora_core.requests import Delta, FinishReason, Request
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +38,9 @@ REPLICA_ERRORS = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableE
 REPLICA_STATUSES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 NUM_ATTEMPTS = 2
 
+# Given the request whose adapter is gone and why, the same request for the adapter's new version.
+Renew = Callable[[Request, Exception], Awaitable[Request]]
+
 
 class EngineClient:
     """Generates on the replicas behind a Serve handle."""
@@ -39,62 +49,77 @@ class EngineClient:
         self._handle = handle
         self._attempt_ids = itertools.count()
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Chunks of one request, the last with a finish reason; closing it aborts the request.
+    async def generate(self, request: Request, renew: Renew) -> AsyncGenerator[Delta, None]:
+        """Deltas of one request, the last with a finish reason; closing it aborts the request.
 
         Raises:
-            SLoRAError: what the replica reported.
+            SLoRAError: what the replica reported, or `renew`.
             EngineDeadError: the replica or its engine ended.
             OverloadedError: no replica has room, nor has the queue.
         """
-        for attempt in range(1, NUM_ATTEMPTS + 1):
-            has_started = False
-            failed_replica = None
-            chunks = self._stream(request)
+        num_attempts, is_renewed = 1, False
+        avoid_replica: str | None = None
+        while True:
+            has_started = has_ended = False
+            responses = self._send(request, avoid_replica)
             try:
-                async for chunk in chunks:
-                    if chunk.error is not None:
-                        failed_replica = chunk.replica_id
-                        raise chunk.error
-                    has_started = True
-                    yield chunk
+                async for delta in responses:
+                    has_ended, has_started = delta.is_last, has_started or bool(delta.token_ids)
+                    if delta.error is None:
+                        yield _checked(delta)
+                        continue
+                    if delta.token_ids:
+                        yield delta._replace(error=None)
+                    raise delta.error
+                if not has_ended:
+                    raise EngineDeadError("the engine replica stopped before the request ended")
                 return
-            except EngineDeadError as error:
-                if has_started or attempt == NUM_ATTEMPTS:
+            except (AdapterNotFoundError, InvalidAdapterError) as error:
+                if has_started or request.adapter_id is None:
                     raise
+                if is_renewed:
+                    raise InvalidRequestError(str(error), "model") from error
+                request, is_renewed = await renew(request, error), True
+            except Exception as error:
+                typed = _typed(error)
+                has_ended = has_ended or typed is not error
+                if not isinstance(typed, EngineDeadError) or has_started:
+                    raise typed from (None if typed is error else error)
+                if num_attempts == NUM_ATTEMPTS:
+                    raise typed from error
+                num_attempts += 1
+                avoid_replica = typed.replica_id
                 logger.warning("request %s is sent again: %s", request.request_id, error)
-                request = replace(request, avoid_replica=failed_replica)
             finally:
-                await chunks.aclose()
+                if not has_ended:
+                    responses.cancel()
 
-    async def _stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """One attempt; what Ray raises becomes a typed error."""
+    def _send(self, request: Request, avoid_replica: str | None) -> Any:
+        """Start one attempt; Serve's response, an async iterator of deltas."""
         # The attempt before may still run where the connection broke: its id must not come again.
-        request_id = f"{request.request_id}.{next(self._attempt_ids)}"
-        adapter_id = request.record.adapter_id if request.record is not None else ""
-        # By value, over gRPC: several times cheaper a chunk than Ray's object references.
-        handle = self._handle.options(stream=True, session_id=adapter_id, _by_reference=False)
+        attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
+        # By value, over gRPC: several times cheaper a delta than Ray's object references.
+        handle = self._handle.options(
+            stream=True, session_id=request.adapter_id or "", _by_reference=False
+        )
         # In a context of its own: Serve's router takes calls from within one HTTP request for one
         # and the same, and would let all but one of several prompts wait for ever.
-        responses = contextvars.Context().run(
-            handle.generate.remote, replace(request, request_id=request_id)
+        return contextvars.Context().run(
+            handle.generate.remote, replace(request, request_id=attempt_id), avoid_replica
         )
-        has_ended = False
-        try:
-            async for chunk in responses:
-                has_ended = chunk.finish_reason is not None or chunk.error is not None
-                yield chunk
-            if not has_ended:
-                raise EngineDeadError("the engine replica stopped before the request ended")
-        except (*REPLICA_ERRORS, grpc.aio.AioRpcError) as error:
-            has_ended = True
-            if isinstance(error, grpc.aio.AioRpcError) and error.code() not in REPLICA_STATUSES:
-                raise
-            logger.warning("request %s lost its replica: %s", request.request_id, error)
-            raise EngineDeadError("the engine replica ended before the request did") from error
-        except BackPressureError as error:
-            has_ended = True
-            raise OverloadedError("the server is overloaded; try again later") from error
-        finally:
-            if not has_ended:
-                responses.cancel()
+
+
+def _checked(delta: Delta) -> Delta:
+    if delta.finish_reason is FinishReason.ABORT:
+        raise EngineDeadError("the engine gave the request up")
+    return delta
+
+
+def _typed(error: Exception) -> Exception:
+    """What an attempt failed with as one of our errors, where it is known; else as it is."""
+    if isinstance(error, BackPressureError):
+        return OverloadedError("the server is overloaded; try again later")
+    is_status = isinstance(error, grpc.aio.AioRpcError) and error.code() in REPLICA_STATUSES
+    if is_status or isinstance(error, REPLICA_ERRORS):
+        return EngineDeadError("the engine replica ended before the request did")
+    return error

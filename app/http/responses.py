@@ -1,14 +1,16 @@
-"""The answer to one OpenAI request, whole or as events.
+"""The answer to one OpenAI request, whole or as server-sent events.
 
-Owns OpenAI's formats of text, finish reasons and usage. It starts nothing by itself: reading an
-answer runs its generations. `completions` makes answers, `ingress` sends them.
+Owns OpenAI's formats of text, finish reasons and usage. `service` makes answers, `routes` sends
+them; reading one runs its generations.
 """
 
+import json
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Self
 
-from app.generation.text_stream import Generation, TextPiece, merge
+from app.generation.text_stream import Generation, MergedGenerations, PieceSource, TextPiece
+from app.http.errors import api_error
 from app.http.schemas import (
     AssistantMessage,
     ChatChoice,
@@ -22,81 +24,86 @@ from app.http.schemas import (
     Usage,
 )
 
+# Stands for a piece's text where an event is written once for many of them.
+_TEXT_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
 
 class Answer:
     """The generations of one request and how its answer is written."""
 
     def __init__(
-        self, request: SamplingFields, generations: list[Generation], answer_id: str
+        self, request: SamplingFields, generations: Sequence[Generation], answer_id: str
     ) -> None:
         self.id = answer_id
-        self.created = int(time.time())
+        self._created = int(time.time())
         self._request = request
         self._generations = generations
+        self._source: PieceSource = (
+            generations[0] if len(generations) == 1 else MergedGenerations(generations)
+        )
+        self._first: TextPiece | None = None
 
-    def pieces(self) -> AsyncGenerator[TextPiece, None]:
-        """Text as it comes; closing it aborts what still runs."""
-        return merge(self._generations)
+    async def start(self) -> Self:
+        """Wait for the first piece, so that an early error can have a status of its own.
+
+        Raises:
+            SLoRAError: what the answer failed with.
+        """
+        try:
+            self._first = await self._source.next_piece()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def close(self) -> None:
+        """Abort what still runs."""
+        await self._source.close()
 
     async def collect(self) -> Completion | ChatCompletion:
         """The whole answer at once."""
         texts = [""] * len(self._generations)
         reasons: list[str | None] = [None] * len(self._generations)
-        async with aclosing(self.pieces()) as pieces:
-            async for piece in pieces:
-                texts[piece.index] += piece.text
-                reasons[piece.index] = piece.finish_reason
+        try:
+            while (piece := await self._source.next_piece()) is not None:
+                texts[piece.choice] += piece.text
+                reasons[piece.choice] = piece.finish_reason
+        finally:
+            await self.close()
         model, usage = self._request.model, self._usage()
         if isinstance(self._request, ChatCompletionRequest):
             message = AssistantMessage(content=texts[0])
             choice = ChatChoice(index=0, message=message, finish_reason=reasons[0])
             return ChatCompletion(
-                id=self.id, created=self.created, model=model, choices=[choice], usage=usage
+                id=self.id, created=self._created, model=model, choices=[choice], usage=usage
             )
         choices = [
             CompletionChoice(index=index, text=text, finish_reason=reason)
             for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
         ]
         return Completion(
-            id=self.id, created=self.created, model=model, choices=choices, usage=usage
+            id=self.id, created=self._created, model=model, choices=choices, usage=usage
         )
 
-    async def events(self, pieces: AsyncGenerator[TextPiece, None]) -> AsyncGenerator[str, None]:
-        """JSON of each streamed event: one a piece, and the usage at the end where asked for."""
-        is_first = True
-        async for piece in pieces:
-            yield self._event(self._choices(piece, is_first), None)
-            is_first = False
-        if self._request.include_usage:
-            yield self._event([], self._usage())
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The body of a stream, begun by `start`: an event a piece, at the end the usage if asked.
 
-    def _choices(
-        self, piece: TextPiece, is_first: bool
-    ) -> list[ChatChunkChoice] | list[CompletionChoice]:
-        if not isinstance(self._request, ChatCompletionRequest):
-            choice = CompletionChoice(
-                index=piece.index, text=piece.text, finish_reason=piece.finish_reason
-            )
-            return [choice]
-        delta = {"role": "assistant"} if is_first else {}
-        if is_first or piece.text:
-            delta["content"] = piece.text
-        return [ChatChunkChoice(index=0, delta=delta, finish_reason=piece.finish_reason)]
-
-    def _event(
-        self, choices: list[ChatChunkChoice] | list[CompletionChoice], usage: Usage | None
-    ) -> str:
-        is_chat = isinstance(self._request, ChatCompletionRequest)
-        event_class = ChatCompletionChunk if is_chat else Completion
-        event = event_class.model_construct(
-            id=self.id,
-            created=self.created,
-            model=self._request.model,
-            choices=choices,
-            usage=usage,
-        )
-        exclude = None if self._request.include_usage else {"usage"}
-        return event.model_dump_json(exclude=exclude)
+        An error becomes an event, and then the end.
+        """
+        format = EventFormat(self._request, self.id, self._created)
+        piece, is_first = self._first, True
+        try:
+            while piece is not None:
+                yield format.piece(piece, is_first)
+                is_first = False
+                piece = await self._source.next_piece()
+            if self._request.include_usage:
+                yield format.usage(self._usage())
+            yield b"data: [DONE]\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(api_error(error, self.id).body)}\n\n".encode()
+        finally:
+            await self.close()
 
     def _usage(self) -> Usage:
         num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)
@@ -106,3 +113,59 @@ class Answer:
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
         )
+
+
+class EventFormat:
+    """Server-sent events of one answer.
+
+    All that two events have in common is written once, by OpenAI's schema, around the mark of a
+    text: a stream has an event for every few tokens.
+    """
+
+    def __init__(self, request: SamplingFields, answer_id: str, created: int) -> None:
+        self._request = request
+        self._is_chat = isinstance(request, ChatCompletionRequest)
+        self._fields: dict[str, Any] = {
+            "id": answer_id,
+            "created": created,
+            "model": request.model,
+        }
+        # What is before and after the text, by all that it depends on of a piece; the latter is
+        # empty where the event has no text.
+        self._frames: dict[tuple[int, bool, bool, str | None], tuple[bytes, bytes]] = {}
+
+    def piece(self, piece: TextPiece, is_first: bool) -> bytes:
+        """The event of a piece; `is_first` of the answer, in which a chat names the role."""
+        index, text, reason = piece
+        key = index, is_first, not text, reason
+        frame = self._frames.get(key)
+        if frame is None:
+            frame = self._frames[key] = self._frame(*key)
+        before, after = frame
+        if not after:
+            return before
+        return before + json.dumps(text, ensure_ascii=False).encode() + after
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._event([], usage).encode()
+
+    def _frame(
+        self, index: int, is_first: bool, is_empty: bool, reason: str | None
+    ) -> tuple[bytes, bytes]:
+        choice: ChatChunkChoice | CompletionChoice
+        if self._is_chat:
+            delta = {"role": "assistant"} if is_first else {}
+            if is_first or not is_empty:
+                delta["content"] = _TEXT_MARK
+            choice = ChatChunkChoice(index=0, delta=delta, finish_reason=reason)
+        else:
+            choice = CompletionChoice(index=index, text=_TEXT_MARK, finish_reason=reason)
+        event = self._event([choice], None)
+        before, _, after = event.partition(f'"{_TEXT_MARK}"')
+        return before.encode(), after.encode()
+
+    def _event(self, choices: list[ChatChunkChoice | CompletionChoice], usage: Usage | None) -> str:
+        event_class = ChatCompletionChunk if self._is_chat else Completion
+        event = event_class.model_construct(**self._fields, choices=choices, usage=usage)
+        exclude = None if self._request.include_usage else {"usage"}
+        return f"data: {event.model_dump_json(exclude=exclude)}\n\n"

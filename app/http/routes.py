@@ -5,10 +5,9 @@ methods; `api_app` makes the ASGI application, which `build` puts under Serve.
 """
 
 import asyncio
-import json
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
@@ -19,7 +18,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from app.generation.text_stream import TextPiece
 from app.http.errors import ApiError, BodyTooLargeError, api_error
 from app.http.parsing import Model, parse_body
 from app.http.responses import Answer
@@ -121,15 +119,12 @@ class Ingress:
     async def _answer(self, request: Request, answer: Answer, stream: bool) -> Response:
         if not stream:
             return await _unless_client_leaves(request, _collect(answer)) or CLIENT_LEFT
-        pieces = answer.pieces()
         # Before the status line is written, so that an early error has a status of its own.
-        first = await _unless_client_leaves(request, anext(pieces))
-        if first is None:
-            await pieces.aclose()
+        started = await _unless_client_leaves(request, answer.start())
+        if started is None:
             return CLIENT_LEFT
-        events = _server_sent_events(answer, _chain(first, pieces))
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
 
 
 def api_app(ingress: Ingress, lifespan: Lifespan) -> Starlette:
@@ -200,25 +195,3 @@ async def _unless_client_leaves(request: Request, work: Awaitable[Result]) -> Re
 async def _client_left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _chain(
-    first: TextPiece, pieces: AsyncGenerator[TextPiece, None]
-) -> AsyncGenerator[TextPiece, None]:
-    async with aclosing(pieces):
-        yield first
-        async for piece in pieces:
-            yield piece
-
-
-async def _server_sent_events(
-    answer: Answer, pieces: AsyncGenerator[TextPiece, None]
-) -> AsyncGenerator[str, None]:
-    """The body of a stream; an error after the first event becomes an event, and then the end."""
-    try:
-        async with aclosing(pieces), aclosing(answer.events(pieces)) as events:
-            async for event in events:
-                yield f"data: {event}\n\n"
-        yield "data: [DONE]\n\n"
-    except Exception as error:
-        yield f"data: {json.dumps(api_error(error, answer.id).body)}\n\n"

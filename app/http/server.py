@@ -15,8 +15,9 @@ from starlette.applications import Starlette
 
 from app.args import SLoRAArgs
 from app.generation.client import EngineClient
+from app.http.limits import ModelLimits
 from app.http.routes import Ingress, api_app
-from app.http.service import CompletionService, ModelLimits
+from app.http.service import CompletionService
 from app.models.source import resolve_model
 from app.registry.deployment import RegistryClient
 from app.registry.follower import RegistryView

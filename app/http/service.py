@@ -1,50 +1,35 @@
 """From validated OpenAI requests to answers that are ready to run, and the list of models.
 
 Owns the checks that need the model: which adapter a name means, what the context holds, which
-token ids exist. It knows nothing of HTTP; `ingress` reads bodies and sends the answers.
+token ids exist. It knows nothing of HTTP; `routes` reads bodies and sends the answers.
 """
 
 import secrets
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Protocol
 
-from app.generation.replica_protocol import GenerateRequest
-from app.generation.text_stream import Engine, Generation
+from app.generation.client import Renew
+from app.generation.text_stream import Generation
+from app.http.limits import ModelLimits
 from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard
 from app.registry.follower import RegistryView
 from app.registry.registry import AdapterRecord
 from slora_core.errors import InvalidRequestError
+from slora_core.requests import Delta, Request, SamplingParams
 from slora_core.text.tokenizer import Tokenizer
 
 # OpenAI's own default of completions.
 DEFAULT_COMPLETION_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class ModelLimits:
-    """What the base model allows, and the size of a page."""
+class Engine(Protocol):
+    """What the service needs of `generation.client.EngineClient`."""
 
-    # Largest prompt + output, tokens.
-    context_len: int
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-    page_tokens: int
-
-    def output_room(
-        self, num_prompt_tokens: int, record: AdapterRecord | None, num_pool_pages: int | None
-    ) -> int:
-        """Most output tokens that fit the context and the pool, beside the adapter's pages.
-
-        At least 1: where not even that fits, the engine refuses with its own numbers. None is a
-        pool of which nothing is known yet.
-        """
-        limit = self.context_len
-        if num_pool_pages is not None:
-            num_adapter_pages = 0 if record is None else record.num_pages
-            limit = min(limit, (num_pool_pages - num_adapter_pages) * self.page_tokens)
-        return max(1, limit - num_prompt_tokens)
+    def generate(self, request: Request, renew: Renew) -> AsyncGenerator[Delta, None]: ...
 
 
 class CompletionService:
@@ -75,7 +60,7 @@ class CompletionService:
             AdapterNotFoundError: no model has this name.
         """
         record = await self._resolve(request.model)
-        self._check_token_ids(request.stop_token_ids, "stop_token_ids")
+        self._limits.check_token_ids(request.stop_token_ids, "stop_token_ids")
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         seed = secrets.randbits(62)
         generations = []
@@ -84,32 +69,32 @@ class CompletionService:
                 prompt_ids = await self._tokenizer.encode_async(prompt)
             else:
                 prompt_ids = prompt
-            self._check_context(len(prompt_ids), "prompt", request.max_tokens, "max_tokens")
-            self._check_token_ids(prompt_ids, "prompt")
+            self._limits.check_context(len(prompt_ids), "prompt", request.max_tokens, "max_tokens")
+            self._limits.check_token_ids(prompt_ids, "prompt")
             max_tokens = request.max_tokens
             if max_tokens is None:
                 room = self._output_room(prompt_ids, record)
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
-            params = request.sampling_params(max_tokens, seed + index)
-            generate = GenerateRequest(f"{answer_id}-{index}", prompt_ids, params, record)
-            generations.append(self._generation(index, generate))
+            sampling = request.sampling_params(max_tokens, seed + index)
+            request_id = f"{answer_id}-{index}"
+            generations.append(self._generation(index, request_id, prompt_ids, sampling, record))
         return Answer(request, generations, answer_id)
 
     async def chat(self, request: ChatCompletionRequest) -> Answer:
         """Check and prepare a chat request; raises as `complete`."""
         record = await self._resolve(request.model)
-        self._check_token_ids(request.stop_token_ids, "stop_token_ids")
+        self._limits.check_token_ids(request.stop_token_ids, "stop_token_ids")
         messages = [message.as_template_input() for message in request.messages]
         prompt_ids = await self._tokenizer.encode_chat(messages)
         limit = request.token_limit
-        self._check_context(len(prompt_ids), "messages", limit, request.limit_name)
+        self._limits.check_context(len(prompt_ids), "messages", limit, request.limit_name)
         if limit is None:
             limit = self._output_room(prompt_ids, record)
-        params = request.sampling_params(limit, secrets.randbits(62))
+        sampling = request.sampling_params(limit, secrets.randbits(62))
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        generate = GenerateRequest(answer_id, prompt_ids, params, record)
-        return Answer(request, [self._generation(0, generate)], answer_id)
+        generation = self._generation(0, answer_id, prompt_ids, sampling, record)
+        return Answer(request, [generation], answer_id)
 
     def model_cards(self) -> list[ModelCard]:
         """The base model first, then the adapters by name."""
@@ -146,41 +131,31 @@ class CompletionService:
     def _output_room(self, prompt_ids: list[int], record: AdapterRecord | None) -> int:
         return self._limits.output_room(len(prompt_ids), record, self.registry.num_pool_pages)
 
-    def _generation(self, index: int, request: GenerateRequest) -> Generation:
-        return Generation(
-            index,
-            request,
-            self._engine,
-            self.registry,
-            self._tokenizer.decode,
-            self._limits.eos_token_ids.__contains__,
+    def _generation(
+        self,
+        index: int,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        record: AdapterRecord | None,
+    ) -> Generation:
+        async def renew(request: Request, error: Exception) -> Request:
+            """The request for what its adapter's name means now."""
+            assert record is not None, "a request of the base model names no adapter"
+            await self.registry.refresh()
+            newer = await self.registry.find(record.name)
+            if newer.adapter_id == request.adapter_id:
+                # Its files are gone or changed, and nobody has loaded them anew.
+                raise InvalidRequestError(str(error), "model") from error
+            return replace(request, adapter_id=newer.adapter_id)
+
+        request = Request(
+            prompt_ids,
+            sampling,
+            None if record is None else record.adapter_id,
+            request_id=request_id,
+            arrived_at=time.time(),
         )
-
-    def _check_token_ids(self, token_ids: list[int], param: str) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self._limits.vocab_size:
-                raise InvalidRequestError(
-                    f"{param} has token id {token_id}; the model's are 0 to "
-                    f"{self._limits.vocab_size - 1}",
-                    param,
-                )
-
-    def _check_context(
-        self, num_prompt: int, prompt_param: str, max_tokens: int | None, limit_param: str
-    ) -> None:
-        """Raises InvalidRequestError where prompt and output do not fit the context."""
-        context_len = self._limits.context_len
-        if num_prompt == 0:
-            raise InvalidRequestError("the prompt has no tokens", prompt_param)
-        if num_prompt >= context_len:
-            raise InvalidRequestError(
-                f"the prompt has {num_prompt} tokens; the context of {context_len} tokens must "
-                "hold at least one more",
-                prompt_param,
-            )
-        if max_tokens is not None and num_prompt + max_tokens > context_len:
-            raise InvalidRequestError(
-                f"the prompt has {num_prompt} tokens and {limit_param} is {max_tokens}; together "
-                f"they exceed the context of {context_len} tokens",
-                limit_param,
-            )
+        deltas = self._engine.generate(request, renew)
+        is_end = self._limits.eos_token_ids.__contains__
+        return Generation(index, request, deltas, self._tokenizer.decode, is_end)

@@ -73,7 +73,7 @@ class RegistryView:
         self.num_pool_pages: int | None = None
         self._revision = -1
         self._records: Mapping[str, AdapterRecord] = {}
-        self._adapter_ids: frozenset[str] = frozenset()
+        self._by_id: Mapping[str, AdapterRecord] = {}
         self._refreshing = asyncio.Lock()
         # When the last refresh that has ended began.
         self._refreshed_at = -1.0
@@ -84,7 +84,7 @@ class RegistryView:
 
     def has_id(self, adapter_id: str) -> bool:
         """Whether any name means the adapter."""
-        return adapter_id in self._adapter_ids
+        return adapter_id in self._by_id
 
     async def find(self, name: str) -> AdapterRecord:
         """The adapter a name means; a name unknown here is looked up in the registry.
@@ -97,6 +97,18 @@ class RegistryView:
         if name not in self._records:
             raise AdapterNotFoundError(f"the model {name!r} does not exist")
         return self._records[name]
+
+    async def find_id(self, adapter_id: str) -> AdapterRecord:
+        """The registration of a content; one unknown here is looked up in the registry.
+
+        Raises:
+            AdapterNotFoundError: no name means it, any more or at all.
+        """
+        if adapter_id not in self._by_id:
+            await self.refresh()
+        if adapter_id not in self._by_id:
+            raise AdapterNotFoundError(f"no adapter with the content {adapter_id} is loaded")
+        return self._by_id[adapter_id]
 
     async def refresh(self) -> None:
         """Take a snapshot no older than this call; calls made at once share one."""
@@ -115,12 +127,12 @@ class RegistryView:
         if snapshot.revision < self._revision:
             # A refresh and the long poll at once; the other one's answer was newer.
             return
-        old_ids = self._adapter_ids
+        old_ids = self._by_id.keys()
         self._records = snapshot.records
-        self._adapter_ids = frozenset(record.adapter_id for record in self._records.values())
+        self._by_id = {record.adapter_id: record for record in self._records.values()}
         self._revision = snapshot.revision
         self.num_pool_pages = snapshot.num_pool_pages
-        gone = old_ids - self._adapter_ids
+        gone = frozenset(old_ids - self._by_id.keys())
         if gone and self._on_gone is not None:
             self._on_gone(gone)
         if self._on_snapshot is not None:

@@ -1,13 +1,13 @@
 """Store leases of one engine replica: held while an adapter has running requests.
 
-Owns the count of requests for each adapter and the order of what ends a lease: the engine lets go
-of the host pages first, and of its copy where the adapter was unloaded; then the store gets its
-lease back. It knows no HTTP and no tokens.
+Owns the count of requests for each adapter and the order around a lease: once it is granted the
+engine is told where the pages lie; at its end the engine lets go of them first, and of its copy
+where the adapter was unloaded; then the store gets its lease back. It knows no HTTP and no tokens.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,15 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 class Store(Protocol):
-    """What leases need of `adapter_store.StoreClient`."""
+    """What leases need of `store.client.StoreClient`."""
 
     async def lease(self, record: AdapterRecord, holder_pid: int) -> AdapterLocation: ...
 
     async def release(self, adapter_id: str, holder_pid: int) -> None: ...
 
 
+class Registry(Protocol):
+    """What leases need of `registry.follower.RegistryView`."""
+
+    def has_id(self, adapter_id: str) -> bool: ...
+
+    async def find_id(self, adapter_id: str) -> AdapterRecord: ...
+
+
 class AdapterReader(Protocol):
-    """What leases need of `engine_process.AsyncEngine`."""
+    """What leases need of `engine.process.AsyncEngine`."""
+
+    def add_adapter(self, location: AdapterLocation) -> None: ...
 
     async def release_adapter_source(self, adapter_id: str) -> None: ...
 
@@ -39,65 +49,65 @@ class AdapterReader(Protocol):
 class _Entry:
     num_users: int = 0
     # The lease asked for or granted; a task, so that a request that leaves does not lose it.
-    lease: "asyncio.Task[AdapterLocation] | None" = None
+    lease: "asyncio.Task[None] | None" = None
     # Held while the store is asked: a lease is granted only after the one before was given back.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class AdapterLeases:
-    """Leases in the name of `holder_pid`, the engine process that maps the store's memory.
-
-    `is_registered` tells whether any name means an adapter (still).
-    """
+    """Leases in the name of `holder_pid`, the engine process that maps the store's memory."""
 
     def __init__(
-        self,
-        store: Store,
-        engine: AdapterReader,
-        holder_pid: int,
-        is_registered: Callable[[str], bool],
+        self, store: Store, engine: AdapterReader, registry: Registry, holder_pid: int
     ) -> None:
         self._store = store
         self._engine = engine
+        self._registry = registry
         self._holder_pid = holder_pid
-        self._is_registered = is_registered
         self._entries: dict[str, _Entry] = {}
         self._releases: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def hold(self, record: AdapterRecord) -> AsyncIterator[AdapterLocation]:
-        """Keep the adapter leased for one request.
+    async def hold(self, adapter_id: str) -> AsyncIterator[None]:
+        """Keep the adapter leased, and known to the engine, for one request.
 
-        A StoreGoneError of the caller has the location replaced for those that come after it.
+        A StoreGoneError of the caller has the lease replaced for those that come after it.
 
         Raises:
-            AdapterNotFoundError, StoreFullError, StoreGoneError: as the store has it.
+            AdapterNotFoundError: no name means the adapter any more.
+            InvalidAdapterError, StoreFullError, StoreGoneError: as the store has it.
         """
-        entry = self._entries.setdefault(record.adapter_id, _Entry())
+        entry = self._entries.setdefault(adapter_id, _Entry())
         entry.num_users += 1
         if entry.lease is None or _has_failed(entry.lease):
-            entry.lease = asyncio.create_task(self._acquire(entry, record))
+            entry.lease = asyncio.create_task(self._acquire(entry, adapter_id))
         lease = entry.lease
         try:
-            yield await asyncio.shield(lease)
+            await asyncio.shield(lease)
+            yield
         except StoreGoneError:
             if entry.lease is lease and not _has_failed(lease):
-                entry.lease = asyncio.create_task(self._replace(entry, record))
+                entry.lease = asyncio.create_task(self._replace(entry, adapter_id))
             raise
         finally:
             entry.num_users -= 1
             if entry.num_users == 0:
-                self._start(self._release(record.adapter_id, entry))
+                self._start(self._release(adapter_id, entry))
 
-    async def _acquire(self, entry: _Entry, record: AdapterRecord) -> AdapterLocation:
+    async def _acquire(self, entry: _Entry, adapter_id: str) -> None:
         async with entry.lock:
-            return await self._store.lease(record, self._holder_pid)
+            await self._lease(adapter_id)
 
-    async def _replace(self, entry: _Entry, record: AdapterRecord) -> AdapterLocation:
+    async def _replace(self, entry: _Entry, adapter_id: str) -> None:
         """A new lease instead of one whose store ended before the engine had opened it."""
         async with entry.lock:
-            await self._end_lease(record.adapter_id)
-            return await self._store.lease(record, self._holder_pid)
+            await self._end_lease(adapter_id)
+            await self._lease(adapter_id)
+
+    async def _lease(self, adapter_id: str) -> None:
+        record = await self._registry.find_id(adapter_id)
+        # On one connection with the requests that wait for it, and before them.
+        self._engine.add_adapter(await self._store.lease(record, self._holder_pid))
 
     async def _release(self, adapter_id: str, entry: _Entry) -> None:
         if entry.lease is not None:
@@ -120,7 +130,7 @@ class AdapterLeases:
             await self._engine.release_adapter_source(adapter_id)
         except EngineDeadError:
             logger.debug("the engine is dead and reads nothing any more")
-        if not self._is_registered(adapter_id):
+        if not self._registry.has_id(adapter_id):
             # When it was unloaded, the engine may have had none of it yet: its requests waited.
             self._engine.drop_adapter(adapter_id)
         await self._end_lease(adapter_id)
@@ -138,5 +148,5 @@ class AdapterLeases:
         task.add_done_callback(self._releases.discard)
 
 
-def _has_failed(lease: "asyncio.Task[AdapterLocation]") -> bool:
+def _has_failed(lease: "asyncio.Task[None]") -> bool:
     return lease.done() and (lease.cancelled() or lease.exception() is not None)

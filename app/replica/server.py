@@ -1,33 +1,32 @@
 """The engine replica: an actor that moves messages between Serve and an engine process.
 
 Owns the engine, the leases of the adapters that it runs and what the replica tells Serve of
-itself. It never touches a tensor or a text; `engine_client` calls `generate`.
+itself. It never touches a tensor or a text; `generation.client` calls `generate`.
 """
 
 import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 from ray import serve
 
 from app.args import SLoRAArgs
-from app.generation.replica_protocol import GenerateRequest, TokenChunk
 from app.models.source import resolve_model
 from app.registry.deployment import RegistryClient
 from app.registry.follower import RegistryView
 from app.registry.registry import RegistrySnapshot
-from app.replica.coalesce import coalesce
 from app.replica.leases import AdapterLeases
-from app.routing.serve_router import HEALTHY_KEY, SLOT_KEY
+from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
 from app.store.actor import StoreClient
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
-from slora_core.errors import SLoRAError
+from slora_core.errors import EngineDeadError, SLoRAError
+from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +37,9 @@ class EngineServer:
     async def __init__(self, args: SLoRAArgs, registry: Any) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
-        self._flush_interval_s = args.flush_interval_s
-        self._max_pieces_per_s = args.max_pieces_per_s
         # Before the engine, so that both start at once.
         store = StoreClient(args)
-        self._engine = AsyncEngine(engine_spec(args))
+        self._engine = AsyncEngine(engine_spec(args), gathering_interval(args))
         started_at = time.monotonic()
         info = await self._engine.start()
         logger.info(
@@ -59,27 +56,33 @@ class EngineServer:
         await view.refresh()
         # No request should wait for the store's start.
         await store.stats()
-        self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
+        self._leases = AdapterLeases(store, self._engine, view, info.pid)
         self._following = asyncio.create_task(view.follow())
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Tokens of one request; every error that is somebody's input is the last chunk."""
-        try:
-            record = request.record
-            holding = nullcontext() if record is None else self._leases.hold(record)
-            async with holding as location:
-                outputs = self._engine.generate(
-                    request.request_id, request.prompt_ids, request.params, location
-                )
-                async with aclosing(coalesce(outputs, self._flush_interval)) as chunks:
-                    async for token_ids, reason in chunks:
-                        yield TokenChunk(token_ids, None if reason is None else reason.value)
-        except SLoRAError as error:
-            yield TokenChunk(error=error, replica_id=self._replica_id)
+    async def generate(
+        self, request: Request, avoid_replica: str | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """Deltas of one request; every error that is somebody's input is in the last one.
 
-    def _flush_interval(self) -> float:
-        """Seconds between two pieces of one stream, so that all together are not too many."""
-        return max(self._flush_interval_s, self._engine.num_streams / self._max_pieces_per_s)
+        `avoid_replica` is for the router, which has read it.
+        """
+        try:
+            adapter_id = request.adapter_id
+            holding = nullcontext() if adapter_id is None else self._leases.hold(adapter_id)
+            async with holding:
+                with self._engine.generate(request) as stream:
+                    async for delta in stream:
+                        if delta.error is not None:
+                            # Also for the lease, which may have to be replaced.
+                            if delta.token_ids:
+                                yield delta._replace(error=None)
+                            raise delta.error
+                        yield delta
+        except EngineDeadError as error:
+            told = EngineDeadError(str(error), self._replica_id)
+            yield Delta(request.request_id, [], error=told)
+        except SLoRAError as error:
+            yield Delta(request.request_id, [], error=error)
 
     async def is_alive(self) -> bool:
         return self._engine.is_alive()
@@ -89,7 +92,7 @@ class EngineServer:
         stats = asdict(await self._engine.stats())
         identity = {
             "replica_id": self._replica_id,
-            "slot": self._slot(),
+            "rank_in_deployment": self._rank(),
             "replica_pid": os.getpid(),
         }
         return {**identity, "engine_pid": self._pid, **stats}
@@ -104,15 +107,15 @@ class EngineServer:
             raise RuntimeError("the engine process ended")
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Serve; what `affinity_router` reads."""
-        return {SLOT_KEY: self._slot(), HEALTHY_KEY: self._engine.is_alive()}
+        """Called by Serve; what `serve_router` reads."""
+        return {RANK_KEY: self._rank(), HEALTHY_KEY: self._engine.is_alive()}
 
     def __del__(self) -> None:
         # Serve calls it at a graceful stop, also where __init__ failed.
         if hasattr(self, "_engine"):
             self._engine.close()
 
-    def _slot(self) -> str:
+    def _rank(self) -> str:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
         return str(serve.get_replica_context().rank.rank)
 
@@ -126,6 +129,11 @@ class EngineServer:
     def _drop_adapters(self, adapter_ids: frozenset[str]) -> None:
         for adapter_id in adapter_ids:
             self._engine.drop_adapter(adapter_id)
+
+
+def gathering_interval(args: SLoRAArgs) -> Callable[[int], float]:
+    """Seconds between two deltas of a stream, by their number: all together are not too many."""
+    return lambda num_streams: max(args.flush_interval_s, num_streams / args.max_pieces_per_s)
 
 
 def engine_spec(args: SLoRAArgs) -> EngineSpec:

@@ -3,7 +3,7 @@
 A pure function of what the router sees. Rendezvous hashing (Thaler and Ravishankar, 1998) gives
 each adapter its own order of replicas, so a replica that comes or goes moves only the adapters it
 gains or held; the bound on the load (Mirrokni et al., 2018) lets a hot adapter spill over.
-It imports nothing of Ray; `affinity_router` calls it.
+It imports nothing of Ray; `serve_router` calls it.
 """
 
 import math
@@ -18,7 +18,7 @@ class ReplicaLoad:
     """What the router knows of one replica."""
 
     # What is hashed: the replica's number within its deployment, which a replacement inherits.
-    slot: str
+    rank_in_deployment: str
     # Requests it holds, as far as this router knows.
     queue_len: int
     # Whether its engine answers; one that does not is tried last.
@@ -43,12 +43,12 @@ def order_replicas(
     def preference(index: int) -> tuple[float, ...]:
         replica = replicas[index]
         if key and replica.healthy and replica.queue_len < bound:
-            return (0, -rendezvous_weight(key, replica.slot))
+            return (0, -rendezvous_weight(key, replica.rank_in_deployment))
         return (1 if replica.healthy else 2, replica.queue_len, random.random())
 
     return sorted(range(len(replicas)), key=preference)
 
 
-def rendezvous_weight(key: str, slot: str) -> int:
-    """How strongly a key prefers a slot, uniform over 64 bits."""
-    return int.from_bytes(blake2b(f"{slot}/{key}".encode(), digest_size=8).digest())
+def rendezvous_weight(key: str, rank_in_deployment: str) -> int:
+    """How strongly a key prefers a replica, uniform over 64 bits."""
+    return int.from_bytes(blake2b(f"{rank_in_deployment}/{key}".encode(), digest_size=8).digest())

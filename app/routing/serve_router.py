@@ -1,6 +1,6 @@
 """Serve's request router: an adapter's requests stay on the replica that has it loaded.
 
-Owns the translation between Serve's routing interface and `replica_order`. Serve pickles this
+Owns the translation between Serve's routing interface and `routing.order`. Serve pickles this
 module by value into every process that holds a handle, so it imports nothing heavy.
 """
 
@@ -11,7 +11,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from app.routing.order import ReplicaLoad, order_replicas
 
 # Keys of a replica's routing stats.
-SLOT_KEY = "slot"
+RANK_KEY = "rank_in_deployment"
 HEALTHY_KEY = "healthy"
 
 
@@ -43,13 +43,13 @@ class AffinityRouter(RequestRouter):
         replica_id = replica.replica_id.unique_id
         return ReplicaLoad(
             # A replica that has not been asked yet is known by its id only.
-            slot=str(stats.get(SLOT_KEY, replica_id)),
+            rank_in_deployment=str(stats.get(RANK_KEY, replica_id)),
             queue_len=self.replica_queue_len_cache.get(replica.replica_id) or 0,
             healthy=stats.get(HEALTHY_KEY, True) and replica_id != avoid,
         )
 
 
 def _replica_to_avoid(pending_request: PendingRequest) -> str | None:
-    """The replica that just failed this request; see `messages.GenerateRequest`."""
-    request: Any = pending_request.args[0] if pending_request.args else None
-    return getattr(request, "avoid_replica", None)
+    """The replica that just failed this request: what `EngineServer.generate` is called with."""
+    arguments: list[Any] = pending_request.args
+    return arguments[1] if len(arguments) > 1 else None

@@ -45,9 +45,9 @@ def check_logits(model: ModelConfig, weights: DecoderWeights, device: str) -> tu
         cuda_graphs=False,
     )
     engine = Engine(model, config, weights)
-    request = Request("check", prompt.tolist(), SamplingParams(max_tokens=1, temperature=0.0))
-    engine.add_request(request)
-    ours = relative_error(engine.runner.logits(engine.scheduler.schedule())[0], exact)
+    engine.add_request(Request(prompt.tolist(), SamplingParams(max_tokens=1, temperature=0.0)))
+    inputs = engine.builder.build(engine.scheduler.schedule().chunks)
+    ours = relative_error(engine.runner.logits(inputs)[0], exact)
     figures = f"logits differ from fp32 by {ours:.2g} of their norm, transformers' by {theirs:.2g}"
     if not ours < max(LIMIT * theirs, FLOOR):
         sys.exit(f"no report: {figures}")

@@ -1,18 +1,18 @@
 """Feeds an engine for benchmarks: its adapters, requests all at once or as they arrive, clocks.
 
-Knows no workload; `engine_figures` makes figures of what it returns.
+Knows no workload; `figures` makes figures of what it returns.
 """
 
 import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from benchmarks.engine.dummy_adapters import DummyAdapters
-from slora_core.engine.engine import Engine, GenerationRequest
-from slora_core.requests import Request, RequestOutput
+from slora_core.engine.engine import Engine
+from slora_core.requests import Request, RequestState, StepOutput
 
 
 @dataclass
@@ -43,21 +43,19 @@ class EngineDriver:
     def vocab_size(self) -> int:
         return self.engine.model.vocab_size
 
-    def add(self, entries: Sequence[GenerationRequest]) -> list[Request]:
-        """Queue requests, and make their adapters known."""
+    def add(self, entries: Sequence[Request]) -> list[RequestState]:
+        """Queue requests under names of their own, and make their adapters known."""
         live = []
         for entry in entries:
             if entry.adapter_id is not None and not self.engine.has_adapter(entry.adapter_id):
                 family, _, index = entry.adapter_id.rpartition("-")
                 self.engine.add_adapter(self._families[family][int(index)])
             self._num_requests += 1
-            name = f"bench-{self._num_requests}"
-            request = Request(name, list(entry.prompt_ids), entry.params, entry.adapter_id)
-            self.engine.add_request(request)
-            live.append(request)
+            request = replace(entry, request_id=f"bench-{self._num_requests}")
+            live.append(self.engine.add_request(request))
         return live
 
-    def run(self, entries: Sequence[GenerationRequest]) -> float:
+    def run(self, entries: Sequence[Request]) -> float:
         """Seconds from the requests' arrival, all at once, to the last one's end."""
         gc.collect()
         self.settle()
@@ -69,12 +67,12 @@ class EngineDriver:
         return seconds
 
     def run_open_loop(
-        self, entries: Sequence[GenerationRequest], arrivals_s: Sequence[float]
+        self, entries: Sequence[Request], arrivals_s: Sequence[float]
     ) -> list[Timing]:
         """Run requests that arrive at these seconds after the start, whatever is still open."""
         gc.collect()
         self.settle()
-        live: list[Request] = []
+        live: list[RequestState] = []
         timings: dict[str, Timing] = {}
         started = time.perf_counter()
         while len(live) < len(entries) or self.engine.has_work:
@@ -94,7 +92,7 @@ class EngineDriver:
         while self.engine.has_work:
             self.engine.step()
 
-    def prefill(self, live: Sequence[Request]) -> None:
+    def prefill(self, live: Sequence[RequestState]) -> None:
         """Step until every request's prompt is in steps that were launched."""
         while any(request.num_computed < len(request.prompt_ids) for request in live):
             self.engine.step()
@@ -113,18 +111,16 @@ class EngineDriver:
     def _num_steps(self) -> int:
         return self.engine.stats().num_steps
 
-    def _note(
-        self, timings: Mapping[str, Timing], outputs: Sequence[RequestOutput], started: float
-    ) -> None:
+    def _note(self, timings: Mapping[str, Timing], output: StepOutput, started: float) -> None:
         now = time.perf_counter() - started
-        for output in outputs:
-            timing = timings[output.request_id]
+        for request_id in output.request_ids:
+            timing = timings[request_id]
             if not timing.token_s:
                 timing.first_token_step = self._num_steps
-            timing.token_s += [now] * len(output.new_token_ids)
+            timing.token_s.append(now)
 
-    def _check(self, entries: Sequence[GenerationRequest], live: Sequence[Request]) -> None:
+    def _check(self, entries: Sequence[Request], live: Sequence[RequestState]) -> None:
         """Every request was answered to its end, and no page is lost."""
         for entry, request in zip(entries, live, strict=True):
-            assert len(request.output_ids) == entry.params.max_tokens, request.request_id
+            assert len(request.output_ids) == entry.sampling.max_tokens, request.request_id
         self.engine.check_integrity()

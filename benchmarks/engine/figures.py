@@ -106,7 +106,7 @@ def at_once(
     return {
         "num_requests": len(requests),
         "requests_per_s": len(requests) / seconds,
-        "output_tokens_per_s": sum(r.params.max_tokens for r in requests) / seconds,
+        "output_tokens_per_s": sum(r.sampling.max_tokens for r in requests) / seconds,
         "seconds": seconds,
         **{name: after[name] - before[name] for name in counters},
     }

@@ -1,6 +1,6 @@
 """transformers' Llama of a benchmark's shape, over weights that the engine could have.
 
-`engine_check` compares with it and `peft_backend` measures it.
+`check` compares with it and `peft_backend` measures it.
 """
 
 from collections.abc import Mapping

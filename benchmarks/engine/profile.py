@@ -1,6 +1,6 @@
 """What the host and the GPU do in decode steps: kernels by name, and whether the host ever waits.
 
-Knows an `EngineDriver` and reads torch's profiler; `engine_backend` calls it.
+Knows an `EngineDriver` and reads torch's profiler; `backend` calls it.
 """
 
 from collections import Counter

@@ -11,8 +11,8 @@ from pathlib import Path
 from benchmarks.demo.demo_tasks import TASKS, held_out_examples, messages
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.engine.engine import Engine, GenerationRequest
-from slora_core.requests import SamplingParams
+from slora_core.engine.engine import Engine
+from slora_core.requests import Request, SamplingParams
 from tests.oracle import GreedyOracle, assert_same_greedy
 
 
@@ -41,7 +41,7 @@ class Candidate:
         """Run all streams at once."""
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         return self._engine.generate(
-            [GenerationRequest(s.prompt_ids, params, self._adapter_ids[s.adapter]) for s in streams]
+            [Request(s.prompt_ids, params, self._adapter_ids[s.adapter]) for s in streams]
         )
 
 

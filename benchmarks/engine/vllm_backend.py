@@ -20,7 +20,7 @@ from benchmarks.engine.llama_reference import llama_config
 from benchmarks.engine.rows import decode_rows, prefill_rows, trace_rows
 from benchmarks.engine.workloads import SETTINGS, SHAPES, fixed_batch, trace
 from slora_core.config import EngineConfig
-from slora_core.engine.engine import GenerationRequest
+from slora_core.requests import Request
 from tests.factories import make_random_adapter
 
 # Directories that adapters alias, a multiple of every setting's number of ranks.
@@ -98,25 +98,25 @@ class VllmBackend:
         return {
             "num_requests": num_requests,
             "requests_per_s": num_requests / seconds,
-            "output_tokens_per_s": sum(r.params.max_tokens for r in requests) / seconds,
+            "output_tokens_per_s": sum(r.sampling.max_tokens for r in requests) / seconds,
             "seconds": seconds,
         }
 
-    def _fixed(self, batch: int, num_adapters: int, num_tokens: int) -> list[GenerationRequest]:
+    def _fixed(self, batch: int, num_adapters: int, num_tokens: int) -> list[Request]:
         adapters = round_robin(batch, num_adapters)
         return fixed_batch(adapters, self._args.prompt_len, num_tokens, self._vocab_size, SEED)
 
-    def _best(self, requests: Sequence[GenerationRequest]) -> float:
+    def _best(self, requests: Sequence[Request]) -> float:
         self._run(requests)
         return min(self._run(requests) for _ in range(2))
 
-    def _run(self, requests: Sequence[GenerationRequest]) -> float:
+    def _run(self, requests: Sequence[Request]) -> float:
         """Seconds of all requests at once, either all of the base model or all of adapters."""
         from vllm import SamplingParams
 
         params = [
             SamplingParams(
-                max_tokens=r.params.max_tokens, temperature=0.0, ignore_eos=True, detokenize=False
+                max_tokens=r.sampling.max_tokens, temperature=0.0, ignore_eos=True, detokenize=False
             )
             for r in requests
         ]
@@ -126,7 +126,7 @@ class VllmBackend:
         outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=loras or None)
         seconds = time.perf_counter() - started
         for request, output in zip(requests, outputs, strict=True):
-            assert len(output.outputs[0].token_ids) == request.params.max_tokens
+            assert len(output.outputs[0].token_ids) == request.sampling.max_tokens
         return seconds
 
     def _lora_request(self, adapter_id: str) -> Any:

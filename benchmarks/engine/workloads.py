@@ -10,8 +10,7 @@ from itertools import accumulate
 
 from benchmarks.lora_targets import ATTENTION
 from slora_core.config import LORA_MODULES, ModelConfig
-from slora_core.engine.engine import GenerationRequest
-from slora_core.requests import SamplingParams
+from slora_core.requests import Request, SamplingParams
 
 SHAPES = {
     "llama-7b": ModelConfig(
@@ -80,19 +79,23 @@ def adapter_id(index: int, family: str = STANDARD) -> str:
 
 def fixed_batch(
     adapters: Sequence[str | None], prompt_len: int, output_len: int, vocab_size: int, seed: int
-) -> list[GenerationRequest]:
+) -> list[Request]:
     """One request an entry of `adapters`, all of the same lengths."""
     rng = random.Random(seed)
-    return [_request(prompt_len, output_len, a, vocab_size, rng) for a in adapters]
+    return [
+        _request(index, prompt_len, output_len, adapter, vocab_size, rng)
+        for index, adapter in enumerate(adapters)
+    ]
 
 
 def trace(
     adapters: Sequence[str | None], lengths: tuple[int, int], vocab_size: int, seed: int
-) -> list[GenerationRequest]:
+) -> list[Request]:
     """One request an entry of `adapters`; lengths in and out uniform, both ends included."""
     rng = random.Random(seed)
     return [
-        _request(rng.randint(*lengths), rng.randint(*lengths), a, vocab_size, rng) for a in adapters
+        _request(index, rng.randint(*lengths), rng.randint(*lengths), adapter, vocab_size, rng)
+        for index, adapter in enumerate(adapters)
     ]
 
 
@@ -106,7 +109,7 @@ def shared_prefix(
     seed: int,
     *,
     shared: bool = True,
-) -> list[GenerationRequest]:
+) -> list[Request]:
     """Requests that differ in their last tokens alone, or, not `shared`, in all."""
     rng = random.Random(f"prefix {seed}")
     requests = fixed_batch(
@@ -125,10 +128,17 @@ def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
 
 
 def _request(
-    prompt_len: int, output_len: int, adapter: str | None, vocab_size: int, rng: random.Random
-) -> GenerationRequest:
-    return GenerationRequest(
-        prompt_ids=rng.choices(range(vocab_size), k=prompt_len),
-        params=SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True),
-        adapter_id=adapter,
+    index: int,
+    prompt_len: int,
+    output_len: int,
+    adapter: str | None,
+    vocab_size: int,
+    rng: random.Random,
+) -> Request:
+    return Request(
+        rng.choices(range(vocab_size), k=prompt_len),
+        SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True),
+        adapter,
+        # Of its list alone, not of all: a random one would be no function of the arguments.
+        request_id=str(index),
     )

@@ -9,7 +9,7 @@ from slora_core.adapters.page_layout import PackedAdapter
 from slora_core.config import LORA_MODULES
 
 
-class DeviceAdapterTables:
+class AdapterTables:
     """Page tables, offsets and scaling of every adapter slot, on the pool's device.
 
     The tensors keep their addresses, so CUDA graphs may read them.
@@ -30,9 +30,6 @@ class DeviceAdapterTables:
             max_slots, num_layers, num_modules, 3, dtype=torch.int32, device=device
         )
         self.scaling = torch.zeros(max_slots, num_layers, num_modules, device=device)
-        # Host side, of each slot: what a step's LoRA kernels are launched for.
-        self.max_ranks = [0] * max_slots
-        self.modules: list[frozenset[int]] = [frozenset()] * max_slots
 
     def load(self, slot: int, adapter: PackedAdapter, page_ids: list[int]) -> None:
         """Copy the adapter's pages to `page_ids` of the pool and fill its slot.
@@ -56,8 +53,6 @@ class DeviceAdapterTables:
         ):
             # On the stream of the steps: those launched before still read the slot's old values.
             entry.copy_(values if self._copies is None else values.pin_memory(), non_blocking=True)
-        self.max_ranks[slot] = layout.max_rank
-        self.modules[slot] = layout.modules
 
     def _copy_pages(self, pages: torch.Tensor, page_ids: list[int]) -> None:
         for start, end in _contiguous_runs(page_ids):

@@ -1,7 +1,7 @@
 """Where an adapter's weights lie in pages, and the packing of weights into page order.
 
 Owns the page-stream format of the unified pool. It knows no files (`peft_weights` reads them) and
-no device (`device_tables` copies whole pages). In each layer the stream holds, for each module of
+no device (`adapter_tables` copies whole pages). In each layer the stream holds, for each module of
 `LORA_MODULES` that is present, A as `rank` rows of in_features and then B transposed as `rank`
 rows of out_features, every row padded to `ROW_ALIGNMENT` elements. Element `o` of layer `l` lies
 at `pages[o // page_elems, l, o % page_elems]`, so one table of page ids serves every layer.

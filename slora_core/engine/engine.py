@@ -1,12 +1,12 @@
 """The engine: plan, launch, commit. Synchronous, in-process, without Ray.
 
-Owns one scheduler, one pool and one model runner. `engine_main` drives it from a queue of
+Owns one scheduler, one pool and one model runner. `engine.main` drives it from a queue of
 messages; tests and offline benchmarks call it directly.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -14,17 +14,25 @@ from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig, ModelConfig
 from slora_core.dtypes import torch_dtype
-from slora_core.errors import AdapterNotFoundError, AdapterTooLargeError, InvalidRequestError
+from slora_core.errors import (
+    AdapterNotFoundError,
+    AdapterTooLargeError,
+    InvalidRequestError,
+    SLoRAError,
+)
 from slora_core.execution.memory_profile import profile_num_pages
 from slora_core.execution.model_runner import ModelRunner
+from slora_core.execution.step_builder import StepBuilder
 from slora_core.execution.step_handle import StepHandle
+from slora_core.execution.warm_up import capture_graphs, compile_kernels
 from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
 from slora_core.memory.prefix_cache import PrefixCache
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import DecoderWeights, dummy_weights, load_weights
-from slora_core.requests import Request, RequestOutput, SamplingParams, StepPlan
+from slora_core.requests import Request, RequestState, StepOutput, StepPlan
 from slora_core.scheduling.scheduler import Scheduler
+from slora_core.scheduling.waiting_queue import FirstComeQueue, WaitingQueue
 from slora_core.stage_timer import StageTimer
 from slora_core.stats import EngineStats
 
@@ -32,18 +40,10 @@ from slora_core.stats import EngineStats
 MAX_ADAPTER_SLOTS = 4096
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One entry of `Engine.generate`; `adapter_id` None is the base model."""
-
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-    adapter_id: str | None = None
-
-
 class Engine:
     """Args:
     ops: the kernel module, as of `ModelRunner`; None takes the device's.
+    waiting: in which order requests start, empty; None is first come, first served.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Engine:
         config: EngineConfig,
         weights: DecoderWeights,
         ops: ModuleType | None = None,
+        waiting: WaitingQueue | None = None,
     ) -> None:
         stages = StageTimer()
         if config.num_pool_tokens is None:
@@ -64,12 +65,13 @@ class Engine:
         max_slots = min(config.num_pages, MAX_ADAPTER_SLOTS)
         with stages.measure("pool"):
             self.runner = ModelRunner(model, config, weights, max_slots, ops)
+            self.builder = StepBuilder(model, config, self.runner.attention_planner)
         if config.device == "cuda":
             with stages.measure("kernels"):
-                self.runner.warm_up()
-        if config.device == "cuda" and config.cuda_graphs:
+                compile_kernels(model, config, self.builder, self.runner)
+        if self.builder.shapes.has_graphs:
             with stages.measure("graphs"):
-                self.runner.capture_graphs()
+                capture_graphs(self.builder, self.runner)
         # Seconds of each stage of the start, in order.
         self.startup_s = stages.seconds
         self._host_copies: dict[str, PackedAdapter] = {}
@@ -87,10 +89,11 @@ class Engine:
             self._prefixes,
             lambda adapter_id: self._host_copies[adapter_id].layout.num_pages,
             model.eos_token_ids,
+            FirstComeQueue() if waiting is None else waiting,
         )
         # Launched and not committed, the oldest first.
         self._inflight: deque[tuple[StepPlan, StepHandle]] = deque()
-        self._num_finished = self._num_aborted = self._num_steps = 0
+        self._num_finished = self._num_aborted = self._num_refused = self._num_steps = 0
         self._num_prompt_tokens = self._num_output_tokens = 0
 
     @classmethod
@@ -122,7 +125,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to launch or to commit."""
-        return bool(self._inflight or self.scheduler.num_running or self.scheduler.num_waiting)
+        return bool(self._inflight) or self.scheduler.has_work
 
     def add_adapter(self, adapter: PackedAdapter) -> None:
         """Make an adapter's host pages known; they are read until `release_adapter`.
@@ -156,8 +159,8 @@ class Engine:
         self._residency.drop(adapter_id)
         self._prefixes.drop(adapter_id)
 
-    def add_request(self, request: Request) -> None:
-        """Queue a request.
+    def add_request(self, request: Request) -> RequestState:
+        """Queue a request; what is returned shows how far it has come.
 
         Raises:
             InvalidRequestError: an empty prompt, a token outside the vocabulary, or more tokens
@@ -165,8 +168,10 @@ class Engine:
             AdapterNotFoundError: its adapter was not added.
         """
         self._validate(request)
-        self.scheduler.add(request)
+        state = RequestState(request)
+        self.scheduler.add(state)
         self._num_prompt_tokens += len(request.prompt_ids)
+        return state
 
     def abort(self, request_id: str) -> bool:
         """Stop a request; False if it has ended or was never added.
@@ -177,37 +182,38 @@ class Engine:
         self._num_aborted += aborted
         return aborted
 
-    def step(self) -> list[RequestOutput]:
+    def refuse(self, request_id: str, error: SLoRAError) -> bool:
+        """Stop a request for a reason that the next `step` returns; as `abort`."""
+        return self.scheduler.refuse(request_id, error)
+
+    def step(self) -> StepOutput:
         """Launch the next step and commit the oldest one once enough are in flight.
 
-        Returns the new tokens of every request that got one, of all steps that were committed.
+        Returns what all steps that were committed gave, and the requests refused since.
         """
-        outputs: list[RequestOutput] = []
+        output = StepOutput()
         plan = self._launch()
         if plan.blocked:
             # With nothing in flight the scheduler can preempt.
             while self._inflight:
-                outputs += self._commit()
+                output.extend(self._commit())
             plan = self._launch()
+        refused = self.scheduler.take_refused()
+        self._num_refused += len(refused)
+        output.endings.update(refused)
         assert self._inflight or not self.has_work, "requests wait and none can run"
         if self._inflight and (
             not plan.chunks or len(self._inflight) >= self.config.max_inflight_steps
         ):
-            outputs += self._commit()
-        return outputs
+            output.extend(self._commit())
+        return output
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
+    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         """Run requests to their end together; the output token ids of each, offline use."""
-        live = []
-        for index, entry in enumerate(requests):
-            request = Request(
-                f"generate-{index}", list(entry.prompt_ids), entry.params, entry.adapter_id
-            )
-            self.add_request(request)
-            live.append(request)
+        states = [self.add_request(request) for request in requests]
         while self.has_work:
             self.step()
-        return [request.output_ids for request in live]
+        return [state.output_ids for state in states]
 
     def stats(self) -> EngineStats:
         pool, residency, scheduler = self._pool, self._residency, self.scheduler
@@ -226,6 +232,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_finished=self._num_finished,
             num_aborted=self._num_aborted,
+            num_refused=self._num_refused,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_prompt_tokens=scheduler.num_cached_prompt_tokens,
@@ -240,36 +247,51 @@ class Engine:
         """Plan a step, and launch it if anything can run."""
         plan = self.scheduler.schedule()
         if plan.chunks:
-            self.runner.load_adapters(plan, self._host_copies.__getitem__)
-            self._inflight.append((plan, self.runner.launch(plan)))
+            for load in plan.adapter_loads:
+                adapter = self._host_copies[load.adapter_id]
+                self.builder.shapes.adapter_loaded(load.slot, adapter.layout)
+                self.runner.load_adapter(load, adapter)
+            self._inflight.append((plan, self.runner.run(self.builder.build(plan.chunks))))
         return plan
 
-    def _commit(self) -> list[RequestOutput]:
+    def _commit(self) -> StepOutput:
         """Take the tokens of the oldest step in flight, waiting for them."""
         plan, handle = self._inflight.popleft()
-        outputs = self.scheduler.commit(plan, handle.token_ids())
+        output = self.scheduler.commit(plan, handle.token_ids())
         self._num_steps += 1
-        self._num_output_tokens += len(outputs)
-        self._num_finished += sum(output.finish_reason is not None for output in outputs)
-        return outputs
+        self._num_output_tokens += len(output.token_ids)
+        self._num_finished += len(output.endings)
+        return output
 
     def _validate(self, request: Request) -> None:
         if not request.prompt_ids:
             raise InvalidRequestError(
                 "the prompt is empty; it must have at least one token", "prompt"
             )
-        vocab_size = self.model.vocab_size
-        for token_id in (min(request.prompt_ids), max(request.prompt_ids)):
-            if not 0 <= token_id < vocab_size:
+        self._check_token_ids(request.prompt_ids, "the prompt")
+        max_tokens = request.sampling.max_tokens
+        if request.output_ids:
+            self._check_token_ids(request.output_ids, "the answer so far")
+            if len(request.output_ids) >= max_tokens:
                 raise InvalidRequestError(
-                    f"the prompt has token id {token_id}; ids are in [0, {vocab_size})", "prompt"
+                    f"the answer so far has {len(request.output_ids)} tokens and max_tokens is "
+                    f"{max_tokens}: nothing is left to generate",
+                    "max_tokens",
                 )
         context = self.config.context_len(self.model)
-        if request.max_total_tokens > context:
+        if len(request.prompt_ids) + max_tokens > context:
             raise InvalidRequestError(
                 f"the prompt's {len(request.prompt_ids)} tokens and max_tokens "
-                f"{request.params.max_tokens} exceed the context of {context} tokens",
+                f"{max_tokens} exceed the context of {context} tokens",
                 "max_tokens",
             )
         if request.adapter_id is not None and request.adapter_id not in self._host_copies:
             raise AdapterNotFoundError(f"no adapter {request.adapter_id!r} was added")
+
+    def _check_token_ids(self, token_ids: Sequence[int], where: str) -> None:
+        vocab_size = self.model.vocab_size
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"{where} has token id {token_id}; ids are in [0, {vocab_size})", "prompt"
+                )

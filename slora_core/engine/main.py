@@ -1,6 +1,6 @@
-"""The engine process: `python -m slora_core.engine.main FD`, started by `engine_process`.
+"""The engine process: `python -m slora_core.engine.main FD`, started by `engine.process`.
 
-Reads messages from the inherited connection FD in a thread of its own, steps the engine in the
+Reads messages from the inherited socket FD in a thread of its own, steps the engine in the
 main thread, answers with one message a step. Ends when the connection does, or with its parent.
 """
 
@@ -10,33 +10,32 @@ import logging
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from slora_core.adapters.host_pinning import pin_in_background
+from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.adapters.slab_reader import SlabReader
 from slora_core.engine.engine import Engine
 from slora_core.engine.protocol import (
     AbortRequest,
-    AddRequest,
+    AddAdapter,
     Call,
     DropAdapter,
     EngineInfo,
     EngineSpec,
     Failed,
-    Refused,
     Reply,
-    StepOutputs,
     receive_message,
     send_message,
 )
 from slora_core.errors import SLoRAError
-from slora_core.requests import FinishReason, Request, RequestOutput
+from slora_core.requests import FinishReason, Request, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +46,27 @@ _PR_SET_PDEATHSIG = 1
 class EngineLoop:
     """Drives an engine by messages; everything but `_read` runs in the main thread."""
 
-    def __init__(self, connection: Connection, engine: Engine) -> None:
+    def __init__(self, connection: socket.socket, engine: Engine) -> None:
         self._connection = connection
         self._engine = engine
         on_map = pin_in_background if engine.config.device == "cuda" else None
         self._slabs = SlabReader(engine.geometry, on_map)
+        # Why adapters that requests may name could not be added.
+        self._unusable: dict[str, SLoRAError] = {}
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="engine-inbox", daemon=True).start()
 
     def run(self) -> None:
         """Handle messages and step, for ever; blocks on the inbox while there is no work."""
         while True:
-            self._handle_messages(block=not self._engine.has_work)
-            outputs = self._engine.step()
-            if outputs:
-                self._send(StepOutputs(outputs))
+            self.run_once()
+
+    def run_once(self) -> None:
+        """Handle the messages that are there, then step."""
+        self._handle_messages(block=not self._engine.has_work)
+        output = self._engine.step()
+        if output:
+            self._send(output)
 
     def _read(self) -> None:
         """Queue messages until the owner closes its end or dies, then end the process."""
@@ -89,12 +94,13 @@ class EngineLoop:
 
     def _handle(self, message: object) -> None:
         match message:
-            case AddRequest():
-                self._add(message)
+            case Request():
+                self._add_request(message)
+            case AddAdapter(location):
+                self._add_adapter(location)
             case AbortRequest(request_id):
                 if self._engine.abort(request_id):
-                    ended = RequestOutput(request_id, [], FinishReason.ABORT)
-                    self._send(StepOutputs([ended]))
+                    self._send(StepOutput(endings={request_id: FinishReason.ABORT}))
             case DropAdapter(adapter_id):
                 self._engine.drop_adapter(adapter_id)
             case Call():
@@ -102,22 +108,23 @@ class EngineLoop:
             case _:
                 raise TypeError(f"unknown message {message!r}")
 
-    def _add(self, message: AddRequest) -> None:
-        location = message.adapter
-        try:
-            # Known pages are under a lease still, whatever became of the store of this location.
-            if location is not None and not self._engine.has_adapter(location.adapter_id):
+    def _add_adapter(self, location: AdapterLocation) -> None:
+        adapter_id = location.adapter_id
+        self._unusable.pop(adapter_id, None)
+        # Known pages are under a lease still, whatever became of the store of this location.
+        if not self._engine.has_adapter(adapter_id):
+            try:
                 self._engine.add_adapter(self._slabs.open(location))
-            self._engine.add_request(
-                Request(
-                    message.request_id,
-                    message.prompt_ids,
-                    message.params,
-                    None if location is None else location.adapter_id,
-                )
-            )
+            except SLoRAError as error:
+                self._unusable[adapter_id] = error
+
+    def _add_request(self, request: Request) -> None:
+        try:
+            if request.adapter_id in self._unusable:
+                raise self._unusable[request.adapter_id]
+            self._engine.add_request(request)
         except SLoRAError as error:
-            self._send(Refused(message.request_id, error))
+            self._send(StepOutput(endings={request.request_id: error}))
 
     def _answer(self, call: Call) -> Reply:
         try:
@@ -128,6 +135,7 @@ class EngineLoop:
                     self._engine.check_integrity()
                 case "release_adapter_source":
                     self._engine.release_adapter(call.argument)
+                    self._unusable.pop(call.argument, None)
         except AssertionError as error:
             return Reply(call.call_id, error=str(error))
         return Reply(call.call_id)
@@ -136,7 +144,7 @@ class EngineLoop:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     _end_with_parent()
-    connection = Connection(int(sys.argv[1]))
+    connection = socket.socket(fileno=int(sys.argv[1]))
     try:
         spec: EngineSpec = receive_message(connection)
         torch.set_num_threads(spec.num_threads or _default_threads(spec.engine.device))

@@ -1,7 +1,7 @@
 """The owner's side of an engine process: starts it, sends requests, hands out its tokens.
 
 Used by an engine replica on its event loop. Knows messages only; the engine itself, its memory
-and its steps live in the other process (`engine_main`), which ends when this one does.
+and its steps live in the other process (`engine.main`), which ends when this one does.
 """
 
 import asyncio
@@ -12,29 +12,26 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import AsyncGenerator
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from pathlib import Path
 
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.engine.protocol import (
     AbortRequest,
     Action,
-    AddRequest,
+    AddAdapter,
     Call,
     DropAdapter,
     EngineInfo,
     EngineSpec,
     Failed,
-    Refused,
+    MessageCutter,
     Reply,
-    StepOutputs,
-    receive_message,
-    send_message,
+    packed,
 )
+from slora_core.engine.streams import DeltaStream, DeltaStreams
 from slora_core.errors import EngineDeadError
-from slora_core.requests import RequestOutput, SamplingParams
+from slora_core.requests import Request, StepOutput
 from slora_core.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -54,15 +51,22 @@ class AsyncEngine:
 
     Every method must be called on the loop that ran `start`. The process is tied to the thread
     that calls `start` (Linux ends it when that thread ends), so call it on a lasting one.
+
+    Args:
+        interval_s: for how long tokens gather in a stream, seconds, by the number of streams.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(
+        self, spec: EngineSpec, interval_s: Callable[[int], float] = lambda num_streams: 0.0
+    ) -> None:
         self._spec = spec
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        # The same connection twice: to shut down whatever the loop does, and to write to.
+        self._socket: socket.socket | None = None
+        self._transport: asyncio.Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: asyncio.Future[EngineInfo] | None = None
-        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._streams = DeltaStreams(interval_s, self.abort)
         self._calls: dict[int, asyncio.Future[object]] = {}
         self._call_ids = itertools.count()
         # Why the engine is dead; None while it lives.
@@ -74,8 +78,7 @@ class AsyncEngine:
         Raises:
             EngineDeadError: it ended before it was ready; the message carries its reason.
         """
-        self._loop = asyncio.get_running_loop()
-        self._started = self._loop.create_future()
+        self._started = asyncio.get_running_loop().create_future()
         ours, theirs = socket.socketpair()
         # The package may lie in the working directory only, which the child need not share.
         root = str(Path(__file__).resolve().parents[2])
@@ -86,48 +89,43 @@ class AsyncEngine:
                 pass_fds=[theirs.fileno()],
                 env={"GOMP_SPINCOUNT": str(SPIN_COUNT), **os.environ, "PYTHONPATH": path},
             )
-        self._connection = Connection(ours.detach())
+        await self.connect(ours)
         self._send(self._spec)
-        threading.Thread(target=self._read, name="engine-outbox", daemon=True).start()
         return await self._started
 
-    async def generate(
-        self,
-        request_id: str,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        adapter: AdapterLocation | None,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs of one request, one a step that gave it a token; the last has a finish reason.
+    async def connect(self, connection: socket.socket) -> None:
+        """Speak with the engine at the other end of a socket; `start` does."""
+        self._loop = asyncio.get_running_loop()
+        connection.setblocking(False)
+        self._socket = connection
+        link = _EngineLink(self._dispatch, self._die)
+        self._transport, _ = await self._loop.create_unix_connection(lambda: link, sock=connection)
 
-        Closing the generator early aborts the request. `adapter` must stay leased until
-        `release_adapter_source` has returned.
+    def generate(self, request: Request) -> DeltaStream:
+        """Start a request; its deltas come from the stream, errors of the engine among them.
+
+        Leaving the stream's context early aborts the request. Its adapter was sent by
+        `add_adapter` and must stay leased until `release_adapter_source` has returned.
 
         Raises:
-            InvalidRequestError, AdapterTooLargeError: the engine refused the request.
-            EngineDeadError: the process died; what came before is all there is.
+            EngineDeadError: the process has ended.
         """
-        stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
-        ended = False
         self._check_alive()
-        assert request_id not in self._streams, f"{request_id} is running already"
-        self._streams[request_id] = stream
-        try:
-            self._send(AddRequest(request_id, prompt_ids, params, adapter))
-            while not ended:
-                item = await stream.get()
-                ended = isinstance(item, Exception) or item.finish_reason is not None
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            del self._streams[request_id]
-            if not ended:
-                self.abort(request_id)
+        stream = self._streams.open(request.request_id)
+        self._send(request)
+        return stream
 
     def abort(self, request_id: str) -> None:
-        """Stop a request; its generator ends with finish reason "abort". Unknown ids are fine."""
+        """Stop a request; its stream ends with finish reason "abort". Unknown ids are fine."""
         self._send(AbortRequest(request_id))
+
+    def add_adapter(self, location: AdapterLocation) -> None:
+        """Say where a leased adapter's host pages lie, before requests name it.
+
+        Where they cannot be used, those requests end with the reason: StoreGoneError,
+        AdapterTooLargeError.
+        """
+        self._send(AddAdapter(location))
 
     async def release_adapter_source(self, adapter_id: str) -> None:
         """Have the engine let go of an adapter's host pages, which no request here uses.
@@ -154,20 +152,16 @@ class AsyncEngine:
         """
         await self._call("check_integrity")
 
-    @property
-    def num_streams(self) -> int:
-        """Requests whose outputs somebody reads."""
-        return len(self._streams)
-
     def is_alive(self) -> bool:
         return self._death is None and self._process is not None and self._process.poll() is None
 
     def close(self) -> None:
         """End the process; running requests fail with EngineDeadError. May be called twice."""
-        if self._connection is not None and not self._connection.closed:
-            # The engine ends itself at the end of the connection, whatever it is computing.
+        if self._socket is not None:
+            # The engine ends itself at the end of the connection, whatever it is computing. Not by
+            # the transport, whose loop may be busy with this call, or closed.
             with contextlib.suppress(OSError):
-                _shut_down(self._connection)
+                self._socket.shutdown(socket.SHUT_RDWR)
         if self._process is not None:
             try:
                 self._process.wait(CLOSE_TIMEOUT_S)
@@ -193,46 +187,13 @@ class AsyncEngine:
             raise EngineDeadError(self._death)
 
     def _send(self, message: object) -> None:
-        if self._death is None and self._connection is not None:
-            try:
-                send_message(self._connection, message)
-            except OSError:
-                # The reader thread sees the end of the connection too and says why.
-                logger.debug("the engine's connection is closed")
-
-    def _read(self) -> None:
-        """Hand messages to the event loop until the process ends; runs in a thread."""
-        assert self._connection is not None and self._loop is not None
-        reason = "the engine process ended"
-        while True:
-            try:
-                message = receive_message(self._connection)
-            except (EOFError, OSError):
-                break
-            except Exception as error:
-                logger.exception("a message of the engine could not be read")
-                reason = f"a message of the engine could not be read: {error}"
-                break
-            if isinstance(message, Failed):
-                reason = message.reason
-                break
-            self._on_loop(self._dispatch, message)
-        self._on_loop(self._die, reason)
-
-    def _on_loop(self, callback: object, argument: object) -> None:
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody listens any more.
-            self._loop.call_soon_threadsafe(callback, argument)  # type: ignore[arg-type]
+        if self._death is None and self._transport is not None:
+            self._transport.write(packed(message))
 
     def _dispatch(self, message: object) -> None:
         match message:
-            case StepOutputs(outputs):
-                for output in outputs:
-                    if stream := self._streams.get(output.request_id):
-                        stream.put_nowait(output)
-            case Refused(request_id, error):
-                if stream := self._streams.get(request_id):
-                    stream.put_nowait(error)
+            case StepOutput():
+                self._streams.take(message)
             case Reply(call_id, value, error):
                 if (future := self._calls.get(call_id)) and not future.done():
                     if error is None:
@@ -242,20 +203,37 @@ class AsyncEngine:
             case EngineInfo():
                 assert self._started is not None
                 self._started.set_result(message)
+            case Failed(reason):
+                self._die(reason)
 
     def _die(self, reason: str) -> None:
         """Fail everything that waits on the engine; the first reason is kept."""
         if self._death is not None:
             return
         self._death = reason
-        for stream in self._streams.values():
-            stream.put_nowait(EngineDeadError(reason))
+        self._streams.fail(EngineDeadError(reason))
         for future in (*self._calls.values(), self._started):
             if future is not None and not future.done():
                 future.set_exception(EngineDeadError(reason))
 
 
-def _shut_down(connection: Connection) -> None:
-    """Close both directions of a connection over a socket, waking a thread that reads it."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
-        duplicate.shutdown(socket.SHUT_RDWR)
+class _EngineLink(asyncio.Protocol):
+    """The engine's messages as the loop reads them; `on_end` gets the reason, once or more."""
+
+    def __init__(self, on_message: Callable[[object], None], on_end: Callable[[str], None]) -> None:
+        self._cutter = MessageCutter()
+        self._on_message = on_message
+        self._on_end = on_end
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            messages = self._cutter.push(data)
+        except Exception as error:
+            logger.exception("a message of the engine could not be read")
+            self._on_end(f"a message of the engine could not be read: {error}")
+            return
+        for message in messages:
+            self._on_message(message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._on_end("the engine process ended")

@@ -1,18 +1,18 @@
-"""Messages between an engine process and the process that owns it, pickled over one connection.
+"""Messages between an engine process and the process that owns it, pickled over one socket.
 
-`engine_process` sends the requests, `engine_main` the replies.
+`engine.process` sends requests and orders, `engine.main` one `StepOutput` a step. A request is sent
+as it is, `requests.Request`; the adapter that it names was sent once before, as `AddAdapter`.
 """
 
 import pickle
+import socket
+import struct
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.config import EngineConfig
-from slora_core.errors import SLoRAError
-from slora_core.requests import RequestOutput, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,10 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
-class AddRequest:
-    request_id: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    # Where the adapter's host pages lie; None is the base model.
-    adapter: AdapterLocation | None
+class AddAdapter:
+    """An adapter's host pages, for the requests after it, until `release_adapter_source`."""
+
+    location: AdapterLocation
 
 
 @dataclass(frozen=True)
@@ -78,43 +76,74 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class StepOutputs:
-    """Everything one step produced, in one message."""
-
-    outputs: list[RequestOutput]
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A request that was not queued, with the reason to raise to its caller."""
-
-    request_id: str
-    error: SLoRAError
-
-
-@dataclass(frozen=True)
 class Failed:
     """The engine did not start, or died of a defect; the process exits after sending it."""
 
     reason: str
 
 
-def send_message(connection: Connection, message: object) -> None:
-    """Write one message.
+# Before each message: its length in bytes.
+_LENGTH = struct.Struct("!Q")
 
-    Plain pickle: the connection's own `send` would have torch move tensors to shared memory of
-    the sender, and a message must outlive it.
+
+def packed(message: object) -> bytes:
+    """A message as it is sent.
+
+    Plain pickle: multiprocessing's would have torch move tensors to shared memory of the sender,
+    and a message must outlive it.
+    """
+    payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def send_message(connection: socket.socket, message: object) -> None:
+    """Write one message.
 
     Raises:
         OSError: the other end is closed.
     """
-    connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+    connection.sendall(packed(message))
 
 
-def receive_message(connection: Connection) -> Any:
+def receive_message(connection: socket.socket) -> Any:
     """Wait for one message.
 
     Raises:
         EOFError, OSError: the other end is closed.
     """
-    return pickle.loads(connection.recv_bytes())
+    (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
+    return pickle.loads(_receive(connection, length))
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> bytearray:
+    data = bytearray(num_bytes)
+    view = memoryview(data)
+    while view:
+        received = connection.recv_into(view)
+        if not received:
+            raise EOFError
+        view = view[received:]
+    return data
+
+
+class MessageCutter:
+    """Cuts what a socket gives, in pieces of any size, into messages."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def push(self, data: bytes) -> list[Any]:
+        """The messages that are whole now, in order."""
+        messages = []
+        self._data += data
+        start = 0
+        while len(self._data) - start >= _LENGTH.size:
+            first = start + _LENGTH.size
+            end = first + _LENGTH.unpack_from(self._data, start)[0]
+            if end > len(self._data):
+                break
+            with memoryview(self._data) as view:
+                messages.append(pickle.loads(view[first:end]))
+            start = end
+        del self._data[:start]
+        return messages

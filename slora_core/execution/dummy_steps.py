@@ -2,7 +2,7 @@
 
 from slora_core.config import EngineConfig, ModelConfig
 from slora_core.memory.page_pool import pages_for
-from slora_core.requests import Request, SamplingParams, StepPlan
+from slora_core.requests import Request, RequestState, SamplingParams, StepPlan
 
 
 def prompt_step(
@@ -15,14 +15,17 @@ def prompt_step(
     context_len, page_tokens = engine.context_len(model), engine.page_tokens
     plan = StepPlan()
     left, first_page = num_tokens, 0
-    for row in range(engine.max_running_requests):
+    for table_idx in range(engine.max_running_requests):
         length = min(left, context_len)
         if engine.num_pool_tokens is not None:
             length = min(length, (engine.num_pages - first_page) * page_tokens)
         if length <= 0:
             break
-        request = Request(f"dummy-{row}", [0] * length, SamplingParams(temperature=0.0), row=row)
-        request.adapter_slot = adapter_slot
+        request = RequestState(
+            Request([0] * length, SamplingParams(temperature=0.0)),
+            adapter_slot=adapter_slot,
+            table_idx=table_idx,
+        )
         last_page = first_page + pages_for(length, page_tokens)
         request.page_ids = list(range(first_page, last_page))
         plan.add(request, length)

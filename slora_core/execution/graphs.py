@@ -1,7 +1,7 @@
-"""CUDA graphs of small steps: captured once for each size and shape of LoRA, then replayed.
+"""CUDA graphs of small steps: captured once for each padded shape, then replayed.
 
-A step replays the graph of the smallest size that holds it; its padding rows have no context, no
-cache slot and no adapter. Knows no requests: it is given a step's fields.
+Padding rows of a step have no context, no cache slot and no adapter. Knows no requests: it is given
+a step's fields.
 """
 
 import gc
@@ -11,19 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from slora_core.execution.buckets import LoraShape
 from slora_core.execution.int_fields import IntFields
-
-
-@dataclass(frozen=True)
-class GraphKey:
-    """What a graph is captured for."""
-
-    num_rows: int
-    # Whether there is room for prompts: without, every row is a decode that samples.
-    has_prompts: bool
-    # What LoRA kernels are launched for; None is the base model only.
-    lora: LoraShape | None
+from slora_core.execution.step_inputs import StepShape
 
 
 @dataclass(frozen=True)
@@ -34,26 +23,30 @@ class _Graph:
 
 
 class StepGraphs:
-    """Graphs by key; they share one memory pool, so their outputs must live outside it."""
+    """Graphs by padded shape; they share one memory pool, so their outputs must live outside it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[GraphKey, _Graph] = {}
+        self._graphs: dict[StepShape, _Graph] = {}
 
-    def __contains__(self, key: GraphKey) -> bool:
-        return key in self._graphs
+    def __contains__(self, shape: StepShape) -> bool:
+        return shape in self._graphs
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def capture(
-        self, key: GraphKey, fields: IntFields, forward: Callable[[torch.Tensor, int | None], None]
+        self,
+        shape: StepShape,
+        fields: IntFields,
+        forward: Callable[[torch.Tensor, int | None], None],
     ) -> None:
-        """Record the graph of a key.
+        """Record the graph of a shape.
 
         Args:
-            fields: a step of padding rows alone, whose layout all steps of the key have.
+            fields: a step of the shape, whose layout all of them have. Its KV is written more than
+                once, with the same values.
             forward: computes a step from a buffer of that layout, without synchronising, by so
                 many of the first layers or, with None, by all.
         """
@@ -68,11 +61,11 @@ class StepGraphs:
         capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         with _without_garbage_collection(), capture:
             forward(inputs, None)
-        self._graphs[key] = _Graph(graph, inputs)
+        self._graphs[shape] = _Graph(graph, inputs)
 
-    def replay(self, key: GraphKey, fields: IntFields) -> torch.Tensor:
+    def replay(self, shape: StepShape, fields: IntFields) -> torch.Tensor:
         """Start a step; returns the device copy of its fields, overwritten by the next replay."""
-        entry = self._graphs[key]
+        entry = self._graphs[shape]
         fields.copy_to(entry.inputs)
         entry.graph.replay()
         return entry.inputs

@@ -11,6 +11,7 @@ from slora_core.errors import UnsupportedModelError
 from slora_core.execution.buckets import max_graph_rows
 from slora_core.execution.dummy_steps import num_step_pages, prompt_step
 from slora_core.execution.model_runner import ModelRunner
+from slora_core.execution.step_builder import StepBuilder
 from slora_core.memory.sizing import page_bytes
 from slora_core.models.weights import DecoderWeights
 
@@ -64,7 +65,9 @@ def _run_largest_step(model: ModelConfig, engine: EngineConfig, weights: Decoder
     """Prefill `max_batched_tokens` in requests as long as may be; returns the pool's bytes."""
     plan = prompt_step(model, engine, engine.max_batched_tokens)
     num_pages = num_step_pages(plan)
-    small = dataclasses.replace(engine, num_pool_tokens=num_pages * engine.page_tokens)
+    num_tokens = num_pages * engine.page_tokens
+    small = dataclasses.replace(engine, num_pool_tokens=num_tokens, cuda_graphs=False)
     runner = ModelRunner(model, small, weights, max_slots=1)
-    runner.launch(plan).token_ids()
+    builder = StepBuilder(model, small, runner.attention_planner)
+    runner.run(builder.build(plan.chunks)).token_ids()
     return runner.pool.numel() * runner.pool.element_size()

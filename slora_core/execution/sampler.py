@@ -4,8 +4,11 @@ A row's result depends on its logits, settings, seed and token index only, never
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
+
+from slora_core.execution.step_inputs import SamplingInputs
 
 # SplitMix64 (Steele, Lea, Flood, 2014), its constants as signed 64-bit integers.
 _GAMMA = -0x61C8864680B583EB
@@ -28,6 +31,24 @@ class SamplingBatch:
     token_index: torch.Tensor
     # int64 [F]: rows that sample and whose top_k, top_p or min_p cuts something.
     filtered_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, inputs: SamplingInputs, device: torch.device) -> Self:
+        def send(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
+            on_host = torch.tensor(values, dtype=dtype)
+            if device.type == "cuda":
+                return on_host.pin_memory().to(device, non_blocking=True)
+            return on_host
+
+        return cls(
+            temperature=send(inputs.temperature, torch.float32),
+            top_p=send(inputs.top_p, torch.float32),
+            min_p=send(inputs.min_p, torch.float32),
+            top_k=send(inputs.top_k, torch.int64),
+            seed=send(inputs.seed, torch.int64),
+            token_index=send(inputs.token_index, torch.int64),
+            filtered_rows=send(inputs.filtered_rows, torch.int64),
+        )
 
 
 def sample(logits: torch.Tensor, sampling: SamplingBatch | None) -> torch.Tensor:

@@ -11,22 +11,22 @@ from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.memory.page_pool import PagePool
 from slora_core.memory.prefix_cache import PrefixCache
-from slora_core.requests import Request
+from slora_core.requests import RequestState
 from slora_core.scheduling.running_set import RunningSet
 
-# Steps after which a refused head of the queue is tried again though nothing was given back:
-# running requests that come near their ends lower the peak, too, if slowly.
+# Steps after which a head of the queue that did not fit is tried again, though nothing was given
+# back: running requests that come near their ends lower the peak, too, if slowly.
 _RETRY_STEPS = 8
 
 
-def expected_total_tokens(request: Request, config: EngineConfig) -> int:
+def expected_total_tokens(request: RequestState, config: EngineConfig) -> int:
     """Prompt + output tokens the request is assumed to reach.
 
     Its max_tokens where nothing can stop it before. Else at least one more than it has, pending
     ones included, unless those are its max_tokens.
     """
-    limit, params = request.max_total_tokens, request.params
-    runs_on = params.ignore_eos and not params.stop and not params.stop_token_ids
+    limit, sampling = request.max_total_tokens, request.sampling
+    runs_on = sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
     if config.admission_output_tokens is None or runs_on:
         return limit
     expected = len(request.prompt_ids) + config.admission_output_tokens
@@ -41,15 +41,15 @@ class PeakEstimate:
     run, each having grown by the i-th's remaining tokens and wasting less than a page.
     """
 
-    def __init__(self, requests: Iterable[Request], config: EngineConfig) -> None:
+    def __init__(self, requests: Iterable[RequestState], config: EngineConfig) -> None:
         self._config = config
         # (remaining tokens negated, tokens on pages of its own), ascending.
         self._lengths = sorted(self._length(r, r.num_matched_pages) for r in requests)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: RequestState) -> None:
         insort(self._lengths, self._length(request, request.num_matched_pages))
 
-    def pages(self, candidate: Request | None = None, num_matched_pages: int = 0) -> int:
+    def pages(self, candidate: RequestState | None = None, num_matched_pages: int = 0) -> int:
         """The peak, with a candidate beside the requests where one is given.
 
         Pages that requests found in the prefix cache, the candidate `num_matched_pages`, are not
@@ -68,7 +68,7 @@ class PeakEstimate:
                 peak = rounded_up
         return peak // page_tokens
 
-    def _length(self, request: Request, num_matched_pages: int) -> tuple[int, int]:
+    def _length(self, request: RequestState, num_matched_pages: int) -> tuple[int, int]:
         num_tokens = request.num_tokens
         num_own = num_tokens - num_matched_pages * self._config.page_tokens
         return num_tokens - expected_total_tokens(request, self._config), num_own
@@ -94,33 +94,33 @@ class Admission:
         self._adapter_pages = adapter_pages
         # Of the running requests in one step; made when it is first asked for.
         self._estimate: PeakEstimate | None = None
-        # The request that did not fit, with `num_released` then, and how long it stays refused.
-        self._refused: tuple[Request, int] | None = None
-        self._refused_steps = 0
+        # The request that did not fit, with `num_released` then, and how long it has to wait.
+        self._postponed: tuple[RequestState, int] | None = None
+        self._postponed_steps = 0
 
     def begin_step(self) -> None:
         """Forget what was estimated: running requests have grown."""
         self._estimate = None
-        self._refused_steps -= 1
+        self._postponed_steps -= 1
 
-    def fits(self, request: Request) -> bool:
+    def fits(self, request: RequestState) -> bool:
         """Whether the request may start beside what runs, with what `started` in this step."""
         attempt = request, self._running.num_released
-        if attempt == self._refused and self._refused_steps > 0:
+        if attempt == self._postponed and self._postponed_steps > 0:
             return False
         if self._estimate is None:
             self._estimate = PeakEstimate(self._running, self._config)
         if self._has_room(request, self._estimate):
             return True
-        self._refused, self._refused_steps = attempt, _RETRY_STEPS
+        self._postponed, self._postponed_steps = attempt, _RETRY_STEPS
         return False
 
-    def started(self, request: Request) -> None:
+    def started(self, request: RequestState) -> None:
         """The request runs from this step on."""
         assert self._estimate is not None
         self._estimate.add(request)
 
-    def _has_room(self, request: Request, estimate: PeakEstimate) -> bool:
+    def _has_room(self, request: RequestState, estimate: PeakEstimate) -> bool:
         new_pinned = 0
         if request.adapter_id is not None:
             if not self._residency.can_acquire(request.adapter_id):

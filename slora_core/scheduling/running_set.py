@@ -1,6 +1,6 @@
-"""The requests that hold pages, a row and an adapter, and when they give them back.
+"""The requests that hold pages, a place in the device's tables and an adapter.
 
-Called by the scheduler, which decides who starts, grows and leaves.
+Owns when they give them back. The scheduler decides who starts, grows and leaves.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.memory.page_pool import PagePool, pages_for
 from slora_core.memory.prefix_cache import PrefixCache
-from slora_core.requests import AdapterLoad, Request
+from slora_core.requests import AdapterLoad, RequestState
 
 
 class RunningSet:
@@ -31,10 +31,10 @@ class RunningSet:
         self._pool = pool
         self._residency = residency
         self._prefixes = prefixes
-        self._running: dict[str, Request] = {}
+        self._running: dict[str, RequestState] = {}
         # Not by id, which may be in use again.
-        self._draining: set[Request] = set()
-        self._free_rows = list(range(config.max_running_requests - 1, -1, -1))
+        self._draining: set[RequestState] = set()
+        self._free_table_idxs = list(range(config.max_running_requests - 1, -1, -1))
         # How often a request gave back what it held.
         self.num_released = 0
         # Tokens of prompts that started, found in the prefix cache; not of ones computed anew.
@@ -43,7 +43,7 @@ class RunningSet:
     def __len__(self) -> int:
         return len(self._running)
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[RequestState]:
         """Running requests, the oldest first; what leaves meanwhile is still visited."""
         return iter(list(self._running.values()))
 
@@ -51,13 +51,13 @@ class RunningSet:
         return request_id in self._running
 
     @property
-    def youngest(self) -> Request:
+    def youngest(self) -> RequestState:
         return next(reversed(self._running.values()))
 
     @property
     def is_full(self) -> bool:
-        """Whether every row is taken, by running requests or by ones that drain."""
-        return not self._free_rows
+        """Whether every place in the tables is taken, by running requests or by ones that drain."""
+        return not self._free_table_idxs
 
     @property
     def holds_nothing(self) -> bool:
@@ -67,7 +67,7 @@ class RunningSet:
     def num_draining_pages(self) -> int:
         return sum(len(request.page_ids) for request in self._draining)
 
-    def start(self, request: Request, num_adapter_pages: int) -> AdapterLoad | None:
+    def start(self, request: RequestState, num_adapter_pages: int) -> AdapterLoad | None:
         """Add the youngest, with the pages that the prefix cache has of it.
 
         Returns the copy that is due where its adapter was not resident.
@@ -78,17 +78,17 @@ class RunningSet:
         request.num_prefix_pages = request.num_matched_pages = len(request.page_ids)
         request.num_computed = len(request.page_ids) * self._config.page_tokens
         if not request.num_preemptions:
-            self.num_cached_prompt_tokens += request.num_computed
+            self.num_cached_prompt_tokens += min(request.num_computed, len(request.prompt_ids))
         load = None
         if request.adapter_id is not None:
             request.adapter_slot, load = self._residency.acquire(
                 request.adapter_id, num_adapter_pages
             )
-        request.row = self._free_rows.pop()
+        request.table_idx = self._free_table_idxs.pop()
         self._running[request.request_id] = request
         return load
 
-    def computed(self, request: Request) -> None:
+    def computed(self, request: RequestState) -> None:
         """Let later requests, of this step too, find what the step just planned computes.
 
         A step writes the KV of all its rows before any row reads it.
@@ -103,7 +103,7 @@ class RunningSet:
                 request.num_prefix_pages,
             )
 
-    def end(self, request: Request) -> None:
+    def end(self, request: RequestState) -> None:
         """Take a request out that will not go on."""
         del self._running[request.request_id]
         request.ended = True
@@ -112,13 +112,13 @@ class RunningSet:
         else:
             self._release(request)
 
-    def settle(self, request: Request) -> None:
+    def settle(self, request: RequestState) -> None:
         """A step with a chunk of an ended request was committed."""
         if not request.num_inflight:
             self._draining.remove(request)
             self._release(request)
 
-    def preempt(self, request: Request) -> None:
+    def preempt(self, request: RequestState) -> None:
         """Take a request out that will be computed anew; no step in flight may have it."""
         assert not request.num_inflight
         del self._running[request.request_id]
@@ -127,14 +127,14 @@ class RunningSet:
         request.num_preemptions += 1
 
     def check_integrity(self, num_inflight: int) -> None:
-        """Assert one owner a page and a row, and that block tables cover what is computed."""
+        """Assert one owner a page and table index, and that block tables cover what is computed."""
         holding = [*self._running.values(), *self._draining]
         holders = Counter(page_id for request in holding for page_id in request.page_ids)
         self._prefixes.check_integrity(holders)
         kv_pages = [*holders, *self._prefixes.idle_page_ids()]
         self._pool.check_integrity(kv_pages, self._residency.page_ids())
-        rows = sorted([*self._free_rows, *(request.row for request in holding)])
-        assert rows == list(range(self._config.max_running_requests))
+        table_idxs = sorted([*self._free_table_idxs, *(request.table_idx for request in holding)])
+        assert table_idxs == list(range(self._config.max_running_requests))
         for request in holding:
             computed = pages_for(request.num_computed, self._config.page_tokens)
             assert len(request.page_ids) >= computed >= request.num_prefix_pages
@@ -142,15 +142,15 @@ class RunningSet:
             assert request.num_pending <= request.num_inflight <= num_inflight
         assert all(request.ended and request.num_inflight for request in self._draining)
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: RequestState) -> None:
         self.computed(request)
         self._prefixes.release(
             request.page_ids, request.num_prefix_pages, request.num_matched_pages
         )
         request.page_ids = []
         request.num_prefix_pages = request.num_matched_pages = 0
-        self._free_rows.append(request.row)
-        request.row = -1
+        self._free_table_idxs.append(request.table_idx)
+        request.table_idx = -1
         if request.adapter_id is not None:
             self._residency.release(request.adapter_id)
             request.adapter_slot = None

@@ -1,26 +1,26 @@
 """Decides what each step computes: admission, chunked prefill, preemption, finishing.
 
-Owns the waiting queue, the running set and every KV page. Never touches tensors: it returns a
-`StepPlan` and is told the sampled tokens by `commit`. Called by the engine only, which may plan
-and launch a step before it commits the ones before.
+Owns the running set and every KV page; which request starts next is the waiting queue's to say.
+Never touches tensors: it returns a `StepPlan` and is told the sampled tokens by `commit`. Called by
+the engine only, which may plan and launch a step before it commits the ones before.
 """
 
-from collections import deque
 from collections.abc import Callable
 
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
-from slora_core.errors import InvalidRequestError
+from slora_core.errors import InvalidRequestError, SLoRAError
 from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool, pages_for
 from slora_core.memory.prefix_cache import PrefixCache
-from slora_core.requests import FinishReason, Request, RequestOutput, StepPlan
+from slora_core.requests import FinishReason, RequestState, StepOutput, StepPlan
 from slora_core.scheduling.admission import Admission
 from slora_core.scheduling.running_set import RunningSet
+from slora_core.scheduling.waiting_queue import WaitingQueue
 
 
 class Scheduler:
-    """First come, first served, under a token budget.
+    """Continuous batching under a token budget.
 
     Running requests are kept in the order they were admitted. Decodes go first, then prefill
     chunks of running requests, then the head of the waiting queue. Where pages run out, idle
@@ -34,6 +34,7 @@ class Scheduler:
     Args:
         adapter_pages: pages that the adapter of an id takes; asked only for registered adapters.
         eos_token_ids: end a request that does not ignore them.
+        waiting: in which order requests start; empty.
     """
 
     def __init__(
@@ -45,16 +46,19 @@ class Scheduler:
         prefixes: PrefixCache,
         adapter_pages: Callable[[str], int],
         eos_token_ids: tuple[int, ...],
+        waiting: WaitingQueue,
     ) -> None:
         self._config = config
         self._pool = pool
         self._queue = queue
         self._adapter_pages = adapter_pages
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._waiting: deque[Request] = deque()
+        self._waiting = waiting
         self._running = RunningSet(config, pool, residency, prefixes)
         # Waiting and running ones.
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, RequestState] = {}
+        # Refused since they were queued, and not told yet.
+        self._refused: dict[str, SLoRAError] = {}
         self._num_inflight = 0
         self._admission = Admission(config, pool, residency, prefixes, self._running, adapter_pages)
         self.num_preemptions = 0
@@ -64,6 +68,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs, or a refusal is still to be told."""
+        return bool(self._requests or self._refused)
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -71,7 +80,7 @@ class Scheduler:
     def num_cached_prompt_tokens(self) -> int:
         return self._running.num_cached_prompt_tokens
 
-    def add(self, request: Request) -> None:
+    def add(self, request: RequestState) -> None:
         """Queue a request.
 
         Raises:
@@ -88,7 +97,7 @@ class Scheduler:
             )
         assert request.request_id not in self._requests, f"{request.request_id} is queued already"
         self._requests[request.request_id] = request
-        self._waiting.append(request)
+        self._waiting.add(request)
 
     def abort(self, request_id: str) -> bool:
         """Remove a request wherever it is; False where it is unknown or has ended already."""
@@ -100,6 +109,18 @@ class Scheduler:
         else:
             self._waiting.remove(request)
         return True
+
+    def refuse(self, request_id: str, error: SLoRAError) -> bool:
+        """End a request that was queued, for a reason that its client is told; as `abort`."""
+        if not self.abort(request_id):
+            return False
+        self._refused[request_id] = error
+        return True
+
+    def take_refused(self) -> dict[str, SLoRAError]:
+        """What clients have to be told of requests refused since the last call, by request id."""
+        refused, self._refused = self._refused, {}
+        return refused
 
     def schedule(self) -> StepPlan:
         """Plan one step, as if all steps in flight had run.
@@ -116,14 +137,14 @@ class Scheduler:
         self._num_inflight += bool(plan.chunks)
         return plan
 
-    def commit(self, plan: StepPlan, token_ids: list[int]) -> list[RequestOutput]:
-        """Take the tokens of the oldest step in flight; the new ones of requests that go on.
+    def commit(self, plan: StepPlan, token_ids: list[int]) -> StepOutput:
+        """Take the tokens of the oldest step in flight; returns those of requests that went on.
 
         Args:
             token_ids: the sampled token of each chunk that samples, in the plan's order.
         """
         self._num_inflight -= 1
-        outputs = []
+        output = StepOutput()
         tokens = iter(token_ids)
         for chunk in plan.chunks:
             request = chunk.request
@@ -139,14 +160,14 @@ class Scheduler:
                 if reason is not None:
                     del self._requests[request.request_id]
                     self._running.end(request)
-                outputs.append(RequestOutput(request.request_id, [token_id], reason))
-        return outputs
+                output.add(request.request_id, token_id, reason)
+        return output
 
     def check_integrity(self) -> None:
-        """Assert that every page and row has one owner, and every request one place."""
+        """Assert that every page and table index has one owner, and every request one place."""
         self._running.check_integrity(self._num_inflight)
         for request in self._waiting:
-            assert not request.page_ids and request.row == -1
+            assert not request.page_ids and request.table_idx == -1
             assert not request.num_computed and not request.num_inflight
         assert len(self._requests) == len(self._waiting) + len(self._running)
 
@@ -156,12 +177,12 @@ class Scheduler:
         All of them or, where the plan is blocked, none: a step of a few costs nearly as much as
         one of all. Pages that some got by then are theirs in the next step.
         """
-        decodes: list[Request] = []
+        decodes: list[RequestState] = []
         for request in self._running:
             if len(decodes) == budget:
                 break
             # One preempted by an older request in this loop has left the running set.
-            if request.num_uncomputed != 1 or request.awaits_last_token or request.row < 0:
+            if request.num_uncomputed != 1 or request.awaits_last_token or request.table_idx < 0:
                 continue
             if self._grow(plan, request, request.num_tokens):
                 decodes.append(request)
@@ -177,19 +198,19 @@ class Scheduler:
             return 0
         for request in [r for r in self._running if r.num_uncomputed > 1]:
             end = request.num_computed + min(budget, request.num_uncomputed)
-            if budget and request.row >= 0 and self._grow(plan, request, end):
+            if budget and request.table_idx >= 0 and self._grow(plan, request, end):
                 budget -= end - request.num_computed
                 self._compute(plan, request, end)
         return 0 if plan.blocked else budget
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        """Start waiting requests, strictly in order, while each fits to its expected end."""
+        """Start waiting requests, in the queue's order, while each fits to its expected end."""
         self._admission.begin_step()
-        while self._waiting and budget and not self._running.is_full:
-            request = self._waiting[0]
-            if not self._admission.fits(request):
+        while budget and not self._running.is_full:
+            request = self._waiting.head()
+            if request is None or not self._admission.fits(request):
                 return
-            self._waiting.popleft()
+            self._waiting.remove(request)
             adapter_id = request.adapter_id
             num_pages = 0 if adapter_id is None else self._adapter_pages(adapter_id)
             load = self._running.start(request, num_pages)
@@ -203,7 +224,7 @@ class Scheduler:
             self._admission.started(request)
             budget -= num_uncomputed
 
-    def _compute(self, plan: StepPlan, request: Request, end: int) -> None:
+    def _compute(self, plan: StepPlan, request: RequestState, end: int) -> None:
         """Plan the request's tokens up to `end`, and take them for computed from here on."""
         chunk = plan.add(request, end)
         request.num_computed = end
@@ -212,7 +233,7 @@ class Scheduler:
         if not chunk.is_decode:
             self._running.computed(request)
 
-    def _grow(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
+    def _grow(self, plan: StepPlan, request: RequestState, num_tokens: int) -> bool:
         """Make the block table cover `num_tokens`, evicting and preempting where it must.
 
         The youngest running requests are preempted, at last `request` itself (False). Requests
@@ -231,7 +252,7 @@ class Scheduler:
             youngest = self._running.youngest
             self._running.preempt(youngest)
             self.num_preemptions += 1
-            self._waiting.appendleft(youngest)
+            self._waiting.put_back(youngest)
             if youngest is request:
                 return False
             # Its full pages are a prefix now, and its adapter may be idle.
@@ -239,12 +260,12 @@ class Scheduler:
         request.page_ids += self._pool.allocate(missing, PageOwner.KV)
         return True
 
-    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        params = request.params
-        if token_id in self._eos_token_ids and not params.ignore_eos:
+    def _finish_reason(self, request: RequestState, token_id: int) -> FinishReason | None:
+        sampling = request.sampling
+        if token_id in self._eos_token_ids and not sampling.ignore_eos:
             return FinishReason.STOP
-        if token_id in params.stop_token_ids:
+        if token_id in sampling.stop_token_ids:
             return FinishReason.STOP
-        if len(request.output_ids) >= params.max_tokens:
+        if len(request.output_ids) >= sampling.max_tokens:
             return FinishReason.LENGTH
         return None

@@ -1,6 +1,6 @@
 """Text to token ids and back, over the tokenizer of a Hugging Face model directory.
 
-Owns the fast tokenizer and the chat template. It knows no requests and no streaming
+Owns the fast tokenizer and has the chat template. It knows no requests and no streaming
 (`detokenizer` cuts the text of a running request); the ingress calls it.
 """
 
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slora_core.errors import InvalidRequestError, UnsupportedModelError
+from slora_core.errors import UnsupportedModelError
+from slora_core.text.chat_template import ChatTemplate
 
 # Characters from which a text is encoded on a thread: shorter ones take under about 2 ms.
 LONG_TEXT_CHARS = 8192
@@ -39,11 +40,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._hf_tokenizer = hf_tokenizer
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._hf_tokenizer.chat_template is not None
+        self.chat_template = ChatTemplate(hf_tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # Unlike encode, encode_batch lets other threads run.
@@ -60,32 +57,14 @@ class Tokenizer:
         """Token ids of a chat, the model's answer about to begin.
 
         Raises:
-            InvalidRequestError: the template is missing, refuses the messages or fails on them.
+            InvalidRequestError: as `ChatTemplate.render`.
         """
         num_chars = sum(len(str(message.get("content", ""))) for message in messages)
         if num_chars < LONG_TEXT_CHARS:
-            text = self.render_chat(messages)
+            text = self.chat_template.render(messages)
         else:
-            text = await asyncio.to_thread(self.render_chat, messages)
+            text = await asyncio.to_thread(self.chat_template.render, messages)
         return await self.encode_async(text, add_special_tokens=False)
-
-    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The chat as text, with the template's own special tokens."""
-        from jinja2 import TemplateError
-
-        if not self.has_chat_template:
-            raise InvalidRequestError(
-                "the model has no chat template; use /v1/completions", "messages"
-            )
-        try:
-            return self._hf_tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            # A template raises on roles and orders it does not know, in any of these ways.
-            raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", "messages"
-            ) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -1,12 +1,11 @@
 """Stand-ins for the engine and the registry, so that the ingress runs without Ray."""
 
 import asyncio
-from dataclasses import replace
 
-from app.generation.replica_protocol import TokenChunk
 from app.registry.names_and_paths import check_name
 from app.registry.registry import AdapterRecord, RegistrySnapshot
 from slora_core.errors import AdapterExistsError, AdapterNotFoundError
+from slora_core.requests import Delta, FinishReason
 from tests.tiny_tokenizer import byte_ids
 
 
@@ -66,7 +65,7 @@ class FakeRegistry:
 
 
 class FakeEngine:
-    """Answers every request with `text`, `num_bytes` bytes a chunk; records what it saw."""
+    """Answers every request with `text`, `num_bytes` bytes a delta; records what it saw."""
 
     def __init__(self, text="hello world", num_bytes=3, finish_reason="length"):
         self.text = text
@@ -74,12 +73,12 @@ class FakeEngine:
         self.finish_reason = finish_reason
         self.requests = []
         self.num_closed_early = 0
-        # Raised before chunk number i.
+        # Raised before delta number i.
         self.errors = {}
-        # Seconds before each chunk.
+        # Seconds before each delta.
         self.delay_s = 0.0
 
-    async def generate(self, request):
+    async def generate(self, request, renew):
         self.requests.append(request)
         ids = byte_ids(self.text.encode())
         starts = range(0, len(ids), self.num_bytes)
@@ -90,10 +89,10 @@ class FakeEngine:
                 if number in self.errors:
                     finished = True
                     raise self.errors[number]
-                chunk = TokenChunk(ids[start : start + self.num_bytes])
+                reason = None
                 if start == starts[-1]:
                     finished = True
-                    chunk = replace(chunk, finish_reason=self.finish_reason)
-                yield chunk
+                    reason = FinishReason(self.finish_reason)
+                yield Delta(request.request_id, ids[start : start + self.num_bytes], reason)
         finally:
             self.num_closed_early += not finished

@@ -12,8 +12,8 @@ import pytest
 
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.engine.engine import Engine, GenerationRequest
-from slora_core.requests import SamplingParams
+from slora_core.engine.engine import Engine
+from slora_core.requests import Request, SamplingParams
 from slora_core.text.tokenizer import Tokenizer
 from tests.app.api_errors import error_of
 from tests.app.ray_actors import kill_named_actor
@@ -102,7 +102,7 @@ def test_each_name_answers_as_its_own_weights_do(app):
             engine.add_adapter(adapter)
             adapter_id = adapter.adapter_id
         params = SamplingParams(max_tokens=8, temperature=0)
-        request = GenerationRequest(tokenizer.encode("hello"), params, adapter_id)
+        request = Request(tokenizer.encode("hello"), params, adapter_id)
         return tokenizer.decode(engine.generate([request])[0])
 
     texts = {name: expected(name) for name in [BASE, *ADAPTERS]}

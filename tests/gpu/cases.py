@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from slora_core.engine.engine import Engine, GenerationRequest
-from slora_core.requests import SamplingParams
+from slora_core.engine.engine import Engine
+from slora_core.requests import Request, SamplingParams
 from tests.factories import ALL_MODULES, ATTENTION_MODULES
 from tests.oracle import GreedyOracle, assert_same_greedy
 
@@ -24,23 +24,21 @@ SMALL_KINDS = KINDS[:-1]
 
 def make_entries(
     num: int, seed: int = 0, kinds: Sequence[str | None] = KINDS, **params: Any
-) -> list[GenerationRequest]:
+) -> list[Request]:
     """Requests of random prompts, greedy unless `params` say otherwise, dealt out to `kinds`."""
     rng = random.Random(seed)
     sampling = SamplingParams(
         **{"max_tokens": MAX_TOKENS, "temperature": 0.0, "ignore_eos": True, **params}
     )
     return [
-        GenerationRequest(
-            rng.choices(range(3, 256), k=rng.randint(1, 90)), sampling, kinds[i % len(kinds)]
-        )
+        Request(rng.choices(range(3, 256), k=rng.randint(1, 90)), sampling, kinds[i % len(kinds)])
         for i in range(num)
     ]
 
 
-def check(oracle: GreedyOracle, engine: Engine, entries: list[GenerationRequest]) -> None:
+def check(oracle: GreedyOracle, engine: Engine, entries: list[Request]) -> None:
     """Generate, and compare each text with transformers and PEFT on the CPU."""
     for entry, text in zip(entries, engine.generate(entries), strict=True):
-        expected = oracle.generate(entry.prompt_ids, entry.params.max_tokens, entry.adapter_id)
+        expected = oracle.generate(entry.prompt_ids, entry.sampling.max_tokens, entry.adapter_id)
         assert_same_greedy(oracle, entry.prompt_ids, text, expected, entry.adapter_id)
     engine.check_integrity()

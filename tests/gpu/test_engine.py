@@ -4,7 +4,6 @@ fp32 unless said otherwise, so that texts can be compared with transformers and 
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +11,15 @@ import pytest
 import torch
 
 from slora_core.config import EngineConfig
-from slora_core.engine.engine import Engine, GenerationRequest
+from slora_core.engine.engine import Engine
 from slora_core.errors import UnsupportedModelError
-from slora_core.execution import model_runner
-from slora_core.execution.graphs import GraphKey
+from slora_core.execution import step_shapes
 from slora_core.execution.int_fields import IntFields
+from slora_core.execution.step_handle import StepHandle
+from slora_core.execution.step_inputs import StepInputs, StepShape
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import dummy_weights
-from slora_core.requests import SamplingParams, ScheduledChunk, StepPlan
+from slora_core.requests import Request, SamplingParams
 from tests.factories import ALL_MODULES, make_random_adapter
 from tests.gpu.cases import KINDS, SMALL_KINDS, check, make_entries
 from tests.on_gpu import needs_gpu
@@ -41,22 +41,22 @@ def test_texts(make_engine, oracle: GreedyOracle, cuda_graphs: bool, inflight: i
 
 def test_prompts_in_graphs_and_in_kernels_of_their_own(make_engine, oracle, monkeypatch) -> None:
     engine = make_engine(max_inflight_steps=2, prefix_caching=False)
-    replayed: list[GraphKey] = []
+    replayed: list[StepShape] = []
     replay = engine.runner._graphs.replay
 
-    def count(key: GraphKey, fields: IntFields) -> torch.Tensor:
-        replayed.append(key)
-        return replay(key, fields)
+    def count(shape: StepShape, fields: IntFields) -> torch.Tensor:
+        replayed.append(shape)
+        return replay(shape, fields)
 
     monkeypatch.setattr(engine.runner._graphs, "replay", count)
     entries = make_entries(20, seed=2)
     check(oracle, engine, entries)
-    assert any(key.has_prompts for key in replayed)
+    assert any(shape.num_prefills for shape in replayed)
     replayed.clear()
     # No prompts have room in a graph.
-    monkeypatch.setattr(model_runner, "MAX_GRAPH_PROMPTS", -1)
+    monkeypatch.setattr(step_shapes, "MAX_GRAPH_PROMPTS", -1)
     check(oracle, engine, entries)
-    assert replayed and not any(key.has_prompts for key in replayed)
+    assert replayed and not any(shape.num_prefills for shape in replayed)
 
 
 def test_shared_prefixes(make_engine, oracle: GreedyOracle) -> None:
@@ -82,17 +82,18 @@ def test_a_cached_prefix_of_more_pages_than_rows_is_replayed(
     ]
     check(oracle, engine, entries)
     sent: list[int] = []
-    send = engine.runner._send_pages
+    run = engine.runner.run
 
-    def count(chunks: Sequence[ScheduledChunk]) -> None:
-        sent.append(engine.runner._rows.num_new_pages(chunks))
-        send(chunks)
+    def count(inputs: StepInputs) -> StepHandle:
+        if inputs.pages is not None:
+            sent.append(inputs.pages.size("table_pages"))
+        return run(inputs)
 
-    def fail(_: StepPlan) -> None:
+    def fail(*_: object) -> torch.Tensor:
         raise AssertionError("a step was launched kernel by kernel")
 
-    monkeypatch.setattr(engine.runner, "_send_pages", count)
-    monkeypatch.setattr(engine.runner, "_run", fail)
+    monkeypatch.setattr(engine.runner, "run", count)
+    monkeypatch.setattr(engine.runner, "_forward", fail)
     check(oracle, engine, entries)
     assert sum(sent) >= 25 * len(entries)
 
@@ -140,7 +141,7 @@ def test_a_rank_without_graphs_is_captured_when_it_is_first_used(make_engine) ->
     engine = make_engine(prefix_caching=False)
     graphs = engine.runner._graphs
     before = len(graphs)
-    assert {key.lora.max_rank for key in graphs._graphs if key.lora is not None} == {16, 32, 64}
+    assert {s.lora.max_rank for s in graphs._graphs if s.lora is not None} == {16, 32, 64}
     texts = engine.generate(entries)
     captured = len(graphs)
     assert captured > before
@@ -169,7 +170,7 @@ def test_the_pool_takes_what_memory_leaves(model_dir: Path) -> None:
     used = total - torch.cuda.mem_get_info()[0]
     assert 0.02 * total < used - (total - free) < 0.06 * total
     assert list(engine.startup_s) == ["weights", "profile", "pool", "kernels", "graphs"]
-    [text] = engine.generate([GenerationRequest([5, 6, 7], SamplingParams(ignore_eos=True))])
+    [text] = engine.generate([Request([5, 6, 7], SamplingParams(ignore_eos=True))])
     assert len(text) == 16
 
 

@@ -19,7 +19,7 @@ from slora_core.config import EngineConfig
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
 from slora_core.errors import EngineDeadError
-from slora_core.requests import FinishReason, SamplingParams
+from slora_core.requests import FinishReason, Request, SamplingParams
 from tests.factories import ALL_MODULES, make_adapter, make_geometry
 from tests.on_gpu import needs_gpu
 from tests.oracle import GreedyOracle, assert_same_greedy
@@ -69,30 +69,34 @@ def test_an_adapter_of_the_slab_an_abort_and_a_kill(model_dir: Path, tmp_path: P
         try:
             info = await engine.start()
             assert _free_bytes() < free - POOL_BYTES
-            location = store.lease(summary.adapter_id, os.getpid())
-            for adapter, place in (("adapter", location), (None, None)):
+            engine.add_adapter(store.lease(summary.adapter_id, os.getpid()))
+            for adapter, adapter_id in (("adapter", summary.adapter_id), (None, None)):
                 text: list[int] = []
-                async for output in engine.generate(str(adapter), PROMPT, GREEDY, place):
-                    text += output.new_token_ids
+                with engine.generate(Request(PROMPT, GREEDY, adapter_id)) as stream:
+                    async for delta in stream:
+                        assert delta.error is None
+                        text += delta.token_ids
                 expected = oracle.generate(PROMPT, GREEDY.max_tokens, adapter)
                 assert_same_greedy(oracle, PROMPT, text, expected, adapter)
 
             reasons = []
-            async for output in engine.generate("aborted", PROMPT, ENDLESS, location):
-                engine.abort("aborted")
-                reasons.append(output.finish_reason)
+            with engine.generate(Request(PROMPT, ENDLESS, summary.adapter_id)) as stream:
+                async for delta in stream:
+                    engine.abort(stream.request_id)
+                    reasons.append(delta.finish_reason)
             assert reasons[-1] is FinishReason.ABORT
             await engine.release_adapter_source(summary.adapter_id)
             stats = await engine.stats()
             assert (stats.num_running, stats.num_kv_pages, stats.num_adapter_loads) == (0, 0, 1)
             await engine.check_integrity()
 
-            stream = engine.generate("killed", PROMPT, ENDLESS, None)
-            await anext(stream)
-            os.kill(info.pid, signal.SIGKILL)
+            with engine.generate(Request(PROMPT, ENDLESS)) as stream:
+                await anext(stream)
+                os.kill(info.pid, signal.SIGKILL)
+                deltas = [delta async for delta in stream]
+            assert isinstance(deltas[-1].error, EngineDeadError)
             with pytest.raises(EngineDeadError):
-                async for _ in stream:
-                    pass
+                engine.generate(Request(PROMPT, GREEDY))
         finally:
             engine.close()
 
@@ -108,6 +112,7 @@ def test_memory_comes_back_with_the_death_of_the_owner(model_dir: Path) -> None:
     import asyncio
     from slora_core.engine.protocol import EngineSpec
     from slora_core.engine.process import AsyncEngine
+    from slora_core.requests import Request
     from tests.gpu.test_engine_process import CONFIG, ENDLESS, PROMPT
 
     async def main():
@@ -115,8 +120,9 @@ def test_memory_comes_back_with_the_death_of_the_owner(model_dir: Path) -> None:
         await engine.start()
         print("ready", flush=True)
         while True:
-            async for _ in engine.generate("r", PROMPT, ENDLESS, None):
-                pass
+            with engine.generate(Request(PROMPT, ENDLESS)) as stream:
+                async for _ in stream:
+                    pass
 
     asyncio.run(main())
     """

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from app.store.memory import HostStore
-from slora_core.adapters.adapter_tables import DeviceAdapterTables
+from slora_core.adapters.adapter_tables import AdapterTables
 from slora_core.adapters.host_pinning import pin_in_background
 from slora_core.adapters.page_layout import AdapterGeometry, LoraWeights, pack_adapter, plan_layout
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.adapters.slab_reader import SlabReader
-from slora_core.execution.graphs import GraphKey, StepGraphs
+from slora_core.execution.graphs import StepGraphs
 from slora_core.execution.int_fields import IntFields
+from slora_core.execution.step_inputs import StepShape
 from tests.on_gpu import needs_gpu
 
 pytestmark = needs_gpu
@@ -62,7 +63,7 @@ def test_pages_are_copied_from_registered_memory(location, weights) -> None:
     adapter = reader.open(location)
     _until(adapter.pages.is_pinned)
     pool = torch.zeros(64, GEOMETRY.num_layers, GEOMETRY.page_elems, device="cuda")
-    tables = DeviceAdapterTables(pool, max_slots=2, max_pages=32)
+    tables = AdapterTables(pool, max_slots=2, max_pages=32)
     page_ids = [40 - 2 * page for page in range(adapter.layout.num_pages)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -111,8 +112,8 @@ def test_memory_is_registered_during_a_capture() -> None:
             thread.join()
         result.copy_(inputs[: len(result)] * 2)
 
-    key = GraphKey(num_rows=3, has_prompts=False, lora=None)
-    graphs.capture(key, fields, forward)
+    shape = StepShape(num_rows=3, num_decodes=3, num_prefills=0, lora=None, is_padded=True)
+    graphs.capture(shape, fields, forward)
     assert errors == [0, 0]
-    graphs.replay(key, fields)
+    graphs.replay(shape, fields)
     assert result[:3].tolist() == [2, 4, 6]

@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import pytest
 from grpc import StatusCode
@@ -7,18 +8,23 @@ from ray.exceptions import ActorUnavailableError
 from ray.serve.exceptions import BackPressureError
 
 from app.generation.client import EngineClient
-from app.generation.replica_protocol import GenerateRequest, TokenChunk
-from slora_core.errors import EngineDeadError, InvalidRequestError, OverloadedError
-from slora_core.requests import SamplingParams
-from tests.app.fakes import make_record
+from slora_core.errors import (
+    AdapterNotFoundError,
+    EngineDeadError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from slora_core.requests import Delta, FinishReason, Request, SamplingParams
 
 
 class FakeHandle:
-    """Plays one script a call: chunks to yield, exceptions to raise."""
+    """Plays one script a call: deltas to yield, exceptions to raise."""
 
     def __init__(self, *scripts):
         self.scripts = list(scripts)
         self.requests = []
+        self.avoided = []
         self.options_seen = []
         self.num_cancelled = 0
 
@@ -30,8 +36,9 @@ class FakeHandle:
     def generate(self):
         return self
 
-    def remote(self, request):
+    def remote(self, request, avoid_replica):
         self.requests.append(request)
+        self.avoided.append(avoid_replica)
         return FakeResponses(self, self.scripts.pop(0))
 
 
@@ -55,9 +62,10 @@ class FakeResponses:
         self.handle.num_cancelled += 1
 
 
-REQUEST = GenerateRequest("r", [1], SamplingParams(), make_record("a"))
-LAST = TokenChunk([2], "length")
-DEAD = TokenChunk(error=EngineDeadError("dead"), replica_id="replica-1")
+REQUEST = Request([1], SamplingParams(), "a-v1", request_id="r")
+FIRST = Delta("r", [1])
+LAST = Delta("r", [2], FinishReason.LENGTH)
+DEAD = Delta("r", [], error=EngineDeadError("dead", "replica-1"))
 UNAVAILABLE = ActorUnavailableError("gone", b"x" * 16)
 
 
@@ -68,29 +76,33 @@ def grpc_error(status):
 CANCELLED = grpc_error(StatusCode.CANCELLED)
 
 
-def generate(handle, num=None):
+async def no_newer(request, error):
+    raise AssertionError("nobody should ask for a newer adapter")
+
+
+def generate(handle, num=None, renew=no_newer, request=REQUEST):
     async def run():
-        chunks = EngineClient(handle).generate(REQUEST)
+        deltas = EngineClient(handle).generate(request, renew)
         seen = []
-        async for chunk in chunks:
-            seen.append(chunk)
+        async for delta in deltas:
+            seen.append(delta)
             if len(seen) == num:
                 break
-        await chunks.aclose()
+        await deltas.aclose()
         return seen
 
     return asyncio.run(run())
 
 
-def test_chunks_come_through_and_the_adapter_is_the_session():
-    handle = FakeHandle([TokenChunk([1]), LAST])
-    assert generate(handle) == [TokenChunk([1]), LAST]
+def test_deltas_come_through_and_the_adapter_is_the_session():
+    handle = FakeHandle([FIRST, LAST])
+    assert generate(handle) == [FIRST, LAST]
     assert handle.options_seen == [{"stream": True, "session_id": "a-v1", "_by_reference": False}]
     assert handle.num_cancelled == 0
 
 
 def test_leaving_early_cancels():
-    handle = FakeHandle([TokenChunk([1]), LAST])
+    handle = FakeHandle([FIRST, LAST])
     generate(handle, num=1)
     assert handle.num_cancelled == 1
 
@@ -100,7 +112,7 @@ def test_a_request_without_token_is_sent_once_more(failure):
     handle = FakeHandle([failure] if failure else [], [LAST])
     assert generate(handle) == [LAST]
     expected = "replica-1" if failure is DEAD else None
-    assert handle.requests[1].avoid_replica == expected
+    assert handle.avoided == [None, expected]
     first, second = (request.request_id for request in handle.requests)
     assert first != second and first.startswith("r.") and second.startswith("r.")
 
@@ -111,7 +123,7 @@ def test_attempts_of_one_request_never_share_an_id():
     async def run():
         client = EngineClient(handle)
         for _ in range(2):
-            assert [chunk async for chunk in client.generate(REQUEST)] == [LAST]
+            assert [d async for d in client.generate(REQUEST, no_newer)] == [LAST]
 
     asyncio.run(run())
     assert len({request.request_id for request in handle.requests}) == 2
@@ -133,7 +145,7 @@ def test_two_failures_are_an_error(failure):
 
 @pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE])
 def test_a_stream_that_has_begun_is_not_sent_again(failure):
-    handle = FakeHandle([TokenChunk([1]), failure], [LAST])
+    handle = FakeHandle([FIRST, failure], [LAST])
     with pytest.raises(EngineDeadError):
         generate(handle)
     assert len(handle.requests) == 1
@@ -141,9 +153,51 @@ def test_a_stream_that_has_begun_is_not_sent_again(failure):
 
 def test_errors_that_are_data_are_raised():
     with pytest.raises(InvalidRequestError, match="too long"):
-        generate(FakeHandle([TokenChunk(error=InvalidRequestError("too long"))]))
+        generate(FakeHandle([Delta("r", [], error=InvalidRequestError("too long"))]))
 
 
 def test_overload():
     with pytest.raises(OverloadedError):
         generate(FakeHandle([BackPressureError(5, 4)]))
+
+
+def test_tokens_that_came_with_an_error_are_handed_over_before_it():
+    handle = FakeHandle([FIRST, Delta("r", [3, 4], error=EngineDeadError("dead"))])
+    seen = []
+
+    async def run():
+        async for delta in EngineClient(handle).generate(REQUEST, no_newer):
+            seen.append(delta)
+
+    with pytest.raises(EngineDeadError):
+        asyncio.run(run())
+    assert seen == [FIRST, Delta("r", [3, 4])]
+
+
+def test_a_request_that_the_engine_gave_up_is_an_error():
+    with pytest.raises(EngineDeadError, match="gave the request up"):
+        generate(FakeHandle([FIRST, Delta("r", [], FinishReason.ABORT)]))
+
+
+@pytest.mark.parametrize("error", [AdapterNotFoundError("gone"), InvalidAdapterError("changed")])
+def test_a_request_whose_adapter_was_replaced_goes_to_the_new_version(error):
+    async def renew(request, cause):
+        assert cause is error
+        return replace(request, adapter_id="a-v2")
+
+    handle = FakeHandle([Delta("r", [], error=error)], [LAST])
+    assert generate(handle, renew=renew) == [LAST]
+    assert [request.adapter_id for request in handle.requests] == ["a-v1", "a-v2"]
+    sessions = [options["session_id"] for options in handle.options_seen]
+    assert sessions == ["a-v1", "a-v2"]
+    # Once: what is gone again is the caller's to see.
+    again = FakeHandle([Delta("r", [], error=error)], [Delta("r", [], error=error)])
+    with pytest.raises(InvalidRequestError, match=str(error)) as caught:
+        generate(again, renew=renew)
+    assert caught.value.param == "model"
+
+
+def test_an_adapter_that_is_gone_in_the_middle_is_an_error():
+    handle = FakeHandle([FIRST, Delta("r", [], error=AdapterNotFoundError("gone"))])
+    with pytest.raises(AdapterNotFoundError):
+        generate(handle)

@@ -8,12 +8,12 @@ import openai
 import pytest
 from ray.exceptions import TaskCancelledError
 
+from app.http.limits import ModelLimits
 from app.http.parsing import parse_body
 from app.http.routes import Ingress, api_app
-from app.http.service import CompletionService, ModelLimits
+from app.http.service import CompletionService
 from app.registry.follower import RegistryView
 from slora_core.errors import (
-    AdapterNotFoundError,
     EngineDeadError,
     InvalidAdapterError,
     InvalidRequestError,
@@ -111,8 +111,8 @@ def test_completion(server):
     ]
     assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 11, "total_tokens": 13}
     [request] = server.engine.requests
-    assert (request.prompt_ids, request.record) == (byte_ids(b"hi"), None)
-    assert request.params.max_tokens == 16
+    assert (request.prompt_ids, request.adapter_id) == (byte_ids(b"hi"), None)
+    assert request.sampling.max_tokens == 16
 
 
 def test_chat(server):
@@ -122,9 +122,9 @@ def test_chat(server):
     assert choice["message"]["content"] == "hello world"
     assert choice["message"]["role"] == "assistant"
     [request] = server.engine.requests
-    assert request.record.adapter_id == "sql-v1"
+    assert request.adapter_id == "sql-v1"
     # All that the context and the pool beside the adapter's two pages leave.
-    assert request.params.max_tokens == (6 - 2) * 16 - len(request.prompt_ids)
+    assert request.sampling.max_tokens == (6 - 2) * 16 - len(request.prompt_ids)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -161,7 +161,7 @@ def test_several_prompts(server):
         assert set(texts.values()) == {"hello world"}
     assert response.status_code == 200
     assert len({request.request_id for request in server.engine.requests}) == 6
-    assert len({request.params.seed for request in server.engine.requests}) == 6
+    assert len({request.sampling.seed for request in server.engine.requests}) == 6
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -194,7 +194,7 @@ def test_characters_are_whole_in_a_stream(server):
 
 def test_sampling_fields_reach_the_engine(server):
     server.complete(temperature=0.5, top_p=0.9, top_k=3, min_p=0.1, seed=7, max_tokens=9)
-    params = server.engine.requests[0].params
+    params = server.engine.requests[0].sampling
     assert (params.temperature, params.top_p, params.top_k) == (0.5, 0.9, 3)
     assert (params.min_p, params.seed, params.max_tokens) == (0.1, 7, 9)
 
@@ -226,7 +226,7 @@ def test_load_is_seen_at_once(server):
         again = await client.post("/v1/load_lora_adapter", json={**body, "load_inplace": True})
         assert again.status_code == 200
         await client.post("/v1/completions", json={"model": "new", "prompt": "x"})
-        assert server.engine.requests[-1].record.version == 2
+        assert server.engine.requests[-1].adapter_id == "new-v2"
         assert (
             await client.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
         ).status_code == 200
@@ -286,7 +286,7 @@ def test_the_limit_is_named_as_it_was_given(server):
 def test_default_length_is_what_fits(server):
     server.complete(model="sql", prompt="x" * 60)
     # Beside the adapter's 2 pages, the pool of 6 holds 64 tokens.
-    assert server.engine.requests[0].params.max_tokens == 4
+    assert server.engine.requests[0].sampling.max_tokens == 4
 
 
 def test_template_that_refuses(server):
@@ -362,41 +362,45 @@ def test_one_failed_prompt_ends_the_others(server):
     error_of(server.complete(prompt=["a", "b"]), 503)
 
 
-@pytest.mark.parametrize("error", [AdapterNotFoundError("gone"), InvalidAdapterError("changed")])
-def test_an_adapter_replaced_on_the_way_is_looked_up_again(server, error):
+class RenewingEngine(FakeEngine):
+    """Its replicas no longer have the first adapter that they are asked for."""
+
+    async def generate(self, request, renew):
+        self.requests.append(request)
+        renewed = await renew(request, InvalidAdapterError("the files have changed"))
+        async for delta in super().generate(renewed, renew):
+            yield delta
+
+
+@pytest.fixture
+def renewing(server):
+    server.engine = RenewingEngine()
+    return server
+
+
+def test_an_adapter_replaced_on_the_way_is_looked_up_again(renewing):
     async def work(client):
         await client.get("/v1/models/sql")
         # The registry moves on unseen, and the store knows the old version no more.
-        server.registry.records["sql"] = make_record("sql", version=2)
-        server.engine.errors[0] = error
-        engine_generate = server.engine.generate
-
-        async def generate(request):
-            if request.record.version == 2:
-                server.engine.errors.clear()
-            async for chunk in engine_generate(request):
-                yield chunk
-
-        server.engine.generate = generate
+        renewing.registry.records["sql"] = make_record("sql", version=2)
         return await client.post("/v1/completions", json={"model": "sql", "prompt": "x"})
 
-    assert server.call(work).status_code == 200
-    assert [request.record.version for request in server.engine.requests] == [1, 2]
+    assert renewing.call(work).status_code == 200
+    adapter_ids = [request.adapter_id for request in renewing.engine.requests]
+    assert adapter_ids == ["sql-v1", "sql-v2"]
 
 
-def test_an_adapter_unloaded_on_the_way_is_404(server):
+def test_an_adapter_unloaded_on_the_way_is_404(renewing):
     async def work(client):
         await client.get("/v1/models/sql")
-        del server.registry.records["sql"]
-        server.engine.errors[0] = AdapterNotFoundError("gone")
+        del renewing.registry.records["sql"]
         return await client.post("/v1/completions", json={"model": "sql", "prompt": "x"})
 
-    error_of(server.call(work), 404)
+    error_of(renewing.call(work), 404)
 
 
-def test_an_adapter_whose_files_are_not_what_was_loaded(server):
-    server.engine.errors[0] = InvalidAdapterError("the files have changed")
-    error = error_of(server.complete(model="sql"), 400)
+def test_an_adapter_whose_files_are_not_what_was_loaded(renewing):
+    error = error_of(renewing.complete(model="sql"), 400)
     assert (error["param"], error["message"]) == ("model", "the files have changed")
 
 

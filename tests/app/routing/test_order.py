@@ -8,7 +8,7 @@ ADAPTERS = [f"adapter-{i:04d}" for i in range(2000)]
 
 
 def idle(num_replicas):
-    return [ReplicaLoad(str(slot), 0) for slot in range(num_replicas)]
+    return [ReplicaLoad(str(rank), 0) for rank in range(num_replicas)]
 
 
 def order(key, replicas, spill_queue_len=4, spill_factor=1.25):
@@ -16,7 +16,7 @@ def order(key, replicas, spill_queue_len=4, spill_factor=1.25):
 
 
 def test_every_replica_is_tried_once():
-    replicas = [ReplicaLoad(str(slot), slot * 5) for slot in range(7)]
+    replicas = [ReplicaLoad(str(rank), rank * 5) for rank in range(7)]
     for key in ("", "a", "b"):
         assert sorted(order(key, replicas)) == list(range(7))
 
@@ -41,9 +41,9 @@ def test_a_new_replica_moves_only_what_it_takes(num_replicas):
 def test_the_order_does_not_depend_on_the_position_in_the_list():
     replicas = idle(5)
     for key in ADAPTERS[:50]:
-        slots = [replicas[i].slot for i in order(key, replicas)]
+        ranks = [replicas[i].rank_in_deployment for i in order(key, replicas)]
         turned = replicas[2:] + replicas[:2]
-        assert [turned[i].slot for i in order(key, turned)] == slots
+        assert [turned[i].rank_in_deployment for i in order(key, turned)] == ranks
 
 
 def test_an_adapter_stays_while_its_replica_is_within_the_bound():
@@ -59,7 +59,7 @@ def test_an_adapter_stays_while_its_replica_is_within_the_bound():
 def test_equally_busy_replicas_keep_their_adapters():
     for key in ADAPTERS[:50]:
         first = order(key, idle(4))[0]
-        replicas = [ReplicaLoad(str(slot), 40 + (slot == first)) for slot in range(4)]
+        replicas = [ReplicaLoad(str(rank), 40 + (rank == first)) for rank in range(4)]
         assert order(key, replicas)[0] == first
 
 
@@ -68,7 +68,7 @@ def test_a_hot_adapter_spills_to_the_same_next_replica():
     preferred = order(key, idle(4))
     loads = [0, 0, 0, 0]
     for _ in range(8):
-        replicas = [ReplicaLoad(str(slot), loads[slot]) for slot in range(4)]
+        replicas = [ReplicaLoad(str(rank), loads[rank]) for rank in range(4)]
         loads[order(key, replicas)[0]] += 1
     assert loads[preferred[0]] == 4
     assert loads[preferred[1]] == 4
@@ -77,7 +77,7 @@ def test_a_hot_adapter_spills_to_the_same_next_replica():
 def test_no_replica_idles_while_a_hot_adapter_queues():
     loads = [0, 0, 0, 0]
     for _ in range(400):
-        replicas = [ReplicaLoad(str(slot), loads[slot]) for slot in range(4)]
+        replicas = [ReplicaLoad(str(rank), loads[rank]) for rank in range(4)]
         loads[order("hot", replicas)[0]] += 1
     assert max(loads) <= 1.25 * 101 + 1
     assert min(loads) > 0

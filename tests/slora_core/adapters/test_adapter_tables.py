@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slora_core.adapters.adapter_tables import DeviceAdapterTables
+from slora_core.adapters.adapter_tables import AdapterTables
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     LoraWeights,
@@ -44,7 +44,7 @@ def test_load_copies_pages_and_nothing_else(page_ids: list[int]) -> None:
     # Rank 2 on two modules: 2 x 2 x (64 + 128) = 768 elements, six pages.
     adapter = _adapter(2)
     pool = torch.full((12, NUM_LAYERS, PAGE_ELEMS), torch.nan)
-    tables = DeviceAdapterTables(pool, max_slots=3, max_pages=8)
+    tables = AdapterTables(pool, max_slots=3, max_pages=8)
     tables.load(1, adapter, page_ids)
     for index, page_id in enumerate(page_ids):
         assert torch.equal(pool[page_id], adapter.pages[index])
@@ -53,14 +53,13 @@ def test_load_copies_pages_and_nothing_else(page_ids: list[int]) -> None:
     assert tables.page_tables[1, :6].tolist() == page_ids
     assert torch.equal(tables.offsets[1], adapter.layout.offsets)
     assert torch.equal(tables.scaling[1], adapter.layout.scaling)
-    assert tables.max_ranks == [0, 2, 0]
-    assert tables.modules == [frozenset(), frozenset({0, 2}), frozenset()]
+    assert (adapter.layout.max_rank, adapter.layout.modules) == (2, {0, 2})
     assert not tables.offsets[[0, 2]].any() and not tables.scaling[[0, 2]].any()
 
 
 def test_tables_stay_where_cuda_graphs_read_them() -> None:
     pool = torch.zeros(40, NUM_LAYERS, PAGE_ELEMS)
-    tables = DeviceAdapterTables(pool, max_slots=4, max_pages=24)
+    tables = AdapterTables(pool, max_slots=4, max_pages=24)
     tensors = (tables.page_tables, tables.offsets, tables.scaling)
     addresses = [tensor.data_ptr() for tensor in tensors]
     small, large = _adapter(1), _adapter(8)
@@ -72,24 +71,22 @@ def test_tables_stay_where_cuda_graphs_read_them() -> None:
     assert tables.page_tables[0, :3].tolist() == [5, 6, 7]
     assert tables.page_tables[2, :24].tolist() == list(range(10, 34))
     assert tables.page_tables[3, :3].tolist() == [1, 0, 2]
-    assert tables.max_ranks == [1, 0, 8, 1]
     tensors = (tables.page_tables, tables.offsets, tables.scaling)
     assert [tensor.data_ptr() for tensor in tensors] == addresses
 
 
 def test_a_slot_is_taken_over_whole() -> None:
     pool = torch.zeros(40, NUM_LAYERS, PAGE_ELEMS)
-    tables = DeviceAdapterTables(pool, max_slots=1, max_pages=24)
+    tables = AdapterTables(pool, max_slots=1, max_pages=24)
     tables.load(0, _adapter(8), list(range(24)))
     small = _adapter(1, seed=1)
     tables.load(0, small, [30, 32, 31])
-    assert tables.max_ranks == [1]
     assert torch.equal(tables.offsets[0], small.layout.offsets)
     assert tables.page_tables[0, :3].tolist() == [30, 32, 31]
     assert torch.equal(pool[[30, 32, 31]], small.pages)
 
 
 def test_a_wrong_number_of_pages_is_a_defect() -> None:
-    tables = DeviceAdapterTables(torch.zeros(8, NUM_LAYERS, PAGE_ELEMS), max_slots=1, max_pages=8)
+    tables = AdapterTables(torch.zeros(8, NUM_LAYERS, PAGE_ELEMS), max_slots=1, max_pages=8)
     with pytest.raises(AssertionError):
         tables.load(0, _adapter(1), [0, 1])

@@ -9,8 +9,8 @@ from benchmarks.demo.demo_tasks import TASKS, held_out_examples, messages
 from slora_core.adapters.page_layout import PackedAdapter
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.engine.engine import Engine, GenerationRequest
-from slora_core.requests import SamplingParams
+from slora_core.engine.engine import Engine
+from slora_core.requests import Request, SamplingParams
 from slora_core.text.tokenizer import Tokenizer
 from tests.oracle import GreedyOracle, assert_same_greedy
 
@@ -26,7 +26,7 @@ def prompts() -> dict[str | None, list[int]]:
     tokenizer = Tokenizer(ensure_demo_model())
 
     def prompt(task: str) -> list[int]:
-        text = tokenizer.render_chat(messages(held_out_examples(task, 1)[0]))
+        text = tokenizer.chat_template.render(messages(held_out_examples(task, 1)[0]))
         return tokenizer.encode(text, add_special_tokens=False)
 
     return {None: prompt(min(TASKS)), **{name: prompt(name) for name in ADAPTERS}}
@@ -50,7 +50,7 @@ def engine() -> Engine:
 
 def _generate(engine: Engine, prompts: dict[str | None, list[int]], *names: str | None):
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
-    return engine.generate([GenerationRequest(prompts[name], params, name) for name in names])
+    return engine.generate([Request(prompts[name], params, name) for name in names])
 
 
 def _check(

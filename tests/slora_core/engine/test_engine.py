@@ -11,8 +11,8 @@ import torch
 
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.engine.engine import Engine, GenerationRequest
-from slora_core.requests import Request, SamplingParams, StepPlan
+from slora_core.engine.engine import Engine
+from slora_core.requests import Request, SamplingParams
 from tests.factories import (
     ALL_MODULES,
     ATTENTION_MODULES,
@@ -21,6 +21,7 @@ from tests.factories import (
     make_model,
 )
 from tests.oracle import GreedyOracle, assert_same_greedy
+from tests.slora_core.engine.planned_steps import plan_step
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -119,13 +120,11 @@ def _greedy(max_tokens: int) -> SamplingParams:
 
 
 def _generate(engine: Engine, prompts: list[tuple[list[int], str | None]], max_tokens: int):
-    return engine.generate(
-        [GenerationRequest(prompt, _greedy(max_tokens), kind) for prompt, kind in prompts]
-    )
+    return engine.generate([Request(prompt, _greedy(max_tokens), kind) for prompt, kind in prompts])
 
 
 def _request(name: str, prompt: list[int], max_tokens: int, kind: str | None = None) -> Request:
-    return Request(name, prompt, _greedy(max_tokens), kind)
+    return Request(prompt, _greedy(max_tokens), kind, request_id=name)
 
 
 @every_model
@@ -223,9 +222,10 @@ def test_after_preemption(world: World, inflight: int) -> None:
     engine = world.engine(
         num_pool_tokens=16 * 20, admission_output_tokens=0, max_inflight_steps=inflight
     )
-    live = [_request(str(i), prompt, 40, kind) for i, (prompt, kind) in enumerate(requests)]
-    for request in live:
-        engine.add_request(request)
+    live = [
+        engine.add_request(_request(str(i), prompt, 40, kind))
+        for i, (prompt, kind) in enumerate(requests)
+    ]
     while engine.has_work:
         engine.step()
         engine.check_integrity()
@@ -244,8 +244,8 @@ def test_after_abort_of_others(world: World, inflight: int) -> None:
     )
     kept = [_request(f"kept-{kind}", _prompt(12), 24, kind) for kind in KINDS[:4]]
     leaving = [_request(f"leaving-{i}", _prompt(40, i), 24, kind) for i, kind in enumerate(KINDS)]
-    for request in (leaving[0], kept[0], leaving[1], *kept[1:], *leaving[2:]):
-        engine.add_request(request)
+    order = (leaving[0], kept[0], leaving[1], *kept[1:], *leaving[2:])
+    states = {request.request_id: engine.add_request(request) for request in order}
     ready_to_leave = {
         "decoding": lambda request: len(request.output_ids) >= 5,
         "prefilling": lambda request: 0 < request.num_computed < 40,
@@ -256,7 +256,8 @@ def test_after_abort_of_others(world: World, inflight: int) -> None:
     while engine.has_work:
         engine.step()
         for way, request in zip(ways, leaving, strict=True):
-            if ready_to_leave[way](request) and engine.abort(request.request_id):
+            state = states[request.request_id]
+            if ready_to_leave[way](state) and engine.abort(request.request_id):
                 left.append(way)
                 engine.check_integrity()
     aborted = len(left)
@@ -264,7 +265,8 @@ def test_after_abort_of_others(world: World, inflight: int) -> None:
     assert engine.stats().num_aborted == aborted
     assert engine.stats().num_kv_pages == 0
     for request in kept:
-        world.check(request.prompt_ids, request.output_ids, 24, request.adapter_id)
+        text = states[request.request_id].output_ids
+        world.check(request.prompt_ids, text, 24, request.adapter_id)
 
 
 @every_model
@@ -276,14 +278,14 @@ def test_base_rows_are_bit_identical_with_adapters_taken_off(world: World, budge
         engine.add_request(_request(str(index), _prompt(3 + 5 * index), 30, kind))
     compared = {True: 0, False: 0}
     for _ in range(14):
-        plan = engine.scheduler.schedule()
-        engine.runner.load_adapters(plan, engine._host_copies.__getitem__)
+        plan = plan_step(engine)
         sampling = [chunk for chunk in plan.chunks if chunk.samples]
-        mixed = engine.runner.logits(plan)
-        without = StepPlan([chunk._replace(slot=-1) for chunk in plan.chunks])
-        stripped = engine.runner.logits(without)
+        inputs = engine.builder.build(plan.chunks)
+        mixed = engine.runner.logits(inputs)
+        without = [chunk._replace(slot=-1) for chunk in plan.chunks]
+        stripped = engine.runner.logits(engine.builder.build(without))
         # Rewrite the KV that the stripped step wrote, and get the same bits as before.
-        assert torch.equal(engine.runner.logits(plan), mixed)
+        assert torch.equal(engine.runner.logits(inputs), mixed)
 
         for row, chunk in enumerate(sampling):
             is_base = chunk.request.adapter_id is None

@@ -10,7 +10,7 @@ import pytest
 from slora_core.adapters.page_layout import PackedAdapter
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.engine.engine import Engine, GenerationRequest
+from slora_core.engine.engine import Engine
 from slora_core.requests import Request, SamplingParams
 from tests.factories import (
     ALL_MODULES,
@@ -87,10 +87,10 @@ def _make_requests() -> list[Request]:
     for index, adapter in enumerate(popularity):
         requests.append(
             Request(
-                f"request-{index}",
                 rng.choices(range(3, 256), k=rng.randint(1, 40)),
                 SamplingParams(max_tokens=rng.randint(2, 16), temperature=0.0),
                 None if index % 20 == 0 else f"adapter-{adapter}",
+                request_id=f"request-{index}",
             )
         )
     return requests
@@ -105,9 +105,7 @@ def texts_alone(
     @functools.cache
     def texts() -> list[list[int]]:
         engine = _engine(model_dir, adapters, 2000)
-        requests = _make_requests()
-        entries = [GenerationRequest(r.prompt_ids, r.params, r.adapter_id) for r in requests]
-        return [engine.generate([entry])[0] for entry in entries]
+        return [engine.generate([request])[0] for request in _make_requests()]
 
     return texts
 
@@ -130,17 +128,18 @@ def test_six_hundred_requests_on_three_hundred_adapters(
     engine = _engine(model_dir, adapters, num_pages, inflight)
     requests = _make_requests()
     assert len({request.adapter_id for request in requests}) > 270
+    states = []
     finished = {}
     most_resident = 0
     for index, request in enumerate(requests):
-        engine.add_request(request)
+        states.append(engine.add_request(request))
         # Arrivals are faster than the engine, so that a queue builds up.
         if index % 3 == 0:
-            finished |= {o.request_id: o.finish_reason for o in engine.step()}
+            finished |= {d.request_id: d.finish_reason for d in engine.step().deltas()}
             engine.check_integrity()
             most_resident = max(most_resident, len(engine.stats().resident_adapters))
     while engine.has_work:
-        finished |= {o.request_id: o.finish_reason for o in engine.step()}
+        finished |= {d.request_id: d.finish_reason for d in engine.step().deltas()}
         engine.check_integrity()
 
     assert len(finished) == NUM_REQUESTS and None not in finished.values()
@@ -152,15 +151,9 @@ def test_six_hundred_requests_on_three_hundred_adapters(
     assert 10 <= most_resident <= 40
     assert stats.num_adapter_evictions > 50
 
-    for request, expected in zip(requests, texts_alone(), strict=True):
-        assert_same_greedy(
-            oracle, request.prompt_ids, request.output_ids, expected, request.adapter_id
-        )
+    for state, expected in zip(states, texts_alone(), strict=True):
+        assert_same_greedy(oracle, state.prompt_ids, state.output_ids, expected, state.adapter_id)
     # The two engines could be wrong together: some against transformers.
-    for request in requests[::40]:
-        expected = oracle.generate(
-            request.prompt_ids, request.params.max_tokens, request.adapter_id
-        )
-        assert_same_greedy(
-            oracle, request.prompt_ids, request.output_ids, expected, request.adapter_id
-        )
+    for state in states[::40]:
+        expected = oracle.generate(state.prompt_ids, state.sampling.max_tokens, state.adapter_id)
+        assert_same_greedy(oracle, state.prompt_ids, state.output_ids, expected, state.adapter_id)

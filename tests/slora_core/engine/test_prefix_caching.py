@@ -8,8 +8,8 @@ import pytest
 
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.engine.engine import Engine, GenerationRequest
-from slora_core.requests import SamplingParams
+from slora_core.engine.engine import Engine
+from slora_core.requests import Request, SamplingParams
 from tests.factories import ALL_MODULES, make_adapter, make_model
 from tests.oracle import GreedyOracle, assert_same_greedy
 
@@ -50,12 +50,12 @@ def _engine(model_dir: Path, oracle: GreedyOracle, **config) -> Engine:
     return engine
 
 
-def _entry(tail: list[int], kind: str | None, prefix: list[int] = PREFIX) -> GenerationRequest:
+def _entry(tail: list[int], kind: str | None, prefix: list[int] = PREFIX) -> Request:
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
-    return GenerationRequest([*prefix, *tail], params, kind)
+    return Request([*prefix, *tail], params, kind)
 
 
-def _check(oracle: GreedyOracle, engine: Engine, entries: list[GenerationRequest]) -> None:
+def _check(oracle: GreedyOracle, engine: Engine, entries: list[Request]) -> None:
     """Run the entries together; each text is that of transformers."""
     for entry, text in zip(entries, engine.generate(entries), strict=True):
         expected = oracle.generate(entry.prompt_ids, MAX_TOKENS, entry.adapter_id)

@@ -18,11 +18,17 @@ from app.store.memory import HostStore
 from slora_core.adapters.peft_weights import load_packed_adapter, read_peft_adapter
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.config import EngineConfig
-from slora_core.engine.engine import Engine, GenerationRequest
+from slora_core.engine.engine import Engine
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
-from slora_core.errors import EngineDeadError, InvalidRequestError, StoreGoneError
-from slora_core.requests import FinishReason, SamplingParams
+from slora_core.errors import (
+    AdapterNotFoundError,
+    EngineDeadError,
+    InvalidRequestError,
+    SLoRAError,
+    StoreGoneError,
+)
+from slora_core.requests import FinishReason, Request, SamplingParams
 from tests.factories import make_adapter, make_geometry, make_model, make_random_adapter
 
 CONFIG = EngineConfig(num_pool_tokens=1024, page_tokens=8, max_batched_tokens=64)
@@ -53,11 +59,18 @@ async def running(model_dir: Path, inflight: int = 1) -> AsyncIterator[AsyncEngi
         engine.close()
 
 
-async def collect(engine: AsyncEngine, request_id: str, params: SamplingParams) -> list[int]:
+async def collect(
+    engine: AsyncEngine, sampling: SamplingParams, adapter_id: str | None = None
+) -> tuple[list[int], FinishReason | SLoRAError | None]:
+    """All tokens of a request, and how it ended."""
     tokens: list[int] = []
-    async for output in engine.generate(request_id, PROMPT, params, None):
-        tokens += output.new_token_ids
-    return tokens
+    ending = None
+    with engine.generate(Request(PROMPT, sampling, adapter_id)) as stream:
+        async for delta in stream:
+            assert ending is None, "the stream goes on after its end"
+            tokens += delta.token_ids
+            ending = delta.error or delta.finish_reason
+    return tokens, ending
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
@@ -79,13 +92,36 @@ def is_running(pid: int) -> bool:
 def test_tokens_equal_those_of_an_engine_in_this_process(
     model_dir: Path, in_process: Engine, inflight: int
 ) -> None:
-    [expected] = in_process.generate([GenerationRequest(PROMPT, GREEDY)])
+    [expected] = in_process.generate([Request(PROMPT, GREEDY)])
+
+    async def main() -> list[tuple[list[int], FinishReason | SLoRAError | None]]:
+        async with running(model_dir, inflight) as engine:
+            return await asyncio.gather(*(collect(engine, GREEDY) for _ in range(4)))
+
+    assert asyncio.run(main()) == [(expected, FinishReason.LENGTH)] * 4
+
+
+def test_an_interval_gathers_tokens_and_loses_none(model_dir: Path, in_process: Engine) -> None:
+    [expected] = in_process.generate([Request(PROMPT, GREEDY)])
+    asked: list[int] = []
+
+    def interval_s(num_streams: int) -> float:
+        asked.append(num_streams)
+        return 60.0
 
     async def main() -> list[list[int]]:
-        async with running(model_dir, inflight) as engine:
-            return await asyncio.gather(*(collect(engine, f"r{i}", GREEDY) for i in range(4)))
+        spec = EngineSpec(str(model_dir), "safetensors", CONFIG, num_threads=1)
+        engine = AsyncEngine(spec, interval_s)
+        await engine.start()
+        try:
+            with engine.generate(Request(PROMPT, GREEDY)) as stream:
+                return [delta.token_ids async for delta in stream]
+        finally:
+            engine.close()
 
-    assert asyncio.run(main()) == [expected] * 4
+    first, rest = asyncio.run(main())
+    assert len(first) == 1 and first + rest == expected
+    assert asked == [1]
 
 
 def test_adapter_comes_from_the_shared_slab(
@@ -101,10 +137,12 @@ def test_adapter_comes_from_the_shared_slab(
         async with running(model_dir) as engine:
             info = await engine.stats()
             assert info.num_adapter_loads == 0
-            location = store.lease(summary.adapter_id, os.getpid())
-            tokens: list[int] = []
-            async for output in engine.generate("r", PROMPT, GREEDY, location):
-                tokens += output.new_token_ids
+            engine.add_adapter(store.lease(summary.adapter_id, os.getpid()))
+            # Named by as many requests as there are.
+            (tokens, _), (again, _) = await asyncio.gather(
+                *(collect(engine, GREEDY, summary.adapter_id) for _ in range(2))
+            )
+            assert again == tokens
             await engine.release_adapter_source(summary.adapter_id)
             store.release(summary.adapter_id, os.getpid())
             resident = await engine.stats()
@@ -120,7 +158,7 @@ def test_adapter_comes_from_the_shared_slab(
         store.close()
     in_process.add_adapter(load_packed_adapter(directory, geometry))
     [base], [expected] = (
-        in_process.generate([GenerationRequest(PROMPT, GREEDY, adapter_id)])
+        in_process.generate([Request(PROMPT, GREEDY, adapter_id)])
         for adapter_id in (None, summary.adapter_id)
     )
     assert tokens == expected != base
@@ -142,45 +180,51 @@ def test_a_used_adapter_is_served_after_its_store_ended(model_dir: Path, tmp_pat
     async def main() -> None:
         async with running(model_dir) as engine:
 
-            async def ask(request_id: str, location: AdapterLocation) -> None:
-                async for _ in engine.generate(request_id, PROMPT, GREEDY, location):
-                    pass
+            async def ask(location: AdapterLocation) -> FinishReason | SLoRAError | None:
+                engine.add_adapter(location)
+                return (await collect(engine, GREEDY, location.adapter_id))[1]
 
             location = stores[0].lease(hot.adapter_id, os.getpid())
-            stream = engine.generate("endless", PROMPT, ENDLESS, location)
-            await anext(stream)
-            stores[0].close()
-            # Has the reader forget the first store's memory.
-            await ask("other", stores[1].lease(other.adapter_id, os.getpid()))
-            await ask("hot", location)
-            await stream.aclose()
+            engine.add_adapter(location)
+            with engine.generate(Request(PROMPT, ENDLESS, hot.adapter_id)) as stream:
+                await anext(stream)
+                stores[0].close()
+                # Has the reader forget the first store's memory.
+                assert await ask(stores[1].lease(other.adapter_id, os.getpid())) == "length"
+                assert await ask(location) == "length"
             await engine.release_adapter_source(hot.adapter_id)
-            with pytest.raises(StoreGoneError):
-                await ask("late", location)
+            assert isinstance(await ask(location), StoreGoneError)
+            # So do all that name it, until it is there.
+            [_, ending] = await collect(engine, GREEDY, hot.adapter_id)
+            assert isinstance(ending, StoreGoneError)
+            assert await ask(stores[1].lease(hot.adapter_id, os.getpid())) == "length"
 
     asyncio.run(main())
     stores[1].close()
 
 
-def test_refused_request_raises_and_costs_others_nothing(model_dir: Path) -> None:
+def test_a_refused_request_is_told_why_and_costs_others_nothing(model_dir: Path) -> None:
     async def main() -> None:
         async with running(model_dir) as engine:
-            other = asyncio.create_task(collect(engine, "other", GREEDY))
-            too_long = SamplingParams(max_tokens=2000)
-            with pytest.raises(InvalidRequestError, match="exceed the context of 512 tokens"):
-                await collect(engine, "too-long", too_long)
-            assert len(await other) == GREEDY.max_tokens
+            other = asyncio.create_task(collect(engine, GREEDY))
+            tokens, error = await collect(engine, SamplingParams(max_tokens=2000))
+            assert tokens == [] and isinstance(error, InvalidRequestError)
+            assert "exceed the context of 512 tokens" in str(error)
+            assert error.param == "max_tokens"
+            tokens, error = await collect(engine, GREEDY, "unknown")
+            assert tokens == [] and isinstance(error, AdapterNotFoundError)
+            tokens, ending = await other
+            assert len(tokens) == GREEDY.max_tokens and ending is FinishReason.LENGTH
 
     asyncio.run(main())
 
 
-def test_closing_the_generator_aborts_and_frees_pages(model_dir: Path) -> None:
+def test_closing_the_stream_aborts_and_frees_pages(model_dir: Path) -> None:
     async def main() -> None:
         async with running(model_dir) as engine:
-            stream = engine.generate("r", PROMPT, ENDLESS, None)
-            await anext(stream)
-            assert (await engine.stats()).num_kv_pages > 0
-            await stream.aclose()
+            with engine.generate(Request(PROMPT, ENDLESS)) as stream:
+                await anext(stream)
+                assert (await engine.stats()).num_kv_pages > 0
 
             async def is_free() -> bool:
                 stats = await engine.stats()
@@ -196,9 +240,10 @@ def test_abort_by_id_ends_the_stream_with_its_reason(model_dir: Path) -> None:
     async def main() -> FinishReason | None:
         async with running(model_dir) as engine:
             reason = None
-            async for output in engine.generate("r", PROMPT, ENDLESS, None):
-                engine.abort("r")
-                reason = output.finish_reason
+            with engine.generate(Request(PROMPT, ENDLESS, request_id="r")) as stream:
+                async for delta in stream:
+                    engine.abort("r")
+                    reason = delta.finish_reason
             return reason
 
     assert asyncio.run(main()) is FinishReason.ABORT
@@ -208,16 +253,16 @@ def test_killed_engine_fails_its_requests_and_later_ones(model_dir: Path) -> Non
     async def main() -> None:
         engine = AsyncEngine(EngineSpec(str(model_dir), "safetensors", CONFIG, num_threads=1))
         info = await engine.start()
-        stream = engine.generate("r", PROMPT, ENDLESS, None)
-        await anext(stream)
-        assert engine.is_alive()
-        os.kill(info.pid, signal.SIGKILL)
-        with pytest.raises(EngineDeadError):
-            async for _ in stream:
-                pass
+        with engine.generate(Request(PROMPT, ENDLESS)) as stream:
+            await anext(stream)
+            assert engine.is_alive()
+            os.kill(info.pid, signal.SIGKILL)
+            deltas = [delta async for delta in stream]
+        assert isinstance(deltas[-1].error, EngineDeadError)
+        assert not any(delta.is_last for delta in deltas[:-1])
         assert not engine.is_alive()
         with pytest.raises(EngineDeadError):
-            await collect(engine, "later", GREEDY)
+            engine.generate(Request(PROMPT, GREEDY))
         with pytest.raises(EngineDeadError):
             await engine.stats()
         engine.close()
@@ -242,6 +287,7 @@ def owner(model_dir: Path) -> Iterator[subprocess.Popen[str]]:
     import asyncio
     from slora_core.engine.protocol import EngineSpec
     from slora_core.engine.process import AsyncEngine
+    from slora_core.requests import Request
     from tests.slora_core.engine.test_process import CONFIG, ENDLESS, PROMPT
 
     async def main():
@@ -249,8 +295,9 @@ def owner(model_dir: Path) -> Iterator[subprocess.Popen[str]]:
         info = await engine.start()
         print(info.pid, flush=True)
         while True:
-            async for _ in engine.generate("r", PROMPT, ENDLESS, None):
-                pass
+            with engine.generate(Request(PROMPT, ENDLESS)) as stream:
+                async for _ in stream:
+                    pass
 
     asyncio.run(main())
     """

@@ -14,15 +14,18 @@ from kernels import torch_ops as reference
 from kernels import triton_ops
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.dtypes import torch_dtype
-from slora_core.engine.engine import Engine, GenerationRequest
+from slora_core.dtypes import dtype_name, torch_dtype
+from slora_core.engine.engine import Engine
 from slora_core.execution.model_runner import ModelRunner
+from slora_core.execution.step_builder import StepBuilder
+from slora_core.execution.warm_up import compile_kernels
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import load_weights
 from slora_core.requests import Request, SamplingParams
 from tests.factories import ALL_MODULES, make_adapter, make_model
 from tests.kernels.cases import DEVICE, DTYPES, TOLERANCES
 from tests.oracle import GreedyOracle, assert_same_greedy
+from tests.slora_core.engine.planned_steps import load_adapters, plan_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,12 +74,12 @@ def _engine(files: tuple[Path, dict[str, Path]], **config) -> Engine:
     return engine
 
 
-def _entry(prompt_ids: list[int], kind: str | None) -> GenerationRequest:
+def _entry(prompt_ids: list[int], kind: str | None) -> Request:
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
-    return GenerationRequest(prompt_ids, params, kind)
+    return Request(prompt_ids, params, kind)
 
 
-def _check(oracle: GreedyOracle, engine: Engine, entries: list[GenerationRequest]) -> None:
+def _check(oracle: GreedyOracle, engine: Engine, entries: list[Request]) -> None:
     for entry, text in zip(entries, engine.generate(entries), strict=True):
         expected = oracle.generate(entry.prompt_ids, MAX_TOKENS, entry.adapter_id)
         assert_same_greedy(oracle, entry.prompt_ids, text, expected, entry.adapter_id)
@@ -104,7 +107,7 @@ def test_a_shared_prefix_and_a_small_pool(files, oracle: GreedyOracle) -> None:
 def test_a_warm_up_leaves_texts_as_they_are(files, oracle: GreedyOracle) -> None:
     settings = {"max_batched_tokens": 16, "max_running_requests": 1, "graph_max_rank": 16}
     engine = _engine(files, num_pool_tokens=640, **settings)
-    engine.runner.warm_up()
+    compile_kernels(engine.model, engine.config, engine.builder, engine.runner)
     _check(oracle, engine, [_entry(list(range(3, 16)), "rank4-qv")])
 
 
@@ -117,30 +120,29 @@ def test_logits_of_each_step_are_those_of_the_torch_twins(
     # Five pages are left beside the adapters: too few for what the requests grow to.
     engine = _engine(
         files,
-        dtype=dtype,
+        dtype=dtype_name(dtype),
         num_pool_tokens=16 * 32,
         max_batched_tokens=24,
         admission_output_tokens=0,
     )
     weights = load_weights(files[0], engine.model, DEVICE.type, dtype)
     twin = ModelRunner(engine.model, engine.config, weights, engine.config.num_pages, reference)
+    twin_builder = StepBuilder(engine.model, engine.config, twin.attention_planner)
     # Where a string may stop a request, it is admitted though its max_tokens might not fit.
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, stop=("never",))
     rng = random.Random(0)
     lengths = (30, 13, 14, 13, 14)
     for index, kind in enumerate((*ADAPTERS, None, "rank4-qv")):
         prompt = rng.choices(range(3, 256), k=lengths[index])
-        engine.add_request(Request(str(index), prompt, params, kind))
+        engine.add_request(Request(prompt, params, kind))
 
     num_mixed = 0
     while engine.has_work:
-        plan = engine.scheduler.schedule()
+        plan = plan_step(engine)
         num_mixed += len({chunk.is_decode for chunk in plan.chunks}) == 2
-        logits = []
-        for runner in (engine.runner, twin):
-            runner.load_adapters(plan, engine._host_copies.__getitem__)
-            logits.append(runner.logits(plan))
-        actual, expected = logits
+        load_adapters(engine, plan, twin_builder, twin)
+        actual = engine.runner.logits(engine.builder.build(plan.chunks))
+        expected = twin.logits(twin_builder.build(plan.chunks))
         # All logits of a row have errors of one size, whatever their own.
         scale = expected.abs().amax(-1, keepdim=True)
         rtol, _ = TOLERANCES[dtype]
@@ -155,27 +157,28 @@ def test_steps_padded_as_for_graphs_have_the_logits_of_exact_ones(tmp_path: Path
     """What graphs are captured with, run without one: chunks, whole prompts, decodes beside."""
     files = _make_files(tmp_path, num_hidden_layers=1)
     engine = _engine(files, max_batched_tokens=24, max_running_requests=6)
-    runner = engine.runner
+    runner, builder = engine.runner, engine.builder
+    # As where there are graphs; a runner without runs what it is given.
+    builder.shapes.has_graphs = True
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     rng = random.Random(0)
     for index, kind in enumerate((*ADAPTERS, None, "rank4-qv")):
         prompt = rng.choices(range(3, 256), k=(30, 13, 2, 1, 14)[index])
-        engine.add_request(Request(str(index), prompt, params, kind))
+        engine.add_request(Request(prompt, params, kind))
 
     kinds = set()
     while engine.has_work:
-        plan = engine.scheduler.schedule()
-        runner.load_adapters(plan, engine._host_copies.__getitem__)
-        key = runner._graph_key(plan.chunks)
-        assert key is not None
-        shape = runner._graph_shape(key)
-        with torch.inference_mode():
-            views = runner._builder.fields(plan.chunks, shape).to(DEVICE)
-            padded = runner._forward(views, shape).float()
-        expected = runner.logits(plan)
-        torch.testing.assert_close(padded[: len(expected)], expected)
-        rows = [chunk.request.row for chunk in plan.chunks if chunk.samples]
-        assert views["sample_rows"][: len(rows)].tolist() == rows
-        kinds.add((key.has_prompts, key.num_rows))
+        plan = plan_step(engine)
+        inputs = builder.build(plan.chunks)
+        shape = inputs.shape
+        assert shape.is_padded and shape in set(builder.shapes.graphs())
+        padded = runner.logits(inputs)
+        expected = runner.logits(builder.build_as(plan.chunks, builder.shapes.of(plan.chunks)))
+        torch.testing.assert_close(padded, expected)
+        sampling = [chunk.request.table_idx for chunk in plan.chunks if chunk.samples]
+        sample_requests = inputs.fields.to(DEVICE)["sample_requests"]
+        assert sample_requests[: len(sampling)].tolist() == sampling
+        assert inputs.num_samples == len(sampling) <= len(sample_requests) == shape.num_samples
+        kinds.add((shape.num_prefills > 0, shape.num_rows))
         engine.scheduler.commit(plan, expected.argmax(-1).tolist())
     assert {(True, 24), (False, 6)} <= kinds

@@ -18,6 +18,7 @@ from triton import knobs
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
+from slora_core.execution.warm_up import run_every_kernel
 from slora_core.models.hf_config import load_model_config
 from slora_core.models.weights import dummy_weights
 from slora_core.requests import Request, SamplingParams
@@ -74,11 +75,11 @@ def _serve(engine: Engine, rng: random.Random) -> None:
         (64, any_length),
         (64, short),
     ):
-        for index in range(num):
+        for _ in range(num):
             prompt = [3] * rng.choice(lengths)
             params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
             adapter_id = rng.choice((None, *map(str, RANKS)))
-            engine.add_request(Request(f"{num}-{index}", prompt, params, adapter_id))
+            engine.add_request(Request(prompt, params, adapter_id))
         while engine.has_work:
             engine.step()
 
@@ -107,8 +108,7 @@ def main() -> None:
             engine = _make_engine(Path(directory), budget, pool_tokens)
         keys.clear()
         word = "warm"
-        with torch.inference_mode():
-            engine.runner._run_every_kernel()
+        run_every_kernel(engine.model, engine.config, engine.builder, engine.runner)
         word = "missing"
         _serve(engine, random.Random(budget))
 

@@ -15,7 +15,7 @@ def test_prompts_share_out_the_tokens(tmp_path) -> None:
         (0, 100, 5),
         (0, 30, 5),
     ]
-    assert [chunk.request.row for chunk in plan.chunks] == [0, 1, 2]
+    assert [chunk.request.table_idx for chunk in plan.chunks] == [0, 1, 2]
     page_ids = [page for chunk in plan.chunks for page in chunk.request.page_ids]
     assert page_ids == list(range(7 + 7 + 2)) and num_step_pages(plan) == len(page_ids)
 

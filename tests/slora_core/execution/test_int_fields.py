@@ -40,6 +40,14 @@ def test_steps_of_one_size_share_a_layout() -> None:
     assert buffer[-3:].tolist() == [99, 99, 99]
 
 
+def test_a_step_writes_to_its_own_copy() -> None:
+    fields = _fields([3, 1])
+    for name, view in fields.to(CPU).items():
+        assert fields.size(name) == len(view)
+        view.fill_(99)
+    assert fields.to(CPU)["first"].tolist() == [3, 1, -1, -1, -1]
+
+
 def test_more_values_than_places_is_a_defect() -> None:
     with pytest.raises(AssertionError, match="6 values and 5 places"):
         _fields([0] * 6)

@@ -8,22 +8,28 @@ says, its adapter's weights on the pages of its slot, and the limits held.
 
 import random
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
+from slora_core.errors import SLoRAError
 from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
 from slora_core.memory.prefix_cache import PrefixCache
 from slora_core.requests import (
+    Delta,
     FinishReason,
     Request,
-    RequestOutput,
+    RequestState,
     SamplingParams,
     ScheduledChunk,
+    StepOutput,
     StepPlan,
 )
 from slora_core.scheduling.scheduler import Scheduler
+from slora_core.scheduling.waiting_queue import FirstComeQueue, WaitingQueue
 
 EOS = 2
 
@@ -56,12 +62,14 @@ def make_request(
     adapter_id: str | None = None,
     *,
     first_token: int = 7,
+    num_output: int = 0,
     **params,
-) -> Request:
-    """Prompts of one `first_token` share their prefix."""
+) -> RequestState:
+    """Prompts of one `first_token` share their prefix; `num_output` tokens are answered already."""
     sampling = SamplingParams(max_tokens=max_tokens, **params)
     prompt = [first_token] + [7] * (num_prompt - 1)
-    return Request(request_id, prompt, sampling, adapter_id)
+    output = [7] * num_output
+    return RequestState(Request(prompt, sampling, adapter_id, output, request_id=request_id))
 
 
 @dataclass(frozen=True)
@@ -70,20 +78,27 @@ class LaunchedChunk:
 
     chunk: ScheduledChunk
     page_ids: list[int]
-    row: int
+    table_idx: int
     # Id and pages of the adapter in the chunk's slot; None for the base model.
     adapter: tuple[str, list[int]] | None
 
 
 @dataclass
 class Harness:
-    """`adapter_sizes` are pages by adapter id; `eos_chance` ends a request at each token."""
+    """Args:
+    adapter_sizes: pages by adapter id.
+    eos_chance: ends a request at each token.
+    policy: the scheduler's waiting queue; what it does is to start requests by `order`, the
+        smallest first, or, without one, first come, first served.
+    """
 
     config: EngineConfig
     adapter_sizes: dict[str, int] = field(default_factory=dict)
     max_slots: int = 4
     eos_chance: float = 0.0
     seed: int = 0
+    policy: WaitingQueue = field(default_factory=FirstComeQueue)
+    order: Callable[[RequestState], Any] | None = None
 
     def __post_init__(self) -> None:
         self.pool = PagePool(self.config.num_pages)
@@ -100,61 +115,70 @@ class Harness:
             self.prefixes,
             self.adapter_sizes.__getitem__,
             (EOS,),
+            self.policy,
         )
-        self.live: dict[str, Request] = {}
+        self.live: dict[str, RequestState] = {}
         self.finished: dict[str, FinishReason] = {}
+        # Refused ones that no step has told.
+        self.untold: dict[str, SLoRAError] = {}
         # What the queues should hold: running ones in the order in which they started.
-        self.waiting: list[Request] = []
-        self.running: list[Request] = []
+        self.waiting: list[RequestState] = []
+        self.running: list[RequestState] = []
         self.num_steps = 0
         # Launched and not committed, the oldest first.
         self.inflight: deque[tuple[StepPlan, list[LaunchedChunk]]] = deque()
         self.num_discarded = self.num_blocked = 0
         self._random = random.Random(self.seed)
-        # Tokens that launched steps sample, by request.
-        self._num_sampled: Counter[Request] = Counter()
+        # Tokens of the answer that came with the request or that launched steps sample.
+        self._num_output: Counter[RequestState] = Counter()
         # Ended requests with their outputs, which must not change any more.
-        self._ended: list[tuple[Request, list[int]]] = []
+        self._ended: list[tuple[RequestState, list[int]]] = []
         # Of each request, a hash of adapter and tokens up to each token that was an input.
-        self._texts: dict[Request, list[int]] = {}
+        self._texts: dict[RequestState, list[int]] = {}
         # (page id, offset) of KV: what lies there, and who wrote it in which run of a request.
-        self._kv: dict[tuple[int, int], tuple[int, tuple[Request, int, int]]] = {}
+        self._kv: dict[tuple[int, int], tuple[int, tuple[RequestState, int, int]]] = {}
         # Page ids of adapters: who was written there last.
         self._adapter_pages: dict[int, tuple[str, int]] = {}
         self._slots: dict[int, tuple[str, list[int]]] = {}
 
-    def add(self, request: Request) -> None:
+    def add(self, request: RequestState) -> None:
         self.scheduler.add(request)
         self.live[request.request_id] = request
-        self.waiting.append(request)
+        self._num_output[request] = len(request.output_ids)
+        self._queue([*self.waiting, request])
 
     def abort(self, request_id: str) -> None:
         assert self.scheduler.abort(request_id)
-        request = self.live.pop(request_id)
-        (self.running if request in self.running else self.waiting).remove(request)
-        self._ended.append((request, list(request.output_ids)))
-        self._check()
+        self._left(request_id)
+
+    def refuse(self, request_id: str, error: SLoRAError) -> None:
+        assert self.scheduler.refuse(request_id, error)
+        self.untold[request_id] = error
+        self._left(request_id)
 
     def drop_adapter(self, adapter_id: str) -> None:
         self.residency.drop(adapter_id)
         self.prefixes.drop(adapter_id)
         self._check()
 
-    def step(self) -> list[RequestOutput]:
-        """Launch and commit as the engine does."""
-        outputs = []
+    def step(self) -> list[Delta]:
+        """Launch and commit as the engine does, and tell what was refused."""
+        deltas = []
         plan = self.launch()
         if plan.blocked:
             assert self.inflight, "blocked with nothing in flight"
-            outputs += self.flush()
+            deltas += self.flush()
             plan = self.launch()
             assert not plan.blocked
+        refused, self.untold = self.untold, {}
+        assert self.scheduler.take_refused() == refused
+        deltas += StepOutput(endings={**refused}).deltas()
         assert self.inflight or not self.live, "requests wait and nothing runs"
         if self.inflight and (
             not plan.chunks or len(self.inflight) >= self.config.max_inflight_steps
         ):
-            outputs += self.commit()
-        return outputs
+            deltas += self.commit()
+        return deltas
 
     def launch(self) -> StepPlan:
         """Plan and check a step, and hand it to the device if anything runs."""
@@ -169,7 +193,7 @@ class Harness:
         self._check()
         return plan
 
-    def commit(self) -> list[RequestOutput]:
+    def commit(self) -> list[Delta]:
         """Pretend to run the oldest step in flight, commit, check."""
         plan, chunks = self.inflight.popleft()
         # As on a device, all rows are written before any is read.
@@ -186,21 +210,22 @@ class Harness:
             if self.live.get(request.request_id) is request
         ]
         self.num_discarded += len(sampled) - len(expected)
-        outputs = self.scheduler.commit(plan, [token for _, token in sampled])
-        for output, (request, token, index) in zip(outputs, expected, strict=True):
-            assert (output.request_id, output.new_token_ids) == (request.request_id, [token])
+        deltas = self.scheduler.commit(plan, [token for _, token in sampled]).deltas()
+        for delta, (request, token, index) in zip(deltas, expected, strict=True):
+            assert (delta.request_id, delta.token_ids) == (request.request_id, [token])
             assert request.output_ids[index:] == [token]
-            self._check_end(request, output.finish_reason)
+            assert delta.error is None
+            self._check_end(request, delta.finish_reason)
         self._check()
         self.num_steps += 1
-        return outputs
+        return deltas
 
-    def flush(self) -> list[RequestOutput]:
+    def flush(self) -> list[Delta]:
         """Commit all steps in flight."""
-        outputs = []
+        deltas = []
         while self.inflight:
-            outputs += self.commit()
-        return outputs
+            deltas += self.commit()
+        return deltas
 
     def run_to_end(self) -> None:
         """Finish every request within the number of steps that progress guarantees.
@@ -209,10 +234,10 @@ class Harness:
         computes at least one of the oldest's, which are never freed before it ends. A step in
         flight when a request ends may have computed nothing else.
         """
-        limit = sum(r.max_total_tokens + r.params.max_tokens + 1 for r in self.live.values())
+        limit = sum(r.max_total_tokens + r.sampling.max_tokens + 1 for r in self.live.values())
         limit += len(self.inflight)
         start = self.num_steps
-        while self.live or self.inflight:
+        while self.live or self.inflight or self.untold:
             self.step()
             assert self.num_steps - start <= limit, "requests starve"
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
@@ -221,18 +246,31 @@ class Harness:
         assert self.residency.num_pinned_pages == 0
         for request, output_ids in self._ended:
             assert request.output_ids == output_ids
-            assert not request.page_ids and request.adapter_slot is None and request.row == -1
+            assert not request.page_ids and request.adapter_slot is None
+            assert request.table_idx == -1
             assert request.num_pending == request.num_inflight == 0
+
+    def _left(self, request_id: str) -> None:
+        """A request was taken out before its end."""
+        request = self.live.pop(request_id)
+        (self.running if request in self.running else self.waiting).remove(request)
+        self._ended.append((request, list(request.output_ids)))
+        self._check()
+
+    def _queue(self, requests: list[RequestState]) -> None:
+        """What waits now: in this order, or in that of the policy."""
+        self.waiting = requests if self.order is None else sorted(requests, key=self.order)
 
     def _check(self) -> None:
         """The books balance, and no step in flight lost anything that it uses."""
         self.scheduler.check_integrity()
+        assert self.scheduler.has_work == bool(self.live or self.untold)
         resident = self.residency.resident_ids()
         for _, chunks in self.inflight:
             for launched in chunks:
                 request = launched.chunk.request
                 assert request.page_ids[: len(launched.page_ids)] == launched.page_ids
-                assert request.row == launched.row
+                assert request.table_idx == launched.table_idx
                 if launched.adapter is not None:
                     assert self._slots[launched.chunk.slot] == launched.adapter
                     assert launched.adapter[0] in resident
@@ -247,7 +285,7 @@ class Harness:
         assert oldest not in preempted, "the oldest was preempted"
         assert not (preempted and self.inflight), "preempted with steps in flight"
         self.running = [request for request in self.running if request not in preempted]
-        self.waiting = preempted + self.waiting
+        self._queue(preempted + self.waiting)
         started = [c.request for c in plan.chunks if c.request not in self.running]
         assert {r.request_id for r in started} == {
             r.request_id for r in self.waiting[: len(started)]
@@ -260,9 +298,9 @@ class Harness:
     def _check_limits(self, plan: StepPlan) -> None:
         config = self.config
         assert sum(c.end - c.start for c in plan.chunks) <= config.max_batched_tokens
-        rows = [chunk.request.row for chunk in plan.chunks]
-        assert len(set(rows)) == len(rows) <= config.max_running_requests
-        assert all(0 <= row < config.max_running_requests for row in rows)
+        table_idxs = [chunk.request.table_idx for chunk in plan.chunks]
+        assert len(set(table_idxs)) == len(table_idxs) <= config.max_running_requests
+        assert all(0 <= index < config.max_running_requests for index in table_idxs)
         assert self.scheduler.num_running == len(self.running)
         assert self.scheduler.num_waiting == len(self.waiting)
         ids = Counter(chunk.request.request_id for chunk in plan.chunks)
@@ -289,16 +327,16 @@ class Harness:
     def _launch_chunk(self, chunk: ScheduledChunk) -> LaunchedChunk:
         """Check what was fixed with the plan, and keep what the device is given."""
         request = chunk.request
-        num_sampled = self._num_sampled[request]
-        num_tokens = len(request.prompt_ids) + num_sampled
+        num_output = self._num_output[request]
+        num_tokens = len(request.prompt_ids) + num_output
         num_known = len(request.prompt_ids) + len(request.output_ids)
         assert chunk.start < chunk.end <= num_tokens
         assert chunk.samples == (chunk.end == num_tokens)
         assert chunk.input_pending == (chunk.end > num_known)
         assert not chunk.input_pending or chunk.end - chunk.start == 1
         if chunk.samples:
-            assert chunk.token_index == num_sampled < request.params.max_tokens
-            self._num_sampled[request] += 1
+            assert chunk.token_index == num_output < request.sampling.max_tokens
+            self._num_output[request] += 1
         assert len(request.page_ids) * self.config.page_tokens >= chunk.end
         adapter = None
         if request.adapter_id is None:
@@ -307,13 +345,13 @@ class Harness:
             assert request.adapter_slot == chunk.slot
             adapter = self._slots[chunk.slot]
             assert adapter[0] == request.adapter_id
-        return LaunchedChunk(chunk, list(request.page_ids), request.row, adapter)
+        return LaunchedChunk(chunk, list(request.page_ids), request.table_idx, adapter)
 
-    def _extend_text(self, request: Request, tokens: list[int]) -> list[int]:
+    def _extend_text(self, request: RequestState, tokens: list[int]) -> list[int]:
         """Hashes of the request's text, which grows by what is sampled, discarded or not."""
         if request not in self._texts:
             self._texts[request] = []
-            self._extend_text(request, request.prompt_ids)
+            self._extend_text(request, [*request.prompt_ids, *request.request.output_ids])
         text = self._texts[request]
         for token in tokens:
             text.append(hash((text[-1] if text else request.adapter_id, token)))
@@ -347,11 +385,11 @@ class Harness:
     def _token(self) -> int:
         return EOS if self._random.random() < self.eos_chance else self._random.randint(3, 9)
 
-    def _check_end(self, request: Request, reason: FinishReason | None) -> None:
-        params = request.params
+    def _check_end(self, request: RequestState, reason: FinishReason | None) -> None:
+        sampling = request.sampling
         last = request.output_ids[-1]
-        stops = last in params.stop_token_ids or (last == EOS and not params.ignore_eos)
-        ended = stops or len(request.output_ids) == params.max_tokens
+        stops = last in sampling.stop_token_ids or (last == EOS and not sampling.ignore_eos)
+        ended = stops or len(request.output_ids) == sampling.max_tokens
         assert (reason is not None) == ended
         if reason is not None:
             assert reason is (FinishReason.STOP if stops else FinishReason.LENGTH)

@@ -6,14 +6,13 @@ from hypothesis import strategies as st
 
 from slora_core.config import EngineConfig
 from slora_core.memory.page_pool import pages_for
-from slora_core.requests import Request, SamplingParams
+from slora_core.requests import Request, RequestState, SamplingParams
 from slora_core.scheduling.admission import PeakEstimate, expected_total_tokens
 
 
-def _request(num_prompt: int, max_tokens: int, num_output: int = 0) -> Request:
-    return Request(
-        "r", [1] * num_prompt, SamplingParams(max_tokens=max_tokens), output_ids=[1] * num_output
-    )
+def _request(num_prompt: int, max_tokens: int, num_output: int = 0) -> RequestState:
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return RequestState(Request([1] * num_prompt, sampling, output_ids=[1] * num_output))
 
 
 @pytest.mark.parametrize(
@@ -41,11 +40,12 @@ def test_expected_total_tokens(assumed: int | None, num_output: int, expected: i
 def test_nothing_but_max_tokens_ends_a_request() -> None:
     config = EngineConfig(admission_output_tokens=20)
     for stops, expected in (({}, 110), ({"stop_token_ids": (5,)}, 30), ({"stop": ("x",)}, 30)):
-        params = SamplingParams(max_tokens=100, ignore_eos=True, **stops)
-        assert expected_total_tokens(Request("r", [1] * 10, params), config) == expected
+        sampling = SamplingParams(max_tokens=100, ignore_eos=True, **stops)
+        request = RequestState(Request([1] * 10, sampling))
+        assert expected_total_tokens(request, config) == expected
 
 
-def _simulated_peak(requests: list[Request], config: EngineConfig) -> int:
+def _simulated_peak(requests: list[RequestState], config: EngineConfig) -> int:
     """Most pages held at once when all requests grow in lockstep and free when they end."""
     live = [(request.num_tokens, expected_total_tokens(request, config)) for request in requests]
     peak = 0
@@ -71,7 +71,7 @@ requests_drawn = st.lists(
 @given(requests_drawn, st.sampled_from([1, 4, 16]), st.sampled_from([None, 0, 3, 30]))
 @example([_request(20, 1), _request(1, 20)], 4, None)
 def test_peak_bounds_the_simulation_tightly(
-    requests: list[Request], page_tokens: int, assumed: int | None
+    requests: list[RequestState], page_tokens: int, assumed: int | None
 ) -> None:
     config = EngineConfig(page_tokens=page_tokens, admission_output_tokens=assumed)
     peak = PeakEstimate(requests, config).pages()

@@ -46,7 +46,7 @@ def test_nothing_is_planned_beyond_max_tokens() -> None:
     harness.launch()
     assert harness.launch().chunks == [], "both tokens are in flight"
     assert harness.scheduler.num_running == 1
-    assert [output.finish_reason for output in harness.flush()] == [None, FinishReason.LENGTH]
+    assert [delta.finish_reason for delta in harness.flush()] == [None, FinishReason.LENGTH]
     assert harness.num_discarded == 0
 
 
@@ -57,7 +57,7 @@ def test_a_stop_is_seen_one_step_late() -> None:
     harness.add(request)
     harness.launch()
     harness.launch()
-    assert [output.finish_reason for output in harness.commit()] == [FinishReason.STOP]
+    assert [delta.finish_reason for delta in harness.commit()] == [FinishReason.STOP]
     # The second step writes its seventh token into its second page.
     assert (harness.scheduler.num_running, len(request.page_ids)) == (0, 2)
     assert harness.launch().chunks == []
@@ -76,7 +76,7 @@ def test_an_aborted_request_keeps_what_steps_in_flight_use(num_steps: int) -> No
     harness.abort("r")
     assert not harness.scheduler.abort("r")
     harness.drop_adapter("a")
-    # Its id is free, its row is not.
+    # Its id is free, its place in the tables is not.
     harness.add(make_request("r", 4))
     for _ in range(num_steps):
         assert harness.residency.resident_ids() == ["a"] and request.page_ids
@@ -139,7 +139,7 @@ def test_a_prefill_that_finds_no_pages_blocks_the_plan_behind_the_decodes() -> N
     harness.run_to_end()
 
 
-def test_a_refused_head_is_tried_again_though_nothing_was_given_back() -> None:
+def test_a_postponed_head_is_tried_again_though_nothing_was_given_back() -> None:
     """As the running request nears its end, less and less of its growth meets the next one's."""
     harness = _harness(100, page_tokens=1)
     harness.add(make_request("running", 10, max_tokens=60))

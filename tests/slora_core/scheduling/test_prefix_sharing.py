@@ -3,6 +3,7 @@
 import pytest
 
 from slora_core.memory.page_pool import PageOwner
+from slora_core.requests import Request, RequestState, SamplingParams
 from tests.slora_core.scheduling.harness import Harness, make_config, make_request
 
 both = pytest.mark.parametrize("inflight", [1, 2])
@@ -46,9 +47,8 @@ def test_the_next_turn_finds_prompt_and_answer() -> None:
     harness.add(first)
     harness.run_to_end()
     assert harness.prefixes.num_idle_pages == 4, "the last token's KV was never computed"
-    second = make_request("second", 1)
-    second.prompt_ids = [*first.prompt_ids, *first.output_ids, 5, 6, 7]
-    harness.add(second)
+    prompt = [*first.prompt_ids, *first.output_ids, 5, 6, 7]
+    harness.add(RequestState(Request(prompt, SamplingParams(max_tokens=4), request_id="second")))
     assert _computed(harness) == {"second": (16, 23)}
     harness.run_to_end()
 

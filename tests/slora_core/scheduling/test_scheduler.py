@@ -7,7 +7,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from slora_core.errors import InvalidRequestError
+from slora_core.errors import InvalidRequestError, OverloadedError
 from slora_core.memory.page_pool import pages_for
 from slora_core.requests import FinishReason
 from tests.slora_core.scheduling.harness import EOS, Harness, make_config, make_request
@@ -215,6 +215,8 @@ additions = st.tuples(
     st.booleans(),
     # Its first token: which others it shares a prefix with.
     st.integers(7, 9),
+    # Tokens of the answer that it comes with, at most.
+    st.sampled_from([0, 0, 3, 20]),
 )
 operations = st.lists(
     st.one_of(
@@ -222,9 +224,11 @@ operations = st.lists(
         additions,
         additions,
         additions,
+        additions,
         st.tuples(st.just("step"), st.integers(1, 6)),
         st.tuples(st.just("flush")),
         st.tuples(st.just("abort"), st.integers(0, 30)),
+        st.tuples(st.just("refuse"), st.integers(0, 30)),
         st.tuples(st.just("drop"), st.sampled_from(sorted(ADAPTERS))),
     ),
     min_size=20,
@@ -269,16 +273,17 @@ def test_random_operations(
         prefix_caching=prefix_caching,
     )
     harness = Harness(config, ADAPTERS, max_slots, eos_chance)
-    accepted = aborted = 0
+    accepted = left = 0
     for number, (kind, *args) in enumerate(operations):
         if kind == "add":
-            num_prompt, max_tokens, adapter_id, ignore_eos, first_token = args
+            num_prompt, max_tokens, adapter_id, ignore_eos, first_token, num_output = args
             request = make_request(
                 str(number),
                 num_prompt,
                 max_tokens,
                 adapter_id,
                 first_token=first_token,
+                num_output=min(num_output, max_tokens - 1),
                 ignore_eos=ignore_eos,
             )
             needed = pages_for(num_prompt + max_tokens, page_tokens) + ADAPTERS.get(adapter_id, 0)
@@ -293,15 +298,19 @@ def test_random_operations(
                 harness.step()
         elif kind == "flush":
             harness.flush()
-        elif kind == "abort":
+        elif kind in ("abort", "refuse"):
             if harness.live:
                 names = list(harness.live)
-                harness.abort(names[args[0] % len(names)])
-                aborted += 1
+                name = names[args[0] % len(names)]
+                if kind == "abort":
+                    harness.abort(name)
+                else:
+                    harness.refuse(name, OverloadedError(name))
+                left += 1
         else:
             harness.drop_adapter(args[0])
     harness.run_to_end()
-    assert len(harness.finished) + aborted == accepted
+    assert len(harness.finished) + left == accepted
     event(f"preemptions {min(harness.scheduler.num_preemptions, 3)}")
     event(f"evictions {min(harness.residency.num_evictions, 3)}")
     event(f"accepted {accepted // 5 * 5}")

@@ -1,0 +1,130 @@
+"""The tokens of running requests on their way to who reads them, gathered into few deltas.
+
+What a stream costs its readers is per delta, not per token. So a request's first token and its end
+are handed over at once, and what comes between on one timer for all streams. One event loop; knows
+no engine and no connection.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Self
+
+from slora_core.errors import SLoRAError
+from slora_core.requests import Delta, FinishReason, StepOutput
+
+
+class DeltaStream:
+    """The deltas of one request, for one reader: an iterator, and a context that aborts at its end.
+
+    Iterating ends after the delta with a finish reason or an error, which is not raised.
+    """
+
+    def __init__(self, request_id: str, on_close: Callable[["DeltaStream"], None]) -> None:
+        self.request_id = request_id
+        # Whether its last delta was read: nothing is left to abort.
+        self.has_ended = False
+        self._on_close = on_close
+        # What has come since the last delta.
+        self._token_ids: list[int] = []
+        self._ending: FinishReason | SLoRAError | None = None
+        self._has_started = False
+        # Set when there is something that the reader should have.
+        self._is_due = False
+        self._reader: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._on_close(self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self.has_ended:
+            raise StopAsyncIteration
+        if not self._is_due:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        token_ids, self._token_ids = self._token_ids, []
+        self._is_due = False
+        self.has_ended = self._ending is not None
+        return Delta.of(self.request_id, token_ids, self._ending)
+
+    def push(self, token_id: int) -> bool:
+        """Take a token; whether it is the first of several that wait for the timer."""
+        self._token_ids.append(token_id)
+        if self._has_started:
+            return len(self._token_ids) == 1
+        self._has_started = True
+        self.wake()
+        return False
+
+    def end(self, ending: FinishReason | SLoRAError) -> None:
+        if self._ending is None:
+            self._ending = ending
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the reader take what there is, now or when it asks next."""
+        if self._token_ids or self._ending is not None:
+            self._is_due = True
+            if self._reader is not None and not self._reader.done():
+                self._reader.set_result(None)
+
+
+class DeltaStreams:
+    """Open streams by request id.
+
+    Args:
+        interval_s: seconds for which tokens gather, by the number of open streams.
+        abort: called with the id of a request whose stream is closed before its end.
+    """
+
+    def __init__(self, interval_s: Callable[[int], float], abort: Callable[[str], None]) -> None:
+        self._interval_s = interval_s
+        self._abort = abort
+        self._streams: dict[str, DeltaStream] = {}
+        # Those with tokens that wait for the timer.
+        self._gathering: list[DeltaStream] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, request_id: str) -> DeltaStream:
+        assert request_id not in self._streams, f"{request_id} is running already"
+        stream = self._streams[request_id] = DeltaStream(request_id, self._close)
+        return stream
+
+    def take(self, output: StepOutput) -> None:
+        """Hand out what a step gave; requests that nobody reads any more are passed over."""
+        streams = self._streams
+        for request_id, token_id in zip(output.request_ids, output.token_ids, strict=True):
+            stream = streams.get(request_id)
+            if stream is not None and stream.push(token_id):
+                self._gathering.append(stream)
+        for request_id, ending in output.endings.items():
+            stream = streams.get(request_id)
+            if stream is not None:
+                stream.end(ending)
+        if self._gathering and self._timer is None:
+            delay_s = self._interval_s(len(streams))
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._flush)
+
+    def fail(self, error: SLoRAError) -> None:
+        """End every stream with an error, after the tokens that came."""
+        for stream in self._streams.values():
+            stream.end(error)
+
+    def _flush(self) -> None:
+        self._timer = None
+        gathering, self._gathering = self._gathering, []
+        for stream in gathering:
+            stream.wake()
+
+    def _close(self, stream: DeltaStream) -> None:
+        del self._streams[stream.request_id]
+        if not stream.has_ended:
+            self._abort(stream.request_id)

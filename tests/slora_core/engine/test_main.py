@@ -1,0 +1,199 @@
+"""The engine's loop in this process: what it answers to messages, and when it waits for them."""
+
+import asyncio
+import os
+import select
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slora_core.adapters.page_layout import plan_layout
+from slora_core.adapters.slab_format import AdapterLocation, ExtentId
+from slora_core.config import EngineConfig
+from slora_core.engine.engine import Engine
+from slora_core.engine.main import EngineLoop
+from slora_core.engine.protocol import (
+    AbortRequest,
+    AddAdapter,
+    Call,
+    Reply,
+    receive_message,
+    send_message,
+)
+from slora_core.engine.streams import DeltaStreams
+from slora_core.errors import (
+    AdapterNotFoundError,
+    InvalidRequestError,
+    OverloadedError,
+    StoreGoneError,
+)
+from slora_core.requests import Delta, FinishReason, Request, SamplingParams, StepOutput
+from tests.factories import make_model
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Of the loop's reader, whose process does not end with it here.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
+
+SAMPLING = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+ERROR = OverloadedError("too late")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("main") / "model", "llama", seed=4)
+
+
+@pytest.fixture(params=[1, 2])
+def engine(request, model_dir: Path) -> Engine:
+    """With one step in flight, and with two."""
+    config = EngineConfig(
+        num_pool_tokens=1024, max_running_requests=1, max_inflight_steps=request.param
+    )
+    return Engine.from_pretrained(model_dir, config)
+
+
+class Owner:
+    """The other end of the loop's connection."""
+
+    def __init__(self, connection: socket.socket, loop: EngineLoop) -> None:
+        self.connection = connection
+        self.loop = loop
+
+    def send(self, *messages: object) -> None:
+        for message in messages:
+            send_message(self.connection, message)
+        # Read before a reply to it is: the loop takes all of its messages first.
+        send_message(self.connection, Call(0, "check_integrity"))
+        while self.loop._inbox.qsize() < len(messages) + 1:
+            pass
+
+    def received(self) -> list[object]:
+        """What has come so far, but for the replies to `send`."""
+        messages = []
+        while select.select([self.connection], [], [], 0)[0]:
+            messages.append(receive_message(self.connection))
+        return [message for message in messages if message != Reply(0)]
+
+
+@pytest.fixture
+def owner(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Owner]:
+    # At the end of the connection the loop ends its process, of which here the thread is enough.
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    ours, theirs = socket.socketpair()
+    before = set(threading.enumerate())
+    loop = EngineLoop(theirs, engine)
+    [reader] = set(threading.enumerate()) - before
+    yield Owner(ours, loop)
+    ours.close()
+    reader.join(10)
+    assert not reader.is_alive()
+
+
+def _request(name: str, **fields) -> Request:
+    return Request([5, 6, 7], SAMPLING, request_id=name, **fields)
+
+
+def _told(messages: list[object]) -> dict[str, object]:
+    """How requests ended."""
+    endings: dict[str, object] = {}
+    for message in messages:
+        assert isinstance(message, StepOutput)
+        assert not endings.keys() & message.endings.keys(), "told twice"
+        endings |= message.endings
+    return endings
+
+
+def test_a_step_is_one_message_and_nothing_is_none(owner: Owner, engine: Engine) -> None:
+    owner.send(_request("a"), _request("b"))
+    messages = []
+    while engine.has_work or not messages:
+        owner.loop.run_once()
+        new = owner.received()
+        assert len(new) <= 1 and all(new)
+        messages += new
+    [expected] = engine.generate([_request("c")])
+    tokens = [token for message in messages for token in message.token_ids]
+    assert tokens == [*expected, *expected]
+    assert _told(messages) == {"a": FinishReason.LENGTH, "b": FinishReason.LENGTH}
+
+
+def test_a_request_refused_after_it_was_queued_reaches_the_client(
+    owner: Owner, engine: Engine
+) -> None:
+    """One that runs and one that waits, beside one that goes on."""
+
+    async def main() -> dict[str, list[Delta]]:
+        streams = DeltaStreams(lambda num_streams: 0.0, lambda request_id: None)
+        opened = {name: streams.open(name) for name in ("running", "waiting", "other")}
+        owner.send(*map(_request, opened))
+        owner.loop.run_once()
+        owner.loop.run_once()
+        for name in ("running", "waiting"):
+            assert engine.refuse(name, ERROR)
+        while engine.has_work:
+            owner.loop.run_once()
+        messages = owner.received()
+        assert _told(messages).keys() == opened.keys()
+        for message in messages:
+            assert isinstance(message, StepOutput)
+            streams.take(message)
+        return {name: [delta async for delta in stream] for name, stream in opened.items()}
+
+    deltas = asyncio.run(main())
+    for name in ("running", "waiting"):
+        *_, last = deltas[name]
+        assert isinstance(last.error, OverloadedError) and str(last.error) == "too late"
+    assert sum(len(delta.token_ids) for delta in deltas["waiting"]) == 0
+    assert sum(len(delta.token_ids) for delta in deltas["running"]) in (1, 2)
+    [expected] = engine.generate([_request("again")])
+    assert [token for delta in deltas["other"] for token in delta.token_ids] == expected
+    assert deltas["other"][-1].finish_reason is FinishReason.LENGTH
+    engine.check_integrity()
+
+
+def test_the_loop_does_not_wait_for_messages_while_a_refusal_is_untold(
+    owner: Owner, engine: Engine
+) -> None:
+    owner.send()
+    owner.loop.run_once()
+    engine.add_request(_request("r"))
+    engine.refuse("r", ERROR)
+    # Would wait for ever.
+    owner.loop.run_once()
+    [(name, error)] = _told(owner.received()).items()
+    assert name == "r" and str(error) == "too late"
+    assert not engine.has_work
+
+
+def test_what_cannot_be_queued_is_told_at_once(owner: Owner, engine: Engine) -> None:
+    layout = plan_layout(engine.geometry, {(0, 0): 4}, {(0, 0): 1.0})
+    # A descriptor that nobody has.
+    location = AdapterLocation("gone", layout, ExtentId(os.getpid(), 1 << 30, "token"), 4096, 64)
+    owner.send(
+        AddAdapter(location),
+        _request("gone", adapter_id="gone"),
+        _request("unknown", adapter_id="unknown"),
+        Request([], SAMPLING, request_id="empty"),
+        _request("good"),
+    )
+    owner.loop.run_once()
+    told = _told(owner.received())
+    kinds = {"gone": StoreGoneError, "unknown": AdapterNotFoundError, "empty": InvalidRequestError}
+    assert {name: type(error) for name, error in told.items()} == kinds
+    assert engine.stats().num_running == 1
+
+
+def test_an_abort_is_told_once_and_only_of_what_is_there(owner: Owner, engine: Engine) -> None:
+    owner.send(_request("r"), AbortRequest("unknown"))
+    owner.loop.run_once()
+    owner.send(AbortRequest("r"), AbortRequest("r"))
+    while engine.has_work:
+        owner.loop.run_once()
+    owner.loop._handle_messages(block=False)
+    assert _told(owner.received()) == {"r": FinishReason.ABORT}
