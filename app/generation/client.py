@@ -4,7 +4,6 @@ Owns what becomes of a replica that fails: a request that has no token yet is se
 another replica. It knows nothing of text or HTTP.
 """
 
-import contextvars
 import itertools
 import logging
 from collections.abc import AsyncGenerator
@@ -19,6 +18,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
+from app import ray_private
 from app.generation.replica_protocol import GenerateRequest, TokenChunk
 from slora_core.errors import EngineDeadError, OverloadedError
 
@@ -72,12 +72,8 @@ class EngineClient:
         # The attempt before may still run where the connection broke: its id must not come again.
         request_id = f"{request.request_id}.{next(self._attempt_ids)}"
         adapter_id = request.record.adapter_id if request.record is not None else ""
-        # By value, over gRPC: several times cheaper a chunk than Ray's object references.
-        handle = self._handle.options(stream=True, session_id=adapter_id, _by_reference=False)
-        # In a context of its own: Serve's router takes calls from within one HTTP request for one
-        # and the same, and would let all but one of several prompts wait for ever.
-        responses = contextvars.Context().run(
-            handle.generate.remote, replace(request, request_id=request_id)
+        responses = ray_private.stream_by_value(
+            self._handle, "generate", adapter_id, replace(request, request_id=request_id)
         )
         has_ended = False
         try:

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from ray import serve
 from ray.exceptions import RayError
-from ray.experimental import internal_kv
 
+from app import ray_private
 from app.args import SLoRAArgs
 from app.models.source import resolve_model
 from app.registry.registry import AdapterRecord, AdapterRegistry, RegistrySnapshot
@@ -132,11 +132,11 @@ class ClusterState:
         self._key = f"registry:{app_name}"
 
     def read(self) -> bytes | None:
-        return internal_kv._internal_kv_get(self._key, namespace=NAMESPACE)
+        return ray_private.read_from_cluster(NAMESPACE, self._key)
 
     def write(self, data: bytes) -> None:
         try:
-            internal_kv._internal_kv_put(self._key, data, overwrite=True, namespace=NAMESPACE)
+            ray_private.write_to_cluster(NAMESPACE, self._key, data)
         except RayError as error:
             raise OSError(f"Ray's key-value store: {error}") from error
 

@@ -18,6 +18,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from app import ray_private
 from app.args import SLoRAArgs
 from app.registry.deployment import (
     NAMESPACE,
@@ -103,9 +104,7 @@ class AdapterStoreActor:
             spec = self._spec
             logging.basicConfig(level=logging.INFO)
             # By name, so that a registry that was deployed again is found too.
-            registry = serve.get_deployment_handle(
-                REGISTRY_DEPLOYMENT, spec.app_name, _check_exists=False
-            )
+            registry = ray_private.handle_by_name(REGISTRY_DEPLOYMENT, spec.app_name)
             store = HostStore(
                 spec.geometry, spec.capacity_bytes, spec.extent_bytes, spec.punch_holes
             )
