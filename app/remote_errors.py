@@ -1,38 +1,57 @@
-"""Typed errors as they come back from another process.
+"""How errors cross processes: typed ones as values, all others as Ray has them.
 
-Ray raises what a remote method raised as a `RayTaskError` whose text is a whole traceback and
-whose `cause` is the error itself. Nobody but this module looks for it there.
+What a remote method raises Ray logs with its traceback, and its caller gets it as a
+`RayTaskError`, whose text is that traceback. A typed error is somebody's input and no defect: the
+method returns it instead (`returns_errors`), and its caller raises it as itself (`result_of`). A
+stream carries one in its last message, see `app.generation.replica_protocol.TokenChunk`. What is
+not typed stays Ray's own error; `app.http` asks here which of those it met.
 """
 
-from collections.abc import Awaitable
-from typing import TypeVar
+import functools
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, TaskCancelledError
 
 from slora_core.errors import SLoRAError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def unwrap(error: BaseException) -> SLoRAError | None:
-    """The typed error that a remote method raised, None if it was none of ours."""
-    # An error that passed through two processes is wrapped twice.
-    while isinstance(error, RayTaskError):
-        error = error.cause
-    return error if isinstance(error, SLoRAError) else None
+def returns_errors(
+    method: Callable[P, Awaitable[T]],
+) -> Callable[P, Coroutine[Any, Any, T | SLoRAError]]:
+    """An async method of an actor or a deployment that returns the typed error it raises."""
+
+    @functools.wraps(method)
+    async def returning(*args: P.args, **kwargs: P.kwargs) -> T | SLoRAError:
+        try:
+            return await method(*args, **kwargs)
+        except SLoRAError as error:
+            return error
+
+    return returning
 
 
-async def typed(call: Awaitable[T]) -> T:
-    """Result of a remote call; a typed error raised there is raised here as itself.
+async def result_of(call: Awaitable[T | SLoRAError]) -> T:
+    """Result of a remote call of a method under `returns_errors`.
 
     Raises:
-        SLoRAError: what the remote method raised.
+        SLoRAError: what the method raised.
         RayError: everything else, the end of the remote process included.
     """
-    try:
-        return await call
-    except RayTaskError as error:
-        cause = unwrap(error)
-        if cause is None:
-            raise
-        raise cause from None
+    result = await call
+    if isinstance(result, SLoRAError):
+        raise result
+    return result
+
+
+def is_cancellation(error: BaseException) -> bool:
+    """Whether a call ended because Ray or Serve cancelled it."""
+    return isinstance(error, TaskCancelledError)
+
+
+def is_actor_death(error: BaseException) -> bool:
+    """Whether a call met an actor that has ended or does not answer."""
+    return isinstance(error, RayActorError)
