@@ -1,8 +1,10 @@
 """Imports point down only, and each outside library stays in the layer that owns it."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -35,6 +37,15 @@ TRANSFORMERS_MODULES = {
     "app/models/gguf.py",
 }
 TRANSFORMERS_LIBRARIES = {"transformers", "jinja2", "tokenizers"}
+
+# Distributions by what is imported of them, where the two differ.
+DISTRIBUTIONS = {"grpc": "grpcio"}
+# The only modules that may import what the extra `demo` installs.
+DEMO_MODULES = {"app/models/demo.py", "app/models/gguf.py"}
+
+RAY_PRIVATE = "app/ray_private.py"
+# What of Ray is private without an underscore of its own; `contextvars` is Serve's current request.
+PRIVATE_NAMES = {"replica_queue_len_cache", "routing_context", "should_backoff", "contextvars"}
 
 
 def _modules(package: str) -> list[Path]:
@@ -110,6 +121,85 @@ def test_serving_libraries_are_used_where_they_are_allowed() -> None:
     """A guard of the guards: the parser sees these imports at all."""
     seen = set().union(*(_libraries(path) for path in _modules("app")))
     assert {"ray", "starlette", "pydantic"} <= seen & SERVING_LIBRARIES
+
+
+def test_imported_libraries_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base = _distributions(project["dependencies"])
+    demo = _distributions(project["optional-dependencies"]["demo"])
+    for package in PRODUCT:
+        for path in _modules(package):
+            declared = base | demo if _name(path) in DEMO_MODULES else base
+            needed = {DISTRIBUTIONS.get(library, library) for library in _libraries(path)}
+            assert needed <= declared, f"{_name(path)} needs {needed - declared}: see pyproject"
+
+
+def _distributions(requirements: list[str]) -> set[str]:
+    return {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
+
+
+def test_http_knows_no_ray() -> None:
+    for path in _modules("app/http"):
+        if path.name == "server.py":
+            # The deployment itself.
+            continue
+        assert "ray" not in _libraries(path), f"{_name(path)}: app.remote_errors has Ray's errors"
+
+
+def test_what_is_private_in_ray_is_used_in_one_place() -> None:
+    for path in _modules("app"):
+        if _name(path) != RAY_PRIVATE:
+            touches = _private_touches(ast.parse(path.read_text()))
+            assert not touches, f"{_name(path)} uses {touches}: put it into {RAY_PRIVATE}"
+    # A guard of the guard: it sees the ones that are there.
+    seen = _private_touches(ast.parse((ROOT / RAY_PRIVATE).read_text()))
+    assert seen == {
+        "_by_reference",
+        "_check_exists",
+        "_internal_kv_get",
+        "_internal_kv_put",
+        "__serve_build_asgi_app__",
+        "ray.experimental",
+        "ray.experimental.internal_kv",
+        *PRIVATE_NAMES,
+    }
+
+
+def _private_touches(module: ast.Module) -> set[str]:
+    """Names by which a module may use what Ray keeps to itself.
+
+    An attribute with an underscore counts where it is not an object's own, since a type of Ray's
+    cannot be told here; none of ours is read from outside either.
+    """
+    touches = set()
+    for node in ast.walk(module):
+        names: list[str] = []
+        match node:
+            case ast.Import():
+                names = [alias.name for alias in node.names]
+            case ast.ImportFrom(module=str(source)):
+                names = [source, *(f"{source}.{alias.name}" for alias in node.names)]
+            case ast.keyword(arg=str(name)) if name.startswith("_"):
+                touches.add(name)
+            case ast.Attribute(attr=name) if name in PRIVATE_NAMES:
+                touches.add(name)
+            # Named tuples have public methods of such names.
+            case ast.Attribute(attr="_replace" | "_fields"):
+                pass
+            case ast.Attribute(value=ast.Name("self" | "cls")):
+                pass
+            case ast.Attribute(attr=name) if re.match("_[^_]|__serve_", name):
+                touches.add(name)
+            case ast.FunctionDef(name=name) if name.startswith("__serve_"):
+                touches.add(name)
+        for name in names:
+            parts = name.split(".")
+            is_rays = parts[0] == "ray" and any(
+                part == "experimental" or part.startswith("_") for part in parts
+            )
+            if is_rays or name in PRIVATE_NAMES:
+                touches.add(name)
+    return touches
 
 
 def test_levels_of_the_core() -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from app.remote_errors import is_actor_death
 from slora_core.errors import (
     AdapterExistsError,
     AdapterNameError,
@@ -92,7 +92,7 @@ def api_error(error: Exception, request_id: str = "") -> ApiError:
     """What the client of this request is told; a defect is logged with its traceback."""
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail)
-    if isinstance(error, RayActorError):
+    if is_actor_death(error):
         logger.warning("request %s met an actor that ended: %r", request_id, error)
         return ApiError(503, "a part of the server is being replaced; try again")
     for error_type, status, param in STATUS_OF_ERROR:

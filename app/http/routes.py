@@ -11,7 +11,6 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
-from ray.exceptions import TaskCancelledError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -30,6 +29,7 @@ from app.http.schemas import (
 )
 from app.http.service import CompletionService
 from app.registry.registry import AdapterRecord
+from app.remote_errors import is_cancellation
 from slora_core.errors import AdapterNotFoundError
 
 Result = TypeVar("Result")
@@ -156,10 +156,12 @@ def _answering_errors(handler: Handler) -> Handler:
     async def answer(request: Request) -> Response:
         try:
             return await handler(request)
-        except (ClientDisconnect, TaskCancelledError):
-            # The latter from Serve, where it is the first to see that the client left.
+        except ClientDisconnect:
             return CLIENT_LEFT
         except Exception as error:
+            if is_cancellation(error):
+                # Serve was the first to see that the client left.
+                return CLIENT_LEFT
             return api_error(error, uuid.uuid4().hex).response()
 
     return answer

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from ray import serve
 from starlette.applications import Starlette
 
+from app import ray_private
 from app.args import SLoRAArgs
 from app.generation.client import EngineClient
 from app.http.limits import ModelLimits
@@ -29,7 +29,7 @@ READY_TIMEOUT_S = 2.0
 READY_CACHE_S = 1.0
 
 
-@serve.ingress()
+@ray_private.ingress_built_in_replica
 class IngressServer:
     """Takes HTTP requests; any number of them serve the same engine replicas."""
 
@@ -40,7 +40,7 @@ class IngressServer:
         self._view = RegistryView(self._registry)
         self._ready = (False, -READY_CACHE_S)
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    def build_asgi_app(self) -> Starlette:
         args = self._args
         model_dir = resolve_model(args.model)
         service = CompletionService(

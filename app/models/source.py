@@ -19,7 +19,7 @@ def resolve_model(model: str | None) -> Path:
 
     Raises:
         UnsupportedModelError: neither a directory nor a model that the hub gives.
-        DemoModelUnavailableError: the demo model could not be fetched.
+        DemoModelError: the demo model could not be fetched or converted.
     """
     if model is None:
         return ensure_demo_model()

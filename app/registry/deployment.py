@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 from ray import serve
 from ray.exceptions import RayError
-from ray.experimental import internal_kv
 
+from app import ray_private
 from app.args import SLoRAArgs
 from app.models.source import resolve_model
 from app.registry.registry import AdapterRecord, AdapterRegistry, RegistrySnapshot
 from app.registry.state import StateFile
+from app.remote_errors import result_of, returns_errors
 from slora_core.adapters.page_layout import AdapterGeometry
-from slora_core.errors import SLoRAError
 from slora_core.models.hf_config import load_model_config
 
 logger = logging.getLogger(__name__)
@@ -52,29 +52,26 @@ class RegistryServer:
             logger.debug("no change from revision %s in %s s", revision, timeout_s)
         return self._registry.snapshot()
 
-    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord | SLoRAError:
-        """Register an adapter directory; returns what `AdapterRegistry.load` raises."""
+    @returns_errors
+    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
+        """Register an adapter directory; see `AdapterRegistry.load`."""
         return await self._change(lambda: self._registry.load(name, path, replace))
 
-    async def unload(self, name: str) -> AdapterRecord | SLoRAError:
-        """Drop a registration; returns what `AdapterRegistry.unload` raises."""
+    @returns_errors
+    async def unload(self, name: str) -> AdapterRecord:
+        """Drop a registration; see `AdapterRegistry.unload`."""
         return await self._change(lambda: self._registry.unload(name))
 
+    @returns_errors
     async def report_pool(self, num_pages: int) -> None:
         """An engine started with a pool of this size."""
         await self._change(lambda: self._registry.report_pool(num_pages))
 
-    async def _change(self, change: Callable[[], T]) -> T | SLoRAError:
-        """Run a change in a thread and wake the polls, also where the caller has left.
-
-        A user's error is a value here: Serve would log each with its traceback.
-        """
+    async def _change(self, change: Callable[[], T]) -> T:
+        """Run a change in a thread and wake the polls, also where the caller has left."""
         task = asyncio.create_task(asyncio.to_thread(change))
         task.add_done_callback(self._announce)
-        try:
-            return await asyncio.shield(task)
-        except SLoRAError as error:
-            return error
+        return await asyncio.shield(task)
 
     def _announce(self, task: "asyncio.Task[Any]") -> None:
         if not task.cancelled():
@@ -99,21 +96,14 @@ class RegistryClient:
         return snapshot
 
     async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
-        record: AdapterRecord = _raised(await self._handle.load.remote(name, path, replace))
+        record: AdapterRecord = await result_of(self._handle.load.remote(name, path, replace))
         return record
 
     async def unload(self, name: str) -> None:
-        _raised(await self._handle.unload.remote(name))
+        await result_of(self._handle.unload.remote(name))
 
     async def report_pool(self, num_pages: int) -> None:
-        await self._handle.report_pool.remote(num_pages)
-
-
-def _raised(result: Any) -> Any:
-    """A result of the registry, or the error that it is."""
-    if isinstance(result, SLoRAError):
-        raise result
-    return result
+        await result_of(self._handle.report_pool.remote(num_pages))
 
 
 def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:
@@ -132,11 +122,11 @@ class ClusterState:
         self._key = f"registry:{app_name}"
 
     def read(self) -> bytes | None:
-        return internal_kv._internal_kv_get(self._key, namespace=NAMESPACE)
+        return ray_private.read_from_cluster(NAMESPACE, self._key)
 
     def write(self, data: bytes) -> None:
         try:
-            internal_kv._internal_kv_put(self._key, data, overwrite=True, namespace=NAMESPACE)
+            ray_private.write_to_cluster(NAMESPACE, self._key, data)
         except RayError as error:
             raise OSError(f"Ray's key-value store: {error}") from error
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from app import ray_private
 from app.routing.order import ReplicaLoad, order_replicas
 
 # Keys of a replica's routing stats.
@@ -32,8 +33,7 @@ class AffinityRouter(RequestRouter):
         if pending_request is not None:
             key = pending_request.metadata.session_id
             avoid = _replica_to_avoid(pending_request)
-            # Without it, a router whose replicas are all full asks again without a pause.
-            pending_request.routing_context.should_backoff = True
+            ray_private.pause_when_all_are_full(pending_request)
         loads = [self._load(replica, avoid) for replica in candidate_replicas]
         order = order_replicas(key, loads, self._spill_queue_len, self._spill_factor)
         return [[candidate_replicas[index]] for index in order]
@@ -44,7 +44,7 @@ class AffinityRouter(RequestRouter):
         return ReplicaLoad(
             # A replica that has not been asked yet is known by its id only.
             rank_in_deployment=str(stats.get(RANK_KEY, replica_id)),
-            queue_len=self.replica_queue_len_cache.get(replica.replica_id) or 0,
+            queue_len=ray_private.known_queue_len(self, replica),
             healthy=stats.get(HEALTHY_KEY, True) and replica_id != avoid,
         )
 

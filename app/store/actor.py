@@ -18,6 +18,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from app import ray_private
 from app.args import SLoRAArgs
 from app.registry.deployment import (
     NAMESPACE,
@@ -26,7 +27,7 @@ from app.registry.deployment import (
     adapter_geometry,
 )
 from app.registry.registry import AdapterRecord
-from app.remote_errors import typed
+from app.remote_errors import result_of, returns_errors
 from app.store.memory import HostStore, StoreStats
 from app.store.packer import NodeStore
 from slora_core.adapters.page_layout import AdapterGeometry
@@ -79,18 +80,23 @@ class AdapterStoreActor:
         self._spec = spec
         self._store: NodeStore | None = None
 
+    @returns_errors
     async def attach(self, client_pid: int) -> None:
         await self._running().attach(client_pid)
 
+    @returns_errors
     async def lease(self, record: AdapterRecord, holder_pid: int) -> AdapterLocation:
         return await self._running().lease(record, holder_pid)
 
+    @returns_errors
     async def release(self, adapter_id: str, holder_pid: int, token: str) -> bool:
         return self._running().release(adapter_id, holder_pid, token)
 
+    @returns_errors
     async def stats(self) -> StoreStats:
         return self._running().stats()
 
+    @returns_errors
     async def check_integrity(self) -> None:
         self._running().check_integrity()
 
@@ -103,9 +109,7 @@ class AdapterStoreActor:
             spec = self._spec
             logging.basicConfig(level=logging.INFO)
             # By name, so that a registry that was deployed again is found too.
-            registry = serve.get_deployment_handle(
-                REGISTRY_DEPLOYMENT, spec.app_name, _check_exists=False
-            )
+            registry = ray_private.handle_by_name(REGISTRY_DEPLOYMENT, spec.app_name)
             store = HostStore(
                 spec.geometry, spec.capacity_bytes, spec.extent_bytes, spec.punch_holes
             )
@@ -187,7 +191,7 @@ class StoreClient:
         """Call the store, again where it was killed meanwhile."""
         for attempt in range(MAX_CALL_ATTEMPTS):
             try:
-                return await typed(call(await self._connect()))
+                return await result_of(call(await self._connect()))
             except RayTaskError:
                 # The store itself raised it; only the store's death is worth another try.
                 raise
@@ -208,7 +212,7 @@ class StoreClient:
         while True:
             try:
                 # Returns only where the store ends.
-                await typed((await self._connect()).attach.remote(os.getpid()))
+                await result_of((await self._connect()).attach.remote(os.getpid()))
             except Exception as error:
                 logger.warning("the adapter store ended: %r; attaching again", error)
                 self._handle = None

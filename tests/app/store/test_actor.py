@@ -109,12 +109,12 @@ def test_typed_errors_cross_the_handle(registry, root) -> None:
 def test_other_errors_stay_rays(registry_handle) -> None:
     from ray.exceptions import RayTaskError
 
-    from app.remote_errors import typed, unwrap
+    from app.remote_errors import result_of
 
     async def scenario():
         with pytest.raises(RayTaskError) as error:
-            await typed(registry_handle.load.remote())
-        assert unwrap(error.value) is None and isinstance(error.value, TypeError)
+            await result_of(registry_handle.load.remote())
+        assert isinstance(error.value, TypeError)
 
     asyncio.run(scenario())
 
@@ -191,6 +191,21 @@ def test_the_store_packs_leases_and_follows_the_registry(registry, registry_hand
         await store.check_integrity()
         await store.close()
         await other.close()
+
+    asyncio.run(scenario())
+
+
+def test_typed_errors_cross_the_stores_handle(registry, args) -> None:
+    from app.store.actor import StoreClient
+
+    async def scenario():
+        store = StoreClient(args, APP)
+        record = (await registry.snapshot()).records["a0"]
+        with pytest.raises(InvalidAdapterError) as error:
+            await store.lease(replace(record, adapter_id="another"), ME)
+        assert type(error.value) is InvalidAdapterError
+        assert str(error.value).startswith("the files of adapter 'a0' in ")
+        await store.close()
 
     asyncio.run(scenario())
 

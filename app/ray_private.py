@@ -1,0 +1,105 @@
+"""Every use of what Ray does not promise: one function each, tested in Ray 2.60.
+
+`pyproject.toml` caps Ray at that minor version, and `tests/app/test_ray_private.py` has a test of
+each. It knows nothing of adapters and requests, and imports nothing but Ray: Serve's processes
+load it with the router, `app.routing.serve_router`.
+"""
+
+import contextvars
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from ray import serve
+from ray.experimental import internal_kv
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def stream_by_value(
+    handle: DeploymentHandle, method_name: str, session_id: str, *args: Any
+) -> DeploymentResponseGenerator:
+    """Call a generator method of a replica; its items come over gRPC.
+
+    Relies on the option `_by_reference=False` of `DeploymentHandle.options`. By default each item
+    is an object of Ray's store, which costs the replica and the ingress several times as much. The
+    public way, the environment variable RAY_SERVE_USE_GRPC_BY_DEFAULT, must be set for every
+    process of the cluster before it starts. Tested in Ray 2.60.
+    """
+    by_value = handle.options(stream=True, session_id=session_id, _by_reference=False)
+    return as_own_request(getattr(by_value, method_name).remote, *args)
+
+
+def as_own_request(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a handle as if from outside any request.
+
+    Relies on Serve keeping the current request in a context variable, so that an empty context has
+    none. Serve's router takes calls from within one HTTP request for one and the same, by its
+    internal id, and lets all but one of several wait for ever; no option gives a call an id of its
+    own. Tested in Ray 2.60.
+    """
+    return contextvars.Context().run(call, *args, **kwargs)
+
+
+def handle_by_name(deployment: str, app_name: str) -> DeploymentHandle:
+    """A handle to a deployment that need not be there (yet); usable on an event loop.
+
+    Relies on `_check_exists=False` of `serve.get_deployment_handle`. Without it the call blocks
+    until Serve's controller answers, and fails while the application is deployed again; the
+    function has no asynchronous twin. Tested in Ray 2.60.
+    """
+    return serve.get_deployment_handle(deployment, app_name, _check_exists=False)
+
+
+def ingress_built_in_replica(ingress: type[T]) -> type[T]:
+    """Class decorator `serve.ingress` for an ASGI application that `build_asgi_app` makes.
+
+    Relies on `__serve_build_asgi_app__`, which Serve calls in the replica after the constructor;
+    only the docstring of `serve.ingress` names it. The documented ways pickle an application, or a
+    builder that sees neither the constructor's arguments nor its handles. Tested in Ray 2.60.
+    """
+    ingress.__serve_build_asgi_app__ = ingress.build_asgi_app  # type: ignore[attr-defined]
+    return serve.ingress()(ingress)
+
+
+def read_from_cluster(namespace: str, key: str) -> bytes | None:
+    """What `write_to_cluster` of any process of this cluster wrote last; None if nothing; blocks.
+
+    Relies on `_internal_kv_get` of `ray.experimental.internal_kv`, the store in which Ray keeps its
+    own state. Public are only actors and objects, which end with a process or a node. Tested in
+    Ray 2.60.
+    """
+    return internal_kv._internal_kv_get(key, namespace=namespace)
+
+
+def write_to_cluster(namespace: str, key: str, data: bytes) -> None:
+    """Keep `data` for as long as the cluster lives; blocks.
+
+    Relies on `_internal_kv_put`, as `read_from_cluster` does on its twin. Tested in Ray 2.60.
+
+    Raises:
+        RayError: the head node does not answer.
+    """
+    internal_kv._internal_kv_put(key, data, overwrite=True, namespace=namespace)
+
+
+def known_queue_len(router: RequestRouter, replica: RunningReplica) -> int:
+    """Requests that this router believes a replica to hold; 0 where it knows nothing.
+
+    Relies on `RequestRouter.replica_queue_len_cache`, an undocumented property; a replica itself
+    tells its queue's length only by a call to it, one for every request and replica. Tested in
+    Ray 2.60.
+    """
+    return router.replica_queue_len_cache.get(replica.replica_id) or 0
+
+
+def pause_when_all_are_full(pending_request: PendingRequest) -> None:
+    """To be called by a router's `choose_replicas`: without it, Serve asks again at once.
+
+    Relies on `PendingRequest.routing_context.should_backoff`, which Serve's own routers set and
+    its guide to custom ones does not name. Without it a router whose replicas are all full keeps a
+    core busy. Tested in Ray 2.60.
+    """
+    pending_request.routing_context.should_backoff = True

@@ -1,0 +1,100 @@
+"""A small Serve application for the contracts of `app.ray_private`: no engine, no adapters.
+
+Serve pickles this module by value, since it holds a router: it imports nothing heavy.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from ray import serve
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from app import ray_private
+from app.routing.serve_router import AffinityRouter
+
+
+class CountingRouter(AffinityRouter):
+    """Adds a byte to the file `calls` each time it is asked, in whichever process it runs."""
+
+    def initialize_state(self, calls: str, **kwargs) -> None:
+        super().initialize_state(**kwargs)
+        self._calls = calls
+
+    async def choose_replicas(self, candidate_replicas, pending_request=None):
+        with open(self._calls, "ab") as file:
+            file.write(b".")
+        return await super().choose_replicas(candidate_replicas, pending_request)
+
+
+class Replica:
+    """Streams its process's id and then, until the file `release` is there, nothing."""
+
+    async def items(self, release: str = "") -> AsyncIterator[object]:
+        yield os.getpid()
+        while release and not Path(release).exists():
+            await asyncio.sleep(0.02)
+        yield {"last": True}
+
+
+@ray_private.ingress_built_in_replica
+class ContractIngress:
+    def __init__(self, greeting: str, replica) -> None:
+        self._greeting = greeting
+        self._replica = replica
+
+    def build_asgi_app(self) -> Starlette:
+        """Needs what the constructor was given, which does not pickle with an application."""
+        self._pid = os.getpid()
+        return Starlette(
+            routes=[
+                Route("/greeting", self._greet),
+                Route("/streams", self._streams),
+                Route("/by_name", self._by_name),
+            ]
+        )
+
+    async def _greet(self, request: Request) -> JSONResponse:
+        return JSONResponse({"greeting": self._greeting, "built_here": self._pid == os.getpid()})
+
+    async def _streams(self, request: Request) -> JSONResponse:
+        """Several calls from within one HTTP request, at once."""
+        streams = [
+            ray_private.stream_by_value(self._replica, "items", "a")
+            for _ in range(int(request.query_params["num"]))
+        ]
+
+        async def num_items(stream) -> int:
+            return len([item async for item in stream])
+
+        counts = await asyncio.wait_for(asyncio.gather(*map(num_items, streams)), 10)
+        request_ids = {stream._request_metadata.internal_request_id for stream in streams}
+        return JSONResponse({"counts": counts, "num_request_ids": len(request_ids)})
+
+    async def _by_name(self, request: Request) -> JSONResponse:
+        """On the event loop; no application of this name is there."""
+        handle = ray_private.handle_by_name("nowhere", "nobody")
+        return JSONResponse({"deployment": handle.deployment_name})
+
+
+def contract_app(calls: Path, **limits):
+    """Two replicas behind a counting router that spills at one request."""
+    router = serve.config.RequestRouterConfig(
+        request_router_class=CountingRouter,
+        request_router_kwargs={"calls": str(calls), "spill_queue_len": 1, "spill_factor": 1.0},
+    )
+    replica = serve.deployment(Replica).options(
+        name="replica",
+        num_replicas=2,
+        request_router_config=router,
+        ray_actor_options={"num_cpus": 0.1},
+        **limits,
+    )
+    ingress = serve.deployment(ContractIngress).options(
+        name="ingress", ray_actor_options={"num_cpus": 0.1}
+    )
+    return ingress.bind("hello", replica.bind())

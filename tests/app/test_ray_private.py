@@ -1,0 +1,219 @@
+"""The contract of each function of `app.ray_private` with the Ray that is installed."""
+
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+APP = "contracts"
+MAX_ONGOING_REQUESTS = 2
+
+
+@contextmanager
+def contract(touch):
+    """What fails within says which private touch of Ray it was about."""
+    try:
+        yield
+    except Exception as error:
+        import ray
+
+        raise AssertionError(
+            f"Ray {ray.__version__} may have changed {touch}, which app/ray_private.py uses: "
+            f"{error!r}"
+        ) from error
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """The file that grows by a byte at each call of the router."""
+    path = tmp_path_factory.mktemp("contracts") / "calls"
+    path.touch()
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, calls):
+    from ray import serve
+
+    from tests.app.ray_contract_app import contract_app
+
+    application = contract_app(calls, max_ongoing_requests=MAX_ONGOING_REQUESTS)
+    with contract("__serve_build_asgi_app__ or the pickling of routers"):
+        serve.run(application, name=APP, route_prefix="/contracts")
+    yield f"{ray_cluster}/contracts"
+    serve.delete(APP)
+
+
+@pytest.fixture
+def handle(url):
+    from ray import serve
+
+    return serve.get_deployment_handle("replica", APP)
+
+
+@pytest.fixture
+def streams(handle, tmp_path):
+    """`streams()` opens one more and gives the pid of its replica; all end with the test."""
+    from app.ray_private import stream_by_value
+
+    open_streams = []
+    release = tmp_path / "release"
+
+    def open_stream(session_id="a", holding=True):
+        args = [str(release)] if holding else []
+        stream = stream_by_value(handle, "items", session_id, *args)
+        open_streams.append(stream)
+        return next(stream)
+
+    yield open_stream
+    release.touch()
+    for stream in open_streams:
+        assert list(stream) == [{"last": True}]
+
+
+@pytest.mark.serve
+def test_items_come_by_value(handle):
+    from app.ray_private import stream_by_value
+
+    with contract("the option _by_reference of a handle"):
+        stream = stream_by_value(handle, "items", "a")
+        assert not stream.by_reference
+        pid, last = list(stream)
+        assert isinstance(pid, int) and last == {"last": True}
+
+
+@pytest.mark.serve
+def test_calls_of_one_http_request_are_calls_of_their_own(url):
+    with contract("the context variable of the current request"):
+        answer = (
+            httpx.get(f"{url}/streams", params={"num": 12}, timeout=30).raise_for_status().json()
+        )
+        assert answer == {"counts": [2] * 12, "num_request_ids": 12}
+
+
+@pytest.mark.serve
+def test_the_application_is_built_in_the_replica(url):
+    with contract("__serve_build_asgi_app__"):
+        answer = httpx.get(f"{url}/greeting", timeout=30).raise_for_status().json()
+        assert answer == {"greeting": "hello", "built_here": True}
+
+
+@pytest.mark.serve
+def test_a_handle_needs_no_deployment(url):
+    with contract("_check_exists of serve.get_deployment_handle"):
+        answer = httpx.get(f"{url}/by_name", timeout=30).raise_for_status().json()
+        assert answer == {"deployment": "nowhere"}
+
+
+@pytest.mark.serve
+def test_a_handle_by_name_reaches_its_deployment(url):
+    from app.ray_private import handle_by_name, stream_by_value
+
+    with contract("_check_exists of serve.get_deployment_handle"):
+        assert len(list(stream_by_value(handle_by_name("replica", APP), "items", "a"))) == 2
+
+
+@pytest.mark.serve
+def test_what_one_process_writes_to_the_cluster_others_read(ray_cluster):
+    import ray
+
+    from app.ray_private import read_from_cluster, write_to_cluster
+
+    @ray.remote(num_cpus=0.1)
+    def exchange(data):
+        before = read_from_cluster("contracts", "key")
+        write_to_cluster("contracts", "key", data)
+        return before
+
+    with contract("ray.experimental.internal_kv"):
+        assert read_from_cluster("contracts", "key") is None
+        write_to_cluster("contracts", "key", b"one")
+        assert ray.get(exchange.remote(b"two"), timeout=30) == b"one"
+        assert read_from_cluster("contracts", "key") == b"two"
+        assert read_from_cluster("elsewhere", "key") is None
+        write_to_cluster("contracts", "key", b"three")
+        assert read_from_cluster("contracts", "key") == b"three"
+
+
+@pytest.mark.serve
+def test_the_router_knows_queue_lengths(streams):
+    """A session stays on its replica, and leaves it while that holds a request."""
+    with contract("RequestRouter.replica_queue_len_cache"):
+        home = streams()
+        other = streams()
+        assert other != home, "the held request was not counted"
+        assert streams("b") in (home, other)
+
+
+@pytest.mark.serve
+def test_a_session_comes_home_when_its_replica_is_free(streams):
+    with contract("RequestRouter.replica_queue_len_cache"):
+        pids = set()
+        for _ in range(4):
+            pids.add(streams(holding=False))
+            # The router learns of the end a moment later.
+            time.sleep(0.2)
+        assert len(pids) == 1
+
+
+@pytest.mark.serve
+def test_full_replicas_are_not_asked_without_a_pause(handle, streams, calls, tmp_path):
+    from app.ray_private import stream_by_value
+
+    with contract("PendingRequest.routing_context.should_backoff"):
+        for _ in range(2 * MAX_ONGOING_REQUESTS):
+            streams()
+        before = calls.stat().st_size
+        waiting = stream_by_value(handle, "items", "a")
+        time.sleep(2)
+        num_calls = calls.stat().st_size - before
+        assert 1 < num_calls < 100, f"the router was asked {num_calls} times in 2 s"
+        (tmp_path / "release").touch()
+        assert len(list(waiting)) == 2
+
+
+def test_an_empty_context_has_no_variables():
+    import contextvars
+
+    from app.ray_private import as_own_request
+
+    variable = contextvars.ContextVar("variable")
+    variable.set(1)
+    assert as_own_request(variable.get, None) is None and variable.get() == 1
+
+
+def test_the_router_brings_nothing_heavy_along():
+    """Serve loads it into its controller and its proxies, and so what it refers to."""
+    pickled = _run(
+        "from ray import cloudpickle\n"
+        "from app.routing import serve_router\n"
+        "cloudpickle.register_pickle_by_value(serve_router)\n"
+        "print(cloudpickle.dumps(serve_router.AffinityRouter).hex())"
+    )
+    loaded = _run(
+        "import sys, ray.serve.request_router\n"
+        "before = set(sys.modules)\n"
+        f"ray.cloudpickle.loads(bytes.fromhex('{pickled.strip()}'))\n"
+        "print(*set(sys.modules) - before)"
+    )
+    others = {name for name in loaded.split() if name.split(".")[0] not in sys.stdlib_module_names}
+    assert others == {"app", "app.ray_private", "app.routing", "app.routing.order"}
+
+
+def test_a_broken_contract_names_the_touch():
+    with (
+        pytest.raises(AssertionError, match="may have changed the_touch, .* KeyError"),
+        contract("the_touch"),
+    ):
+        raise KeyError
+
+
+def _run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
