@@ -1,6 +1,6 @@
-"""Linear layers with heterogeneous LoRA on top: one base matmul, a shrink, and the deltas.
+"""Linears with heterogeneous LoRA on top: one base matmul, a shrink, and the deltas.
 
-A layer serves a group of modules that share their input (q, k, v; gate, up) as one fused matrix.
+A linear serves a group of modules that share their input (q, k, v; gate, up) as one fused matrix.
 """
 
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import TypeGuard
 
 import torch
-import torch.nn.functional as F
 
 from kernels.lora_segments import LoraSegments
 from slora_core.config import LORA_MODULES, ModelConfig
+from slora_core.layers.linear import Linear
 
 QKV, O_PROJ, GATE_UP, DOWN = "qkv", "o", "gate_up", "down"
 
@@ -44,30 +44,29 @@ def lora_groups(config: ModelConfig) -> dict[str, LoraGroup]:
 
 
 class LoraLinear:
-    """y = x . weight^T + bias, and each row's adapter delta on top.
+    """y = linear(x), and each row's adapter delta on top.
 
-    `ops` is the kernel module of the device. Weights are views owned by `DecoderWeights`.
+    `ops` is the kernel module of the device.
     """
 
     def __init__(
         self,
+        linear: Linear,
         ops: ModuleType,
         pool: torch.Tensor,
         layer: int,
         group: LoraGroup,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
     ) -> None:
+        assert group.out_offsets[-1] == linear.out_features, "the modules are all of the linear"
+        self._linear = linear
         self._ops = ops
         self._pool = pool
         self._layer = layer
         self._group = group
-        self._weight = weight
-        self._bias = bias
 
     def __call__(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
         """[rows, in_features] to [rows, out_features]; `lora` None is the base model."""
-        y = F.linear(x, self._weight, self._bias)
+        y = self._linear(x)
         if self._has_delta(lora):
             v = self._shrink(x, lora)
             group, args = self._group, (self._pool, self._layer)
@@ -76,7 +75,7 @@ class LoraLinear:
 
     def silu_mul(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
         """silu(gate) * up [rows, out_features / 2] of a linear whose modules are gate and up."""
-        y = F.linear(x, self._weight, self._bias)
+        y = self._linear(x)
         if not self._has_delta(lora):
             return self._ops.silu_mul(y)
         v = self._shrink(x, lora)

@@ -33,13 +33,10 @@ class DecoderLayer:
         self._index = index
         self._weights = weights
 
-        def linear(group: str, weight: torch.Tensor, bias: torch.Tensor | None) -> LoraLinear:
-            return LoraLinear(ops, pool, index, groups[group], weight, bias)
-
-        self._qkv = linear(QKV, weights.qkv, weights.qkv_bias)
-        self._o = linear(O_PROJ, weights.o, weights.o_bias)
-        self._gate_up = linear(GATE_UP, weights.gate_up, weights.gate_up_bias)
-        self._down = linear(DOWN, weights.down, weights.down_bias)
+        self._qkv, self._o, self._gate_up, self._down = (
+            LoraLinear(weights.linears[name], ops, pool, index, groups[name])
+            for name in (QKV, O_PROJ, GATE_UP, DOWN)
+        )
 
     def __call__(
         self,
@@ -109,4 +106,4 @@ class Decoder:
         x = self._ops.add_rms_norm(
             delta, residual, self._weights.final_norm, self._config.rms_norm_eps
         )
-        return F.linear(x, self._weights.lm_head)
+        return self._weights.lm_head(x)

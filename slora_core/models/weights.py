@@ -4,16 +4,19 @@ Knows the names of Hugging Face checkpoints. Every tensor of the checkpoint is u
 and every weight of the decoder is filled.
 """
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from slora_core.config import ModelConfig
+from slora_core.config import LORA_MODULES, ModelConfig
 from slora_core.errors import UnsupportedModelError
+from slora_core.layers.linear import DenseLinear, Linear
+from slora_core.layers.lora import DOWN, GATE_UP, O_PROJ, QKV, lora_groups
 
 # Standard deviation of dummy weights; never zeros, which flatter a GPU's clocks.
 DUMMY_STD = 0.02
@@ -24,20 +27,17 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 @dataclass
 class LayerWeights:
-    """One decoder layer; matrices [out_features, in_features], fused along out_features."""
+    """One decoder layer: its linears by the names of `layers.lora`, and its norms.
 
+    Norms are those before attention and MLP, of [hidden_size], and of queries and keys, of
+    [head_dim], where the family has them.
+    """
+
+    linears: dict[str, Linear]
     input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
+    post_norm: torch.Tensor
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: torch.Tensor
-    o_bias: torch.Tensor | None
-    post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
 
 
 @dataclass
@@ -45,8 +45,8 @@ class DecoderWeights:
     embedding: torch.Tensor
     layers: list[LayerWeights]
     final_norm: torch.Tensor
-    # The embedding itself where the two are tied.
-    lm_head: torch.Tensor
+    # Over the embedding itself where the two are tied.
+    lm_head: Linear
 
 
 def allocate_weights(
@@ -57,23 +57,24 @@ def allocate_weights(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
+    def linear(in_features: int, out_features: int, bias: bool = False) -> DenseLinear:
+        return DenseLinear(empty(out_features, in_features), empty(out_features) if bias else None)
+
     hidden, inner = config.hidden_size, config.intermediate_size
     q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     def layer() -> LayerWeights:
         return LayerWeights(
+            linears={
+                QKV: linear(hidden, q_dim + 2 * kv_dim, config.qkv_bias),
+                O_PROJ: linear(q_dim, hidden, config.o_bias),
+                GATE_UP: linear(hidden, 2 * inner, config.mlp_bias),
+                DOWN: linear(inner, hidden, config.mlp_bias),
+            },
             input_norm=empty(hidden),
-            qkv=empty(q_dim + 2 * kv_dim, hidden),
-            qkv_bias=empty(q_dim + 2 * kv_dim) if config.qkv_bias else None,
+            post_norm=empty(hidden),
             q_norm=empty(config.head_dim) if config.qk_norm else None,
             k_norm=empty(config.head_dim) if config.qk_norm else None,
-            o=empty(hidden, q_dim),
-            o_bias=empty(hidden) if config.o_bias else None,
-            post_norm=empty(hidden),
-            gate_up=empty(2 * inner, hidden),
-            gate_up_bias=empty(2 * inner) if config.mlp_bias else None,
-            down=empty(hidden, inner),
-            down_bias=empty(hidden) if config.mlp_bias else None,
         )
 
     embedding = empty(config.vocab_size, hidden)
@@ -81,7 +82,11 @@ def allocate_weights(
         embedding=embedding,
         layers=[layer() for _ in range(config.num_layers)],
         final_norm=empty(hidden),
-        lm_head=embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden),
+        lm_head=(
+            DenseLinear(embedding)
+            if config.tie_word_embeddings
+            else linear(hidden, config.vocab_size)
+        ),
     )
 
 
@@ -92,32 +97,30 @@ def checkpoint_views(config: ModelConfig, weights: DecoderWeights) -> dict[str, 
         "model.norm.weight": weights.final_norm,
     }
     if not config.tie_word_embeddings:
-        views["lm_head.weight"] = weights.lm_head
-    q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        views |= _named("lm_head", weights.lm_head.rows(0, config.vocab_size))
+    groups = lora_groups(config)
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}."
-        plain = {
-            "input_layernorm.weight": layer.input_norm,
-            "post_attention_layernorm.weight": layer.post_norm,
-            "self_attn.q_norm.weight": layer.q_norm,
-            "self_attn.k_norm.weight": layer.k_norm,
-            "self_attn.o_proj.weight": layer.o,
-            "self_attn.o_proj.bias": layer.o_bias,
-            "mlp.down_proj.weight": layer.down,
-            "mlp.down_proj.bias": layer.down_bias,
+        norms = {
+            "input_layernorm": layer.input_norm,
+            "post_attention_layernorm": layer.post_norm,
+            "self_attn.q_norm": layer.q_norm,
+            "self_attn.k_norm": layer.k_norm,
         }
-        for suffix, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
-            if fused is not None:
-                parts = fused.split([q_dim, kv_dim, kv_dim])
-                for name, part in zip("qkv", parts, strict=True):
-                    plain[f"self_attn.{name}_proj.{suffix}"] = part
-        for suffix, fused in (("weight", layer.gate_up), ("bias", layer.gate_up_bias)):
-            if fused is not None:
-                gate, up = fused.chunk(2)
-                plain[f"mlp.gate_proj.{suffix}"] = gate
-                plain[f"mlp.up_proj.{suffix}"] = up
-        views.update({prefix + name: view for name, view in plain.items() if view is not None})
+        views |= {
+            f"{prefix}{name}.weight": norm for name, norm in norms.items() if norm is not None
+        }
+        for name, group in groups.items():
+            bounds = itertools.pairwise(group.out_offsets)
+            for module, (start, end) in zip(group.modules, bounds, strict=True):
+                block = "self_attn" if name in (QKV, O_PROJ) else "mlp"
+                path = f"{prefix}{block}.{LORA_MODULES[module]}"
+                views |= _named(path, layer.linears[name].rows(start, end))
     return views
+
+
+def _named(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{path}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 def load_weights(
