@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from slora_core.adapters.page_layout import AdapterGeometry
-from slora_core.config import LORA_MODULES
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
@@ -156,8 +155,7 @@ def make_random_adapter(
     tensors = {}
     for layer in range(hf_config.num_hidden_layers):
         for module in target_modules:
-            block = "self_attn" if module in ATTENTION_MODULES else "mlp"
-            prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
+            prefix = f"base_model.model.model.layers.{layer}.{_path(module)}"
             in_features, out_features = dims[module]
             a = torch.randn(rank, in_features, generator=generator) * scale
             b = torch.randn(out_features, rank, generator=generator) * scale
@@ -189,10 +187,21 @@ def make_geometry(
     """The `AdapterGeometry` of a model directory or Hugging Face config."""
     hf_config = _hf_config(model)
     dims = module_dims(hf_config)
+    page_elems = 2 * page_tokens * dims["k_proj"][1]
+    return uniform_geometry(hf_config.num_hidden_layers, page_elems, dims, dtype)
+
+
+def uniform_geometry(
+    num_layers: int,
+    page_elems: int,
+    dims: Mapping[str, tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+) -> AdapterGeometry:
+    """Of a model whose layers are alike: (in_features, out_features) of its modules by name."""
     return AdapterGeometry(
-        num_layers=hf_config.num_hidden_layers,
-        page_elems=2 * page_tokens * dims["k_proj"][1],
-        module_dims=tuple(dims[module] for module in LORA_MODULES),
+        page_elems=page_elems,
+        modules=tuple(_path(module) for module in dims),
+        module_dims=(tuple(dims.values()),) * num_layers,
         dtype=dtype,
     )
 
@@ -212,6 +221,11 @@ def module_dims(hf_config: Any) -> dict[str, tuple[int, int]]:
         "up_proj": (hidden, inner),
         "down_proj": (inner, hidden),
     }
+
+
+def _path(module: str) -> str:
+    """A module as its name ends in a layer."""
+    return f"{'self_attn' if module in ATTENTION_MODULES else 'mlp'}.{module}"
 
 
 def _make_config(family: str, shape: Mapping[str, Any]) -> Any:

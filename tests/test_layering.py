@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("kernels", "slora_core", "app")
 
-# From the bottom; a module of slora_core imports its own level and those below it.
+# From the bottom; a module of slora_core imports its own level and those below it. A dotted name is
+# a module apart from its package.
 CORE_LEVELS = [
-    {"config", "dtypes", "errors", "requests", "stats", "stage_timer", "text"},
+    {"config", "models.config", "dtypes", "errors", "requests", "stats", "stage_timer", "text"},
     {"memory", "attention", "layers"},
     {"models", "adapters"},
     {"scheduling", "execution"},
@@ -62,7 +63,10 @@ def _ours(path: Path) -> set[str]:
 def _core_part(name: str) -> str | None:
     """ "slora_core.memory.page_pool" is of "memory"; None for what is not slora_core's."""
     parts = name.split(".")
-    return parts[1] if parts[0] == "slora_core" and len(parts) > 1 else None
+    if parts[0] != "slora_core" or len(parts) == 1:
+        return None
+    apart = ".".join(parts[1:3])
+    return apart if apart in LEVEL_OF else parts[1]
 
 
 def _name(path: Path) -> str:
@@ -108,7 +112,7 @@ def test_serving_libraries_are_used_where_they_are_allowed() -> None:
 
 def test_levels_of_the_core() -> None:
     for path in _modules("slora_core"):
-        part = path.relative_to(ROOT / "slora_core").with_suffix("").parts[0]
+        part = _core_part(_name(path).removesuffix(".py").replace("/", "."))
         if part == "__init__":
             assert not set(_imports(path)), "the package imports nothing by itself"
             continue
@@ -150,6 +154,14 @@ def test_transformers_works_beside_our_kernels_package() -> None:
         "print(kernels.__file__)\n"
     )
     assert Path(loaded.strip()) == ROOT / "kernels" / "__init__.py"
+
+
+def test_reading_a_models_config_loads_no_torch() -> None:
+    loaded = _run(
+        "import sys, slora_core.config, slora_core.models.registry\n"
+        "print(*(m for m in sys.modules if '.' not in m))"
+    )
+    assert not {"torch", "triton", "safetensors", "transformers"} & set(loaded.split())
 
 
 def test_the_engine_loads_neither_serving_libraries_nor_transformers() -> None:

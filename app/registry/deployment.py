@@ -20,7 +20,7 @@ from app.registry.registry import AdapterRecord, AdapterRegistry, RegistrySnapsh
 from app.registry.state import StateFile
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.errors import SLoRAError
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
 from slora_core.adapters.residency import AdapterResidency
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.dtypes import torch_dtype
 from slora_core.errors import AdapterNotFoundError, AdapterTooLargeError, InvalidRequestError
 from slora_core.execution.memory_profile import profile_num_pages
@@ -21,7 +21,8 @@ from slora_core.execution.step_handle import StepHandle
 from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
 from slora_core.memory.prefix_cache import PrefixCache
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.config import ModelConfig
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import DecoderWeights, dummy_weights, load_weights
 from slora_core.requests import Request, RequestOutput, SamplingParams, StepPlan
 from slora_core.scheduling.scheduler import Scheduler

@@ -16,15 +16,15 @@ from slora_core.adapters.adapter_tables import DeviceAdapterTables
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_adapter_pages
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.execution.buckets import (
     MAX_GRAPH_PROMPTS,
-    MODULE_BUCKETS,
     RANK_BUCKETS,
     LoraShape,
     batch_buckets,
     bucket_of,
     max_graph_rows,
+    module_buckets,
     prompt_batch_buckets,
     warm_up_sizes,
 )
@@ -38,6 +38,7 @@ from slora_core.execution.step_builder import BatchBuilder, BatchShape
 from slora_core.execution.step_handle import StepHandle
 from slora_core.memory.page_pool import pages_for
 from slora_core.memory.sizing import allocate_pool
+from slora_core.models.config import ModelConfig
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
 from slora_core.requests import ScheduledChunk, StepPlan
@@ -64,7 +65,8 @@ class ModelRunner:
         ops = ops or _ops_of(self._device)
         self.pool = allocate_pool(model, engine)
         max_pages = min(max_adapter_pages(AdapterGeometry.of(model, engine)), engine.num_pages)
-        self.tables = DeviceAdapterTables(self.pool, max_slots, max_pages)
+        num_modules = len(model.names.projections)
+        self.tables = DeviceAdapterTables(self.pool, num_modules, max_slots, max_pages)
         context_len = engine.context_len(model)
         self._rows = RowState(
             engine.max_running_requests, pages_for(context_len, engine.page_tokens), self._device
@@ -74,6 +76,7 @@ class ModelRunner:
         self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
         self._decoder = Decoder(model, weights, ops, self.pool)
+        self._module_buckets = module_buckets(model)
         # Rows that graphs have, by whether they have room for prompts.
         self._graph_sizes = {
             False: batch_buckets(engine.max_running_requests),
@@ -121,7 +124,7 @@ class ModelRunner:
             LoraShape(rank, modules)
             for rank in RANK_BUCKETS
             if rank <= self._engine.graph_max_rank
-            for modules in MODULE_BUCKETS
+            for modules in self._module_buckets
         ]
 
     @torch.inference_mode()
@@ -201,7 +204,9 @@ class ModelRunner:
         if has_prompts and sum(not chunk.is_decode for chunk in chunks) > MAX_GRAPH_PROMPTS:
             return None
         lora = self._builder.lora_shape(chunks)
-        return GraphKey(bucket_of(num_rows, sizes), has_prompts, lora and lora.graph_bucket())
+        if lora is not None:
+            lora = lora.graph_bucket(self._module_buckets)
+        return GraphKey(bucket_of(num_rows, sizes), has_prompts, lora)
 
     def _send_pages(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Write a step's new page ids before it, for a graph that has no room for them."""

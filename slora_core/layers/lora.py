@@ -10,37 +10,32 @@ from typing import TypeGuard
 import torch
 
 from kernels.lora_segments import LoraSegments
-from slora_core.config import LORA_MODULES, ModelConfig
 from slora_core.layers.linear import Linear
-
-QKV, O_PROJ, GATE_UP, DOWN = "qkv", "o", "gate_up", "down"
+from slora_core.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class LoraGroup:
-    """Modules of one fused matrix: indices in LORA_MODULES, and bounds of their outputs."""
+    """Modules of one linear: indices in the model's projections, and bounds of their outputs."""
 
     modules: tuple[int, ...]
     # len(modules) + 1 column bounds.
     out_offsets: tuple[int, ...]
 
-    @classmethod
-    def of(cls, config: ModelConfig, names: tuple[str, ...]) -> "LoraGroup":
-        modules = tuple(LORA_MODULES.index(name) for name in names)
-        bounds = [0]
-        for module in modules:
-            bounds.append(bounds[-1] + config.module_dims[module][1])
-        return cls(modules, tuple(bounds))
 
-
-def lora_groups(config: ModelConfig) -> dict[str, LoraGroup]:
-    """The four fused groups of a decoder layer."""
-    return {
-        QKV: LoraGroup.of(config, ("q_proj", "k_proj", "v_proj")),
-        O_PROJ: LoraGroup.of(config, ("o_proj",)),
-        GATE_UP: LoraGroup.of(config, ("gate_proj", "up_proj")),
-        DOWN: LoraGroup.of(config, ("down_proj",)),
-    }
+def lora_groups(model: ModelConfig, layer: int) -> dict[str, LoraGroup]:
+    """The group of each linear of a layer."""
+    groups = {}
+    for name, linear in model.layers[layer].linears.items():
+        modules, bounds = [], [0]
+        for index, projection in enumerate(model.names.projections):
+            if projection.linear == name:
+                modules.append(index)
+                start, end = projection.rows(linear)
+                assert start == bounds[-1], f"{projection.path} does not follow the one before"
+                bounds.append(end)
+        groups[name] = LoraGroup(tuple(modules), tuple(bounds))
+    return groups
 
 
 class LoraLinear:

@@ -1,4 +1,4 @@
-"""One decoder for Llama, Mistral, Qwen2 and Qwen3; families are flags of `ModelConfig`.
+"""One decoder for all families: what they differ in, `ModelConfig` says of each layer.
 
 Computes logits of a `ForwardBatch`. Knows no scheduling and no sampling.
 """
@@ -10,8 +10,18 @@ import torch.nn.functional as F
 
 from kernels.lora_segments import LoraSegments
 from slora_core.attention.backend import AttentionBackend
-from slora_core.config import ModelConfig
-from slora_core.layers.lora import DOWN, GATE_UP, O_PROJ, QKV, LoraGroup, LoraLinear, lora_groups
+from slora_core.layers.lora import LoraLinear, lora_groups
+from slora_core.models.config import (
+    DOWN,
+    GATE_UP,
+    INPUT_NORM,
+    K_NORM,
+    O_PROJ,
+    POST_NORM,
+    Q_NORM,
+    QKV,
+    ModelConfig,
+)
 from slora_core.models.forward_batch import ForwardBatch
 from slora_core.models.weights import DecoderWeights, LayerWeights
 
@@ -22,17 +32,16 @@ class DecoderLayer:
     def __init__(
         self,
         config: ModelConfig,
+        index: int,
+        weights: LayerWeights,
         ops: ModuleType,
         pool: torch.Tensor,
-        index: int,
-        groups: dict[str, LoraGroup],
-        weights: LayerWeights,
     ) -> None:
-        self._config = config
+        groups = lora_groups(config, index)
+        self._spec = config.layers[index]
         self._ops = ops
         self._index = index
-        self._weights = weights
-
+        self._norms = weights.norms
         self._qkv, self._o, self._gate_up, self._down = (
             LoraLinear(weights.linears[name], ops, pool, index, groups[name])
             for name in (QKV, O_PROJ, GATE_UP, DOWN)
@@ -49,42 +58,40 @@ class DecoderLayer:
 
         `delta` is the previous layer's (None before the first); `residual` is mutated.
         """
-        eps, weights = self._config.rms_norm_eps, self._weights
+        eps, norms = self._spec.norm_eps, self._norms
         if delta is None:
-            x = self._ops.rms_norm(residual, weights.input_norm, eps)
+            x = self._ops.rms_norm(residual, norms[INPUT_NORM], eps)
         else:
-            x = self._ops.add_rms_norm(delta, residual, weights.input_norm, eps)
+            x = self._ops.add_rms_norm(delta, residual, norms[INPUT_NORM], eps)
         attended = self._attend(x, attention, lora)
-        x = self._ops.add_rms_norm(attended, residual, weights.post_norm, eps)
+        x = self._ops.add_rms_norm(attended, residual, norms[POST_NORM], eps)
         return self._down(self._gate_up.silu_mul(x, lora), lora)
 
     def _attend(
         self, x: torch.Tensor, attention: AttentionBackend, lora: LoraSegments | None
     ) -> torch.Tensor:
-        config, weights = self._config, self._weights
+        spec = self._spec.attention
         rows = x.shape[0]
-        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        q, k, v = self._qkv(x, lora).split([q_dim, kv_dim, kv_dim], dim=-1)
-        q = q.reshape(rows, config.num_heads, config.head_dim)
-        k = k.reshape(rows, config.num_kv_heads, config.head_dim)
-        v = v.reshape(rows, config.num_kv_heads, config.head_dim)
-        if weights.q_norm is not None and weights.k_norm is not None:
-            q = self._ops.rms_norm(q, weights.q_norm, config.rms_norm_eps)
-            k = self._ops.rms_norm(k, weights.k_norm, config.rms_norm_eps)
+        q, k, v = self._qkv(x, lora).split([spec.q_dim, spec.kv_dim, spec.kv_dim], dim=-1)
+        q = q.reshape(rows, spec.num_heads, spec.head_dim)
+        k = k.reshape(rows, spec.num_kv_heads, spec.head_dim)
+        v = v.reshape(rows, spec.num_kv_heads, spec.head_dim)
+        if spec.qk_norm:
+            q = self._ops.rms_norm(q, self._norms[Q_NORM], self._spec.norm_eps)
+            k = self._ops.rms_norm(k, self._norms[K_NORM], self._spec.norm_eps)
         attended = attention.run(self._index, q, k, v)
-        return self._o(attended.reshape(rows, q_dim), lora)
+        return self._o(attended.reshape(rows, spec.q_dim), lora)
 
 
 class Decoder:
     def __init__(
         self, config: ModelConfig, weights: DecoderWeights, ops: ModuleType, pool: torch.Tensor
     ) -> None:
-        groups = lora_groups(config)
         self._config = config
         self._weights = weights
         self._ops = ops
         self._layers = [
-            DecoderLayer(config, ops, pool, index, groups, layer)
+            DecoderLayer(config, index, layer, ops, pool)
             for index, layer in enumerate(weights.layers)
         ]
 

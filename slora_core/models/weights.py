@@ -1,10 +1,9 @@
 """Decoder weights: read from safetensors into fused matrices, or made at random.
 
-Knows the names of Hugging Face checkpoints. Every tensor of the checkpoint is used or refused,
-and every weight of the decoder is filled.
+Knows what Hugging Face checkpoints have in common; what one family calls the parts of its layers,
+the config says. Every tensor of the checkpoint is used or refused, and every weight is filled.
 """
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from slora_core.config import LORA_MODULES, ModelConfig
 from slora_core.errors import UnsupportedModelError
 from slora_core.layers.linear import DenseLinear, Linear
-from slora_core.layers.lora import DOWN, GATE_UP, O_PROJ, QKV, lora_groups
+from slora_core.models.config import LayerSpec, LinearSpec, ModelConfig
 
 # Standard deviation of dummy weights; never zeros, which flatter a GPU's clocks.
 DUMMY_STD = 0.02
@@ -27,17 +25,10 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 @dataclass
 class LayerWeights:
-    """One decoder layer: its linears by the names of `layers.lora`, and its norms.
-
-    Norms are those before attention and MLP, of [hidden_size], and of queries and keys, of
-    [head_dim], where the family has them.
-    """
+    """One decoder layer: its linears and its norms, by the names of `LayerSpec`."""
 
     linears: dict[str, Linear]
-    input_norm: torch.Tensor
-    post_norm: torch.Tensor
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    norms: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -57,36 +48,23 @@ def allocate_weights(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
-    def linear(in_features: int, out_features: int, bias: bool = False) -> DenseLinear:
-        return DenseLinear(empty(out_features, in_features), empty(out_features) if bias else None)
+    def linear(spec: LinearSpec) -> DenseLinear:
+        weight = empty(spec.out_features, spec.in_features)
+        return DenseLinear(weight, empty(spec.out_features) if spec.bias else None)
 
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-
-    def layer() -> LayerWeights:
+    def layer(spec: LayerSpec) -> LayerWeights:
         return LayerWeights(
-            linears={
-                QKV: linear(hidden, q_dim + 2 * kv_dim, config.qkv_bias),
-                O_PROJ: linear(q_dim, hidden, config.o_bias),
-                GATE_UP: linear(hidden, 2 * inner, config.mlp_bias),
-                DOWN: linear(inner, hidden, config.mlp_bias),
-            },
-            input_norm=empty(hidden),
-            post_norm=empty(hidden),
-            q_norm=empty(config.head_dim) if config.qk_norm else None,
-            k_norm=empty(config.head_dim) if config.qk_norm else None,
+            linears={name: linear(part) for name, part in spec.linears.items()},
+            norms={name: empty(size) for name, size in spec.norms.items()},
         )
 
-    embedding = empty(config.vocab_size, hidden)
+    shape = config.vocab_size, config.hidden_size
+    embedding = empty(*shape)
     return DecoderWeights(
         embedding=embedding,
-        layers=[layer() for _ in range(config.num_layers)],
-        final_norm=empty(hidden),
-        lm_head=(
-            DenseLinear(embedding)
-            if config.tie_word_embeddings
-            else linear(hidden, config.vocab_size)
-        ),
+        layers=[layer(spec) for spec in config.layers],
+        final_norm=empty(config.hidden_size),
+        lm_head=DenseLinear(embedding if config.tie_word_embeddings else empty(*shape)),
     )
 
 
@@ -98,24 +76,16 @@ def checkpoint_views(config: ModelConfig, weights: DecoderWeights) -> dict[str, 
     }
     if not config.tie_word_embeddings:
         views |= _named("lm_head", weights.lm_head.rows(0, config.vocab_size))
-    groups = lora_groups(config)
-    for index, layer in enumerate(weights.layers):
+    for index, (spec, layer) in enumerate(zip(config.layers, weights.layers, strict=True)):
         prefix = f"model.layers.{index}."
-        norms = {
-            "input_layernorm": layer.input_norm,
-            "post_attention_layernorm": layer.post_norm,
-            "self_attn.q_norm": layer.q_norm,
-            "self_attn.k_norm": layer.k_norm,
-        }
-        views |= {
-            f"{prefix}{name}.weight": norm for name, norm in norms.items() if norm is not None
-        }
-        for name, group in groups.items():
-            bounds = itertools.pairwise(group.out_offsets)
-            for module, (start, end) in zip(group.modules, bounds, strict=True):
-                block = "self_attn" if name in (QKV, O_PROJ) else "mlp"
-                path = f"{prefix}{block}.{LORA_MODULES[module]}"
-                views |= _named(path, layer.linears[name].rows(start, end))
+        for path, norm in config.names.norms:
+            if norm in layer.norms:
+                views[f"{prefix}{path}.weight"] = layer.norms[norm]
+        for projection in config.names.projections:
+            if projection.linear in layer.linears:
+                rows = projection.rows(spec.linears[projection.linear])
+                tensors = layer.linears[projection.linear].rows(*rows)
+                views |= _named(prefix + projection.path, tensors)
     return views
 
 

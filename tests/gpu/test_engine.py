@@ -17,7 +17,7 @@ from slora_core.errors import UnsupportedModelError
 from slora_core.execution import model_runner
 from slora_core.execution.graphs import GraphKey
 from slora_core.execution.int_fields import IntFields
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import dummy_weights
 from slora_core.requests import SamplingParams, ScheduledChunk, StepPlan
 from tests.factories import ALL_MODULES, make_random_adapter

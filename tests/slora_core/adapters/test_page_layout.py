@@ -12,13 +12,14 @@ from slora_core.adapters.page_layout import (
     pack_adapter,
     plan_layout,
 )
-from slora_core.config import LORA_MODULES
+from tests.factories import ALL_MODULES, uniform_geometry
 
 DIMS = ((64, 128), (64, 32), (64, 32), (128, 64), (64, 96), (64, 96), (96, 64))
 
 
 def _geometry(page_elems: int = 256, num_layers: int = 2, dtype=torch.float32) -> AdapterGeometry:
-    return AdapterGeometry(num_layers, page_elems, DIMS, dtype)
+    dims = dict(zip(ALL_MODULES, DIMS, strict=True))
+    return uniform_geometry(num_layers, page_elems, dims, dtype)
 
 
 def _weights(ranks: dict, seed: int = 0, dtype=torch.float32) -> dict:
@@ -46,7 +47,7 @@ def test_offsets_of_a_known_adapter() -> None:
     assert layout.offsets[1, 1].tolist() == [3, 0, 192]
     present = {(0, 0), (0, 6), (1, 1)}
     for layer in range(2):
-        for module in range(len(LORA_MODULES)):
+        for module in range(len(DIMS)):
             if (layer, module) not in present:
                 assert layout.offsets[layer, module].tolist() == [0, 0, 0]
                 assert layout.scaling[layer, module] == 0
@@ -68,7 +69,7 @@ def test_page_bytes_covers_all_layers() -> None:
 
 
 ranks_of_modules = st.dictionaries(
-    st.tuples(st.integers(0, 2), st.integers(0, len(LORA_MODULES) - 1)),
+    st.tuples(st.integers(0, 2), st.integers(0, len(DIMS) - 1)),
     st.integers(1, 9),
     min_size=1,
 )

@@ -19,7 +19,6 @@ from slora_core.adapters.peft_weights import (
     load_packed_adapter,
     read_peft_adapter,
 )
-from slora_core.config import LORA_MODULES
 from slora_core.errors import InvalidAdapterError
 from tests.factories import (
     ALL_MODULES,
@@ -60,7 +59,7 @@ def _unpack(packed, geometry: AdapterGeometry):
     streams = packed.pages.transpose(0, 1).reshape(geometry.num_layers, -1)
     found = {}
     for layer in range(geometry.num_layers):
-        for module, (in_features, out_features) in enumerate(geometry.module_dims):
+        for module, (in_features, out_features) in enumerate(geometry.module_dims[layer]):
             rank, offset_a, offset_b = packed.layout.offsets[layer, module].tolist()
             if rank == 0:
                 continue
@@ -105,7 +104,7 @@ def test_delta_equals_pefts(tmp_path: Path, model_dir: Path, geometry, options) 
         if hasattr(module, "lora_A"):
             parts = name.split(".")
             layer = int(parts[parts.index("layers") + 1])
-            expected[layer, LORA_MODULES.index(parts[-1])] = module.get_delta_weight("default")
+            expected[layer, ALL_MODULES.index(parts[-1])] = module.get_delta_weight("default")
 
     packed = load_packed_adapter(adapter, geometry)
     found = _unpack(packed, geometry)
@@ -164,7 +163,7 @@ def test_packed_pages_hold_the_files_tensors(data, tmp_path_factory, model_dir: 
     assert len(found) == geometry.num_layers * len(modules)
     for name, tensor in _read_tensors(adapter).items():
         parts = name.split(".")
-        pair = found[int(parts[4]), LORA_MODULES.index(parts[6])]
+        pair = found[int(parts[4]), ALL_MODULES.index(parts[6])]
         assert torch.equal(pair[parts[7] == "lora_B"], tensor.to(dtype))
 
 

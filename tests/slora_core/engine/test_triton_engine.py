@@ -14,10 +14,10 @@ from kernels import torch_ops as reference
 from kernels import triton_ops
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
-from slora_core.dtypes import torch_dtype
+from slora_core.dtypes import dtype_name, torch_dtype
 from slora_core.engine.engine import Engine, GenerationRequest
 from slora_core.execution.model_runner import ModelRunner
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import load_weights
 from slora_core.requests import Request, SamplingParams
 from tests.factories import ALL_MODULES, make_adapter, make_model
@@ -117,7 +117,7 @@ def test_logits_of_each_step_are_those_of_the_torch_twins(
     # Five pages are left beside the adapters: too few for what the requests grow to.
     engine = _engine(
         files,
-        dtype=dtype,
+        dtype=dtype_name(dtype),
         num_pool_tokens=16 * 32,
         max_batched_tokens=24,
         admission_output_tokens=0,

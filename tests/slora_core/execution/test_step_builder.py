@@ -7,26 +7,30 @@ import torch
 
 from slora_core.adapters.adapter_tables import DeviceAdapterTables
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import ModelConfig
 from slora_core.execution.buckets import LoraShape
 from slora_core.execution.row_state import RowState
 from slora_core.execution.step_builder import BatchBuilder
 from slora_core.models.forward_batch import ForwardBatch
+from slora_core.models.registry import parse_model_config
 from slora_core.requests import Request, SamplingParams, StepPlan
 
 PAGE_TOKENS = 4
 MAX_PAGES = 5
 NUM_ROWS = 8
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=PAGE_TOKENS * MAX_PAGES,
+MODEL = parse_model_config(
+    {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": PAGE_TOKENS * MAX_PAGES,
+    },
+    {},
 )
 
 
@@ -44,7 +48,7 @@ class Builder(BatchBuilder):
 
 @pytest.fixture
 def tables() -> DeviceAdapterTables:
-    tables = DeviceAdapterTables(torch.zeros(32, 2, 128), max_slots=6, max_pages=8)
+    tables = DeviceAdapterTables(torch.zeros(32, 2, 128), 7, max_slots=6, max_pages=8)
     tables.max_ranks = [4, 8, 64, 2, 16, 1]
     tables.modules = [frozenset({slot}) for slot in range(6)]
     return tables

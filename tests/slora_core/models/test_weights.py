@@ -8,10 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slora_core.config import ModelConfig
 from slora_core.errors import UnsupportedModelError
-from slora_core.layers.lora import DOWN, GATE_UP, O_PROJ, QKV
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.config import (
+    DOWN,
+    GATE_UP,
+    INPUT_NORM,
+    K_NORM,
+    O_PROJ,
+    POST_NORM,
+    Q_NORM,
+    QKV,
+    ModelConfig,
+)
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import (
     DUMMY_STD,
     DecoderWeights,
@@ -53,16 +62,18 @@ def test_fused_weights_are_the_checkpoint(tmp_path: Path, family: str, tied: boo
         assert torch.equal(gate_up.weight, joined("mlp.gate_proj.weight", "mlp.up_proj.weight"))
         assert torch.equal(o.weight, joined("self_attn.o_proj.weight"))
         assert torch.equal(down.weight, joined("mlp.down_proj.weight"))
-        assert torch.equal(layer.input_norm, joined("input_layernorm.weight"))
-        assert torch.equal(layer.post_norm, joined("post_attention_layernorm.weight"))
+        norms = layer.norms
+        assert torch.equal(norms[INPUT_NORM], joined("input_layernorm.weight"))
+        assert torch.equal(norms[POST_NORM], joined("post_attention_layernorm.weight"))
         if family == "qwen2":
             assert torch.equal(qkv.bias, joined(*(f"self_attn.{x}_proj.bias" for x in "qkv")))
         else:
             assert qkv.bias is None
         if family == "qwen3":
-            assert layer.q_norm is not None and layer.k_norm is not None
-            assert torch.equal(layer.q_norm, joined("self_attn.q_norm.weight"))
-            assert torch.equal(layer.k_norm, joined("self_attn.k_norm.weight"))
+            assert torch.equal(norms[Q_NORM], joined("self_attn.q_norm.weight"))
+            assert torch.equal(norms[K_NORM], joined("self_attn.k_norm.weight"))
+        else:
+            assert norms.keys() == {INPUT_NORM, POST_NORM}
         assert o.bias is gate_up.bias is down.bias is None
     assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
     assert torch.equal(weights.final_norm, tensors["model.norm.weight"])

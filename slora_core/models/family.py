@@ -1,0 +1,93 @@
+"""What the file of a family gives, and the fields of Hugging Face configs that families share.
+
+A reader takes the JSON object of a `config.json`; what the decoder lacks it refuses by name. Knows
+no family.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from slora_core.errors import UnsupportedModelError
+from slora_core.models.config import (
+    AttentionSpec,
+    LayerNames,
+    LayerSpec,
+    Llama3RopeScaling,
+    MLPSpec,
+    RotarySpec,
+)
+
+HFConfig = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """All models of one `model_type`."""
+
+    model_type: str
+    names: LayerNames
+    layers: Callable[[HFConfig], tuple[LayerSpec, ...]]
+    # What transformers takes a config to mean that lacks these fields.
+    defaults: HFConfig = field(default_factory=dict)
+
+
+def uniform_layers(
+    config: HFConfig, attention: AttentionSpec, mlp: MLPSpec
+) -> tuple[LayerSpec, ...]:
+    """As many layers as the config says, all alike."""
+    layer = LayerSpec(config["hidden_size"], attention, mlp, rms_norm_eps(config))
+    return (layer,) * config["num_hidden_layers"]
+
+
+def attention_spec(config: HFConfig) -> AttentionSpec:
+    """Full attention over whole rotated heads, with biases by `attention_bias`."""
+    num_heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+    bias = bool(config.get("attention_bias", False))
+    return AttentionSpec(
+        num_heads=num_heads,
+        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        head_dim=head_dim,
+        rotary=rotary_spec(config, head_dim),
+        qkv_bias=bias,
+        o_bias=bias,
+    )
+
+
+def mlp_spec(config: HFConfig) -> MLPSpec:
+    """With biases by `mlp_bias`."""
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UnsupportedModelError(f"hidden_act is {activation!r}; only 'silu' is supported")
+    return MLPSpec(config["intermediate_size"], bool(config.get("mlp_bias", False)), activation)
+
+
+def rotary_spec(config: HFConfig, head_dim: int) -> RotarySpec:
+    """Of whole heads, from `rope_parameters` (new) or `rope_scaling` (older configs)."""
+    fraction = config.get("partial_rotary_factor", 1.0)
+    if fraction != 1.0:
+        raise UnsupportedModelError(f"partial_rotary_factor is {fraction}; only 1.0 is supported")
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return RotarySpec(head_dim, float(theta))
+    if kind != "llama3":
+        raise UnsupportedModelError(f"rope_type is {kind!r}; supported are 'default' and 'llama3'")
+    scaling = Llama3RopeScaling(
+        factor=parameters["factor"],
+        low_freq_factor=parameters["low_freq_factor"],
+        high_freq_factor=parameters["high_freq_factor"],
+        original_max_position_embeddings=parameters["original_max_position_embeddings"],
+    )
+    return RotarySpec(head_dim, float(theta), scaling)
+
+
+def rms_norm_eps(config: HFConfig) -> float:
+    return config.get("rms_norm_eps", 1e-6)
+
+
+def switched_window(config: HFConfig) -> int | None:
+    """The sliding window of a config that says with `use_sliding_window` whether it is used."""
+    return config.get("sliding_window") or None if config.get("use_sliding_window") else None
