@@ -58,6 +58,8 @@ class LoraLinear:
         self._pool = pool
         self._layer = layer
         self._group = group
+        # The kernel that adds deltas inside SiLU-mul takes gate and up as a module each.
+        self._is_one_module = len(group.modules) == 1
 
     def __call__(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
         """[rows, in_features] to [rows, out_features]; `lora` None is the base model."""
@@ -69,7 +71,9 @@ class LoraLinear:
         return y
 
     def silu_mul(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
-        """silu(gate) * up [rows, out_features / 2] of a linear whose modules are gate and up."""
+        """silu(gate) * up [rows, out_features / 2] of a linear whose output is [gate | up]."""
+        if self._is_one_module:
+            return self._ops.silu_mul(self(x, lora))
         y = self._linear(x)
         if not self._has_delta(lora):
             return self._ops.silu_mul(y)

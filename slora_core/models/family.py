@@ -40,8 +40,8 @@ def uniform_layers(
     return (layer,) * config["num_hidden_layers"]
 
 
-def attention_spec(config: HFConfig) -> AttentionSpec:
-    """Full attention over whole rotated heads, with biases by `attention_bias`."""
+def attention_spec(config: HFConfig, turns_part_of_heads: bool = False) -> AttentionSpec:
+    """Full attention, with biases by `attention_bias`; rotary as `rotary_spec`."""
     num_heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
     bias = bool(config.get("attention_bias", False))
@@ -49,7 +49,7 @@ def attention_spec(config: HFConfig) -> AttentionSpec:
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_dim=head_dim,
-        rotary=rotary_spec(config, head_dim),
+        rotary=rotary_spec(config, head_dim, turns_part_of_heads),
         qkv_bias=bias,
         o_bias=bias,
     )
@@ -63,16 +63,23 @@ def mlp_spec(config: HFConfig) -> MLPSpec:
     return MLPSpec(config["intermediate_size"], bool(config.get("mlp_bias", False)), activation)
 
 
-def rotary_spec(config: HFConfig, head_dim: int) -> RotarySpec:
-    """Of whole heads, from `rope_parameters` (new) or `rope_scaling` (older configs)."""
-    fraction = config.get("partial_rotary_factor", 1.0)
-    if fraction != 1.0:
-        raise UnsupportedModelError(f"partial_rotary_factor is {fraction}; only 1.0 is supported")
+def rotary_spec(config: HFConfig, head_dim: int, turns_part_of_heads: bool) -> RotarySpec:
+    """From `rope_parameters` (new) or `rope_scaling` (older configs)."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    fractions = (fields.get("partial_rotary_factor") for fields in (parameters, config))
+    fraction = next((fraction for fraction in fractions if fraction is not None), 1.0)
+    if fraction != 1.0 and not turns_part_of_heads:
+        raise UnsupportedModelError(f"partial_rotary_factor is {fraction}; only 1.0 is supported")
+    dim = int(head_dim * fraction)
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor is {fraction}; of a head_dim of {head_dim} it must make an "
+            f"even number, at most {head_dim}"
+        )
     theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
-        return RotarySpec(head_dim, float(theta))
+        return RotarySpec(dim, float(theta))
     if kind != "llama3":
         raise UnsupportedModelError(f"rope_type is {kind!r}; supported are 'default' and 'llama3'")
     scaling = Llama3RopeScaling(
@@ -81,7 +88,7 @@ def rotary_spec(config: HFConfig, head_dim: int) -> RotarySpec:
         high_freq_factor=parameters["high_freq_factor"],
         original_max_position_embeddings=parameters["original_max_position_embeddings"],
     )
-    return RotarySpec(head_dim, float(theta), scaling)
+    return RotarySpec(dim, float(theta), scaling)
 
 
 def rms_norm_eps(config: HFConfig) -> float:

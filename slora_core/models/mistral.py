@@ -9,7 +9,7 @@ from slora_core.models.llama import NAMES
 
 def layers(config: HFConfig) -> tuple[LayerSpec, ...]:
     # There is no switch for it.
-    attention = replace(attention_spec(config), window=config["sliding_window"])
+    attention = replace(attention_spec(config), window=config["sliding_window"] or None)
     return uniform_layers(config, attention, mlp_spec(config))
 
 

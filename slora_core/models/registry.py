@@ -12,10 +12,11 @@ from slora_core.models.config import ModelConfig
 from slora_core.models.family import HFConfig, rms_norm_eps
 from slora_core.models.llama import LLAMA
 from slora_core.models.mistral import MISTRAL
+from slora_core.models.phi3 import PHI3
 from slora_core.models.qwen2 import QWEN2
 from slora_core.models.qwen3 import QWEN3
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3)}
 
 
 def load_model_config(model_dir: Path) -> ModelConfig:

@@ -51,6 +51,18 @@ def test_equals_transformers(
     assert torch.equal(table[:, half:], sin[:, :half])
 
 
+def test_heads_turned_in_part_equal_transformers() -> None:
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    config = Phi3Config(
+        hidden_size=192, num_attention_heads=2, partial_rotary_factor=0.75, pad_token_id=None
+    )
+    cos, sin = Phi3RotaryEmbedding(config)(torch.empty(1), torch.arange(4096).unsqueeze(0))
+    table = rotary_table(RotarySpec(72), 4096, torch.float32)
+    assert torch.equal(table, torch.cat((cos[0, :, :36], sin[0, :, :36]), -1))
+
+
 def test_scaling_slows_low_frequencies_only() -> None:
     scaling = SCALINGS["llama-3.1"]
     plain = rotary_table(RotarySpec(128, 500000.0, None), 2, torch.float64)[1]

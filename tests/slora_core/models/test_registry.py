@@ -67,12 +67,12 @@ def test_every_family_as_transformers_writes_it(tmp_path: Path, family: str, tie
 
     path = make_model(tmp_path, family, tie_word_embeddings=tied, rope_theta=5000.0)
     config, hf = load_model_config(path), AutoConfig.from_pretrained(path)
-    head_dim = 32 if family == "qwen3" else 16
+    head_dim = 32 if family in ("qwen3", "phi3") else 16
     attention = AttentionSpec(
         4,
         2,
         head_dim,
-        RotarySpec(head_dim, 5000.0),
+        RotarySpec(head_dim // 2 if family == "phi3" else head_dim, 5000.0),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
     )
@@ -159,7 +159,11 @@ def test_context_ends_with_the_sliding_window(changes: dict, context: int) -> No
         ({"model_type": None}, "model_type is None"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; only 1.0",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "lacks 'factor'"),

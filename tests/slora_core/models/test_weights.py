@@ -58,8 +58,12 @@ def test_fused_weights_are_the_checkpoint(tmp_path: Path, family: str, tied: boo
             return torch.cat([tensors[f"model.layers.{index}.{name}"] for name in names])
 
         qkv, o, gate_up, down = (layer.linears[x] for x in (QKV, O_PROJ, GATE_UP, DOWN))
-        assert torch.equal(qkv.weight, joined(*(f"self_attn.{x}_proj.weight" for x in "qkv")))
-        assert torch.equal(gate_up.weight, joined("mlp.gate_proj.weight", "mlp.up_proj.weight"))
+        if family == "phi3":
+            assert torch.equal(qkv.weight, joined("self_attn.qkv_proj.weight"))
+            assert torch.equal(gate_up.weight, joined("mlp.gate_up_proj.weight"))
+        else:
+            assert torch.equal(qkv.weight, joined(*(f"self_attn.{x}_proj.weight" for x in "qkv")))
+            assert torch.equal(gate_up.weight, joined("mlp.gate_proj.weight", "mlp.up_proj.weight"))
         assert torch.equal(o.weight, joined("self_attn.o_proj.weight"))
         assert torch.equal(down.weight, joined("mlp.down_proj.weight"))
         norms = layer.norms
