@@ -39,6 +39,7 @@ class DecoderLayer:
     ) -> None:
         groups = lora_groups(config, index)
         self._spec = config.layers[index]
+        assert self._spec.mlp.activation == "silu", "silu_mul is the one there is"
         self._ops = ops
         self._index = index
         self._norms = weights.norms
@@ -94,17 +95,22 @@ class Decoder:
             DecoderLayer(config, index, layer, ops, pool)
             for index, layer in enumerate(weights.layers)
         ]
+        specs = config.layers
+        self._num_until_every_kind = 1 + max(specs.index(spec) for spec in set(specs))
 
     def forward(
         self, batch: ForwardBatch, attention: AttentionBackend, num_layers: int | None = None
     ) -> torch.Tensor:
         """Logits [rows that sample, vocab_size], of the weights' dtype.
 
-        `num_layers` computes the first layers alone, which run every kernel there is.
+        `num_layers` computes the first layers alone, and as many more as make one of each kind:
+        together they run every kernel there is.
         """
         attention.plan(batch.attention, batch.positions)
         residual = F.embedding(batch.input_ids, self._weights.embedding)
         delta = None
+        if num_layers is not None:
+            num_layers = max(num_layers, self._num_until_every_kind)
         for layer in self._layers[:num_layers]:
             delta = layer(delta, residual, attention, batch.lora)
         assert delta is not None

@@ -4,11 +4,13 @@ What families there are is compared with transformers in `engine/test_engine.py`
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import torch_ops
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     LoraWeights,
@@ -21,6 +23,8 @@ from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine, GenerationRequest
 from slora_core.errors import UnsupportedModelError
 from slora_core.models.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, RotarySpec
+from slora_core.models.decoder import Decoder
+from slora_core.models.forward_batch import ForwardBatch
 from slora_core.models.llama import NAMES
 from slora_core.models.weights import DecoderWeights, allocate_weights, checkpoint_views
 from slora_core.requests import SamplingParams
@@ -140,6 +144,32 @@ def test_texts_of_unlike_layers() -> None:
     for (kind, prompt), text in zip(kinds, texts, strict=True):
         assert text == _naive_text(weights, deltas if kind else {}, prompt, 12)
     assert texts[::2] != texts[1::2]
+
+
+class _SpyAttention:
+    """Attention that only counts layers."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+
+    def plan(self, batch: object, positions: torch.Tensor) -> None:
+        pass
+
+    def run(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.layers.append(layer)
+        return q
+
+
+@pytest.mark.parametrize(
+    "kinds,expected", [("aaa", [0]), ("aabac", [0, 1, 2, 3, 4]), ("aba", [0, 1])]
+)
+def test_first_layers_are_at_least_one_of_each_kind(kinds: str, expected: list[int]) -> None:
+    model = replace(MODEL, layers=tuple(LAYERS["abc".index(kind)] for kind in kinds))
+    weights = allocate_weights(model, "cpu", torch.float32)
+    decoder = Decoder(model, weights, torch_ops, torch.empty(0))
+    spy, ids = _SpyAttention(), torch.zeros(2, dtype=torch.int32)
+    decoder.forward(ForwardBatch(ids, ids, None, None, None), spy, num_layers=1)
+    assert spy.layers == expected
 
 
 def test_a_page_holds_the_tokens_of_the_largest_layer() -> None:
