@@ -97,4 +97,6 @@ def rms_norm_eps(config: HFConfig) -> float:
 
 def switched_window(config: HFConfig) -> int | None:
     """The sliding window of a config that says with `use_sliding_window` whether it is used."""
-    return config.get("sliding_window") or None if config.get("use_sliding_window") else None
+    if not config.get("use_sliding_window"):
+        return None
+    return config.get("sliding_window") or None
