@@ -21,8 +21,8 @@ class RotaryLaunch(NamedTuple):
     num_warps: int
 
 
-def rotary_launch(num_heads: int, head_dim: int) -> RotaryLaunch:
-    block_half = triton.next_power_of_2(head_dim // 2)
+def rotary_launch(num_heads: int, rotary_dim: int) -> RotaryLaunch:
+    block_half = triton.next_power_of_2(rotary_dim // 2)
     block_heads = min(triton.next_power_of_2(num_heads), max(1, BLOCK_ELEMS // block_half))
     num_warps = max(1, block_heads * block_half // ELEMS_PER_WARP)
     return RotaryLaunch(block_heads, block_half, num_warps)
@@ -48,14 +48,15 @@ def rotary_kv_write(
             strides, as the columns of a fused projection have.
         k: [rows, num_kv_heads, head_dim], mutated.
         v: as k.
-        cos_sin: [max_positions, head_dim], cos of half the frequencies and then their sin.
+        cos_sin: [max_positions, rotary_dim], cos of half the frequencies and then their sin; of a
+            head, what lies beyond rotary_dim is not turned.
         positions: int32 or int64 [rows].
         kv_cache: mutated at `layer`.
         slot_mapping: int32 or int64 [rows], page_id * page_tokens + offset of each row's token;
             -1 is a row that pads the batch, of which nothing is read or written.
     """
     rows, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
+    num_kv_heads, rotary_dim = k.shape[1], cos_sin.shape[1]
     if not rows:
         return
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1, "head_dim is contiguous"
@@ -63,7 +64,7 @@ def rotary_kv_write(
     # A view of the layer, because a layer index among the arguments is compiled for 1 and for 16.
     kv_layer = kv_cache[:, layer]
     page_stride, value_stride, token_stride, head_stride, _ = kv_layer.stride()
-    launch = rotary_launch(num_heads, head_dim)
+    launch = rotary_launch(num_heads, rotary_dim)
     num_q_blocks = triton.cdiv(num_heads, launch.block_heads)
     num_blocks = num_q_blocks + triton.cdiv(num_kv_heads, launch.block_heads)
     _rotary_kv_write_kernel[(rows * num_blocks,)](
@@ -89,9 +90,11 @@ def rotary_kv_write(
         NUM_Q_BLOCKS=num_q_blocks,
         NUM_BLOCKS=num_blocks,
         PAGE_TOKENS=kv_cache.shape[3],
-        HALF=head_dim // 2,
+        HALF=rotary_dim // 2,
+        REST=head_dim - rotary_dim,
         BLOCK_HEADS=launch.block_heads,
         BLOCK_HALF=launch.block_half,
+        BLOCK_REST=triton.next_power_of_2(head_dim - rotary_dim),
         num_warps=launch.num_warps,
     )
 
@@ -121,8 +124,10 @@ def _rotary_kv_write_kernel(
     NUM_BLOCKS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HALF: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):
     """BLOCK_HEADS heads of a row: of q in its first NUM_Q_BLOCKS programs, then of k and v."""
     row = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
@@ -160,6 +165,15 @@ def _rotary_kv_write_kernel(
         tl.store(key_ptrs + HALF, second, mask=mask)
         tl.store(key_ptrs + value_stride, first_v, mask=mask)
         tl.store(key_ptrs + value_stride + HALF, second_v, mask=mask)
+        if REST > 0:
+            rest = tl.arange(0, BLOCK_REST)[None, :]
+            rest_mask = (heads < NUM_KV_HEADS) & (rest < REST)
+            rest += 2 * HALF
+            rest_k = tl.load(k_ptr + row * k_row_stride + heads * k_head_stride + rest, rest_mask)
+            rest_v = tl.load(v_ptr + row * v_row_stride + heads * v_head_stride + rest, rest_mask)
+            rest_ptrs = kv_ptr + token_offset + heads * head_stride + rest
+            tl.store(rest_ptrs, rest_k, mask=rest_mask)
+            tl.store(rest_ptrs + value_stride, rest_v, mask=rest_mask)
 
 
 @triton.jit

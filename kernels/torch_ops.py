@@ -50,7 +50,8 @@ def rotary_kv_write(
         q: [rows, num_heads, head_dim], mutated.
         k: [rows, num_kv_heads, head_dim], mutated.
         v: as k.
-        cos_sin: [max_positions, head_dim], cos of half the frequencies and then their sin.
+        cos_sin: [max_positions, rotary_dim], cos of half the frequencies and then their sin; of a
+            head, what lies beyond rotary_dim is not turned.
         positions: int32 or int64 [rows].
         kv_cache: mutated at `layer`.
         slot_mapping: int32 or int64 [rows], page_id * page_tokens + offset of each row's token;
@@ -73,7 +74,7 @@ def rotary_kv_write(
         return
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     for x in (q, k):
-        first, second = x.chunk(2, dim=-1)
+        first, second = x[..., : cos_sin.shape[1]].chunk(2, dim=-1)
         rotated_first = first * cos - second * sin
         rotated_second = second * cos + first * sin
         first.copy_(rotated_first)

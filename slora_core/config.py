@@ -1,68 +1,18 @@
-"""Frozen configuration of the base model and of one engine.
+"""Frozen configuration of one engine; a model's is a `models.config.ModelConfig`.
 
-Nothing here reads files or touches a device; `models.hf_config` builds a `ModelConfig` from a
-Hugging Face directory and `memory.sizing` turns an `EngineConfig` into a number of pages.
+Nothing here reads files or touches a device; `memory.sizing` turns an `EngineConfig` into a number
+of pages.
 """
 
 from dataclasses import dataclass
 
 from kernels.row_alignment import ROW_ALIGNMENT
-
-# Field order is the order of an adapter's stream and of every per-module array.
-LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from slora_core.models.config import ModelConfig
 
 # Largest rank of an adapter: what the LoRA kernels are built and tested for.
 MAX_RANK = 256
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Llama3RopeScaling:
-    """Llama-3 frequency scaling (`rope_type: llama3`), names as in the Hugging Face config."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a decoder of the Llama family; sizes in elements, families as flags."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: Llama3RopeScaling | None = None
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-
-    @property
-    def module_dims(self) -> tuple[tuple[int, int], ...]:
-        """(in_features, out_features) of each of `LORA_MODULES`, in that order."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        q_dim, kv_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return (
-            (hidden, q_dim),
-            (hidden, kv_dim),
-            (hidden, kv_dim),
-            (q_dim, hidden),
-            (hidden, inner),
-            (hidden, inner),
-            (inner, hidden),
-        )
 
 
 @dataclass(frozen=True)
@@ -137,16 +87,17 @@ class EngineConfig:
             )
 
     def page_elems(self, model: ModelConfig) -> int:
-        """Elements of one page in one layer: K and V of `page_tokens` tokens.
+        """Elements of one page in one layer: K and V of `page_tokens` tokens of the largest layer.
 
         Raises:
             ValueError: the product is not a multiple of `ROW_ALIGNMENT`.
         """
-        elems = 2 * self.page_tokens * model.num_kv_heads * model.head_dim
+        largest = max((layer.attention for layer in model.layers), key=lambda a: a.kv_dim)
+        elems = 2 * self.page_tokens * largest.kv_dim
         if elems % ROW_ALIGNMENT:
             raise ValueError(
                 f"a page of {elems} elements (2 x {self.page_tokens} tokens x "
-                f"{model.num_kv_heads} KV heads x {model.head_dim}) is not a multiple of "
+                f"{largest.num_kv_heads} KV heads x {largest.head_dim}) is not a multiple of "
                 f"{ROW_ALIGNMENT}; choose a page_tokens that makes it one"
             )
         return elems

@@ -27,6 +27,7 @@ class EngineStats:
     # Given up by the engine after they were queued.
     num_refused: int
     num_steps: int
+    # Of prompts, and of answers that began elsewhere.
     num_prompt_tokens: int
     # Of these, ones whose KV was found in the prefix cache.
     num_cached_prompt_tokens: int

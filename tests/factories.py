@@ -12,13 +12,18 @@ from typing import Any
 import torch
 
 from slora_core.adapters.page_layout import AdapterGeometry
-from slora_core.config import LORA_MODULES
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 ALL_MODULES = ATTENTION_MODULES + MLP_MODULES
+QV_MODULES = ("q_proj", "v_proj")
+# What phi3 has of these as one matrix.
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
 
-MODEL_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 
 # `rope_scaling=LLAMA3_ROPE` makes a Llama whose positions pass the original context early.
 LLAMA3_ROPE = {
@@ -51,7 +56,30 @@ _FAMILY_SHAPE: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False},
     # Qwen3 fixes head_dim apart from hidden_size / num_attention_heads.
     "qwen3": {"head_dim": 32, "use_sliding_window": False},
+    # Half of each head is turned.
+    "phi3": {"head_dim": 32, "partial_rotary_factor": 0.5, "sliding_window": None},
 }
+
+
+def family_modules(family: str, modules: Sequence[str] = ALL_MODULES) -> tuple[str, ...]:
+    """What a family calls the modules that Llama calls `modules`; of one that is fused, once."""
+    if family != "phi3":
+        return tuple(modules)
+    return tuple(dict.fromkeys(_FUSED.get(module, module) for module in modules))
+
+
+def family_options(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `make_adapter` that name Llama's modules, in the names of a family."""
+    named = dict(options)
+    named["target_modules"] = family_modules(family, options.get("target_modules", QV_MODULES))
+    for field in named.keys() & {"rank_pattern", "alpha_pattern"}:
+        # A key is a module, maybe after a path.
+        paths = {key: key.rpartition(".") for key in options[field]}
+        named[field] = {
+            "".join((*paths[key][:2], *family_modules(family, paths[key][2:]))): value
+            for key, value in options[field].items()
+        }
+    return named
 
 
 def make_model(
@@ -87,7 +115,7 @@ def make_adapter(
     seed: int = 0,
     *,
     rank: int = 8,
-    target_modules: Sequence[str] | str = ("q_proj", "v_proj"),
+    target_modules: Sequence[str] | str = QV_MODULES,
     alpha: float | None = None,
     scale: float = 0.15,
     use_rslora: bool = False,
@@ -136,7 +164,7 @@ def make_random_adapter(
     seed: int = 0,
     *,
     rank: int = 8,
-    target_modules: Sequence[str] = ("q_proj", "v_proj"),
+    target_modules: Sequence[str] = QV_MODULES,
     alpha: float | None = None,
     scale: float = 0.15,
     use_rslora: bool = False,
@@ -156,8 +184,7 @@ def make_random_adapter(
     tensors = {}
     for layer in range(hf_config.num_hidden_layers):
         for module in target_modules:
-            block = "self_attn" if module in ATTENTION_MODULES else "mlp"
-            prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
+            prefix = f"base_model.model.model.layers.{layer}.{_path(module)}"
             in_features, out_features = dims[module]
             a = torch.randn(rank, in_features, generator=generator) * scale
             b = torch.randn(out_features, rank, generator=generator) * scale
@@ -189,20 +216,38 @@ def make_geometry(
     """The `AdapterGeometry` of a model directory or Hugging Face config."""
     hf_config = _hf_config(model)
     dims = module_dims(hf_config)
+    kv_dim = hf_config.num_key_value_heads * _head_dim(hf_config)
+    page_elems = 2 * page_tokens * kv_dim
+    return uniform_geometry(hf_config.num_hidden_layers, page_elems, dims, dtype)
+
+
+def uniform_geometry(
+    num_layers: int,
+    page_elems: int,
+    dims: Mapping[str, tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+) -> AdapterGeometry:
+    """Of a model whose layers are alike: (in_features, out_features) of its modules by name."""
     return AdapterGeometry(
-        num_layers=hf_config.num_hidden_layers,
-        page_elems=2 * page_tokens * dims["k_proj"][1],
-        module_dims=tuple(dims[module] for module in LORA_MODULES),
+        page_elems=page_elems,
+        modules=tuple(_path(module) for module in dims),
+        module_dims=(tuple(dims.values()),) * num_layers,
         dtype=dtype,
     )
 
 
 def module_dims(hf_config: Any) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of every LoRA target of a model of the Llama family."""
+    """(in_features, out_features) of every LoRA target of a model of one of the families."""
     hidden, inner = hf_config.hidden_size, hf_config.intermediate_size
-    head_dim = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
-    q_dim = hf_config.num_attention_heads * head_dim
-    kv_dim = hf_config.num_key_value_heads * head_dim
+    q_dim = hf_config.num_attention_heads * _head_dim(hf_config)
+    kv_dim = hf_config.num_key_value_heads * _head_dim(hf_config)
+    if hf_config.model_type == "phi3":
+        return {
+            "qkv_proj": (hidden, q_dim + 2 * kv_dim),
+            "o_proj": (q_dim, hidden),
+            "gate_up_proj": (hidden, 2 * inner),
+            "down_proj": (inner, hidden),
+        }
     return {
         "q_proj": (hidden, q_dim),
         "k_proj": (hidden, kv_dim),
@@ -212,6 +257,19 @@ def module_dims(hf_config: Any) -> dict[str, tuple[int, int]]:
         "up_proj": (hidden, inner),
         "down_proj": (inner, hidden),
     }
+
+
+def _head_dim(hf_config: Any) -> int:
+    return (
+        getattr(hf_config, "head_dim", None)
+        or hf_config.hidden_size // hf_config.num_attention_heads
+    )
+
+
+def _path(module: str) -> str:
+    """A module as its name ends in a layer."""
+    is_attention = module in (*ATTENTION_MODULES, "qkv_proj")
+    return f"{'self_attn' if is_attention else 'mlp'}.{module}"
 
 
 def _make_config(family: str, shape: Mapping[str, Any]) -> Any:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.factories import (
-    ALL_MODULES,
     LLAMA3_ROPE,
     MODEL_FAMILIES,
+    family_modules,
     make_adapter,
     make_model,
     make_random_adapter,
@@ -59,7 +59,8 @@ def test_peft_loads_the_adapter_and_it_changes_the_text(tmp_path: Path, family: 
     from transformers import AutoModelForCausalLM
 
     path = make_model(tmp_path / "model", family)
-    adapter = make(tmp_path / "adapter", path, seed=4, rank=4, target_modules=ALL_MODULES)
+    modules = family_modules(family)
+    adapter = make(tmp_path / "adapter", path, seed=4, rank=4, target_modules=modules)
     base = AutoModelForCausalLM.from_pretrained(path)
     before = _generate(base)
     model = PeftModel.from_pretrained(base, adapter)

@@ -15,9 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("kernels", "slora_core", "app")
 
-# From the bottom; a module of slora_core imports its own level and those below it.
+# From the bottom; a module of slora_core imports its own level and those below it. A dotted name is
+# a module apart from its package.
 CORE_LEVELS = [
-    {"config", "dtypes", "errors", "requests", "stats", "stage_timer", "text"},
+    {"config", "models.config", "dtypes", "errors", "requests", "stats", "stage_timer", "text"},
     {"memory", "attention", "layers"},
     {"models", "adapters"},
     {"scheduling", "execution"},
@@ -79,7 +80,10 @@ def _ours(path: Path) -> set[str]:
 def _core_part(name: str) -> str | None:
     """ "slora_core.memory.page_pool" is of "memory"; None for what is not slora_core's."""
     parts = name.split(".")
-    return parts[1] if parts[0] == "slora_core" and len(parts) > 1 else None
+    if parts[0] != "slora_core" or len(parts) == 1:
+        return None
+    apart = ".".join(parts[1:3])
+    return apart if apart in LEVEL_OF else parts[1]
 
 
 def _name(path: Path) -> str:
@@ -204,7 +208,7 @@ def _private_touches(module: ast.Module) -> set[str]:
 
 def test_levels_of_the_core() -> None:
     for path in _modules("slora_core"):
-        part = path.relative_to(ROOT / "slora_core").with_suffix("").parts[0]
+        part = _core_part(_name(path).removesuffix(".py").replace("/", "."))
         if part == "__init__":
             assert not set(_imports(path)), "the package imports nothing by itself"
             continue
@@ -276,13 +280,16 @@ def _within(name: str, *packages: str) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
+# What of a model has tensors or reads files; its specification is plain data.
+MODEL_CODE = tuple(f"slora_core.models.{name}" for name in ("decoder", "weights", "registry"))
+
 # From where, and where no chain of imports may lead to.
 NEVER_REACHED = [
     ("kernels", ("slora_core", "app")),
     ("slora_core", ("app",)),
-    ("slora_core.scheduling", ("slora_core.execution", "slora_core.models", "slora_core.engine")),
+    ("slora_core.scheduling", ("slora_core.execution", "slora_core.engine", *MODEL_CODE)),
     ("slora_core.execution", ("slora_core.scheduling", "slora_core.engine")),
-    ("slora_core.memory", ("slora_core.scheduling", "slora_core.execution", "slora_core.models")),
+    ("slora_core.memory", ("slora_core.scheduling", "slora_core.execution", *MODEL_CODE)),
     ("slora_core.requests", ("slora_core.scheduling", "slora_core.execution", "kernels")),
     # The engine reads tokens; text is the ingress's.
     ("slora_core.engine", ("slora_core.text",)),
@@ -356,6 +363,14 @@ def test_transformers_works_beside_our_kernels_package() -> None:
         "print(kernels.__file__)\n"
     )
     assert Path(loaded.strip()) == ROOT / "kernels" / "__init__.py"
+
+
+def test_reading_a_models_config_loads_no_torch() -> None:
+    loaded = _run(
+        "import sys, slora_core.config, slora_core.models.registry\n"
+        "print(*(m for m in sys.modules if '.' not in m))"
+    )
+    assert not {"torch", "triton", "safetensors", "transformers"} & set(loaded.split())
 
 
 def test_the_engine_loads_neither_serving_libraries_nor_transformers() -> None:

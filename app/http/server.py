@@ -21,7 +21,7 @@ from app.http.service import CompletionService
 from app.models.source import resolve_model
 from app.registry.deployment import RegistryClient
 from app.registry.follower import RegistryView
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 from slora_core.text.tokenizer import Tokenizer
 
 # How long /health waits for an engine replica and believes its last answer, seconds.

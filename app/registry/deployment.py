@@ -20,7 +20,7 @@ from app.registry.registry import AdapterRecord, AdapterRegistry, RegistrySnapsh
 from app.registry.state import StateFile
 from app.remote_errors import result_of, returns_errors
 from slora_core.adapters.page_layout import AdapterGeometry
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 
 logger = logging.getLogger(__name__)
 

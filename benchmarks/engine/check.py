@@ -7,9 +7,10 @@ import torch
 
 from benchmarks.engine.llama_reference import make_llama
 from benchmarks.kernels.compare import relative_error
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.dtypes import dtype_name
 from slora_core.engine.engine import Engine
+from slora_core.models.config import ModelConfig
 from slora_core.models.weights import DecoderWeights, checkpoint_views
 from slora_core.requests import Request, SamplingParams
 

@@ -16,7 +16,6 @@ from slora_core.adapters.page_layout import (
     PackedAdapter,
     plan_layout,
 )
-from slora_core.config import LORA_MODULES
 
 # Standard deviation of random adapter weights.
 ADAPTER_STD = 0.02
@@ -24,7 +23,7 @@ ADAPTER_STD = 0.02
 
 def uniform_layout(geometry: AdapterGeometry, modules: Sequence[str], rank: int) -> AdapterLayout:
     """Of an adapter with one rank and scaling 1 on these modules of every layer."""
-    indices = [LORA_MODULES.index(name) for name in modules]
+    indices = [geometry.module_names.index(name) for name in modules]
     keys = [(layer, module) for layer in range(geometry.num_layers) for module in indices]
     return plan_layout(geometry, dict.fromkeys(keys, rank), dict.fromkeys(keys, 1.0))
 

@@ -8,24 +8,26 @@ from typing import Any
 
 import torch
 
-from slora_core.config import ModelConfig
+from slora_core.models.config import ModelConfig
 
 
 def llama_config(model: ModelConfig) -> Any:
     """The `LlamaConfig` of a shape."""
     from transformers import LlamaConfig
 
+    layer = model.layers[0]
+    attention = layer.attention
     return LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
+        intermediate_size=layer.mlp.intermediate_size,
         num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        num_attention_heads=attention.num_heads,
+        num_key_value_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
         max_position_embeddings=model.max_position_embeddings,
         rms_norm_eps=model.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": attention.rotary.theta},
         tie_word_embeddings=model.tie_word_embeddings,
     )
 

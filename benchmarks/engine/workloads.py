@@ -7,46 +7,48 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
-from benchmarks.lora_targets import ATTENTION
-from slora_core.config import LORA_MODULES, ModelConfig
+from benchmarks.lora_targets import ATTENTION, MLP
+from slora_core.models.registry import parse_model_config
 from slora_core.requests import Request, SamplingParams
 
-SHAPES = {
-    "llama-7b": ModelConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-    ),
-    "llama-3.1-8b": ModelConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-    ),
+# Fields of Hugging Face configs.
+_LLAMA_SHAPES: dict[str, dict[str, Any]] = {
+    "llama-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    "llama-3.1-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    },
     # For trying the benchmark itself out.
-    "tiny": ModelConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-    ),
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    },
+}
+SHAPES = {
+    name: parse_model_config({"model_type": "llama", **fields}, {})
+    for name, fields in _LLAMA_SHAPES.items()
 }
 
 
@@ -62,7 +64,7 @@ class AdapterSetting:
 SETTINGS = {
     "S1": AdapterSetting((8,), ATTENTION),
     "S2": AdapterSetting((64, 32, 16, 8), ATTENTION),
-    "all16": AdapterSetting((16,), LORA_MODULES),
+    "all16": AdapterSetting((16,), ATTENTION + MLP),
     "rank64": AdapterSetting((64,), ATTENTION),
 }
 

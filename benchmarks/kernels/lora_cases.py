@@ -16,10 +16,11 @@ from kernels import triton_ops
 from kernels.launch_configs import ExpandLaunch, ShrinkLaunch
 from kernels.lora_segments import DECODE_BLOCK_ROWS, LoraSegments, LoraTiles, plan_tiles
 from slora_core.adapters.page_layout import AdapterGeometry
-from slora_core.config import LORA_MODULES, EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.dtypes import dtype_name
 from slora_core.execution.buckets import RANK_BUCKETS, bucket_of
-from slora_core.layers.lora import GATE_UP, O_PROJ, QKV, lora_groups
+from slora_core.layers.lora import lora_groups
+from slora_core.models.config import GATE_UP, O_PROJ, QKV, ModelConfig
 
 NUM_ADAPTERS = 64
 GROUPS = (QKV, O_PROJ)
@@ -34,8 +35,8 @@ class Adapters:
     """All adapters of one rank pattern, resident in a pool."""
 
     model: ModelConfig
-    # Names of those that have weights.
-    modules: tuple[str, ...]
+    # Indices of those that have weights.
+    modules: frozenset[int]
     pool: torch.Tensor
     page_tables: torch.Tensor
     offsets: torch.Tensor
@@ -44,7 +45,8 @@ class Adapters:
 
     def layer_bytes(self, slots: Sequence[int]) -> int:
         """Of the weights that these adapters have in one layer."""
-        elems = sum(sum(self.model.module_dims[LORA_MODULES.index(m)]) for m in self.modules)
+        dims = self.model.module_dims[0]
+        elems = sum(sum(dims[module] or ()) for module in self.modules)
         return sum(self.ranks[slot] for slot in set(slots)) * elems * self.pool.element_size()
 
 
@@ -74,7 +76,7 @@ def make_adapters(
         first += layout.num_pages
     return Adapters(
         model,
-        modules,
+        layouts[0].modules,
         pool,
         tables.to(device),
         torch.stack([layout.offsets for layout in layouts]).to(device),
@@ -100,7 +102,7 @@ def make_segments(adapters: Adapters, slots: Sequence[int]) -> LoraSegments:
         offsets=adapters.offsets,
         scaling=adapters.scaling,
         max_rank=bucket_of(max(adapters.ranks[slot] for slot in ordered), RANK_BUCKETS),
-        modules=frozenset(LORA_MODULES.index(name) for name in adapters.modules),
+        modules=adapters.modules,
         tiles=LoraTiles.of(tiles, DECODE_BLOCK_ROWS, num_tiles, device),
     )
 
@@ -118,7 +120,7 @@ def layer_calls(
     """
     calls: dict[str, Calls] = {"shrink": [], "expand": [], "both": []}
     for name in GROUPS:
-        group = lora_groups(adapters.model)[name]
+        group = lora_groups(adapters.model, layer)[name]
         x = _random_rows(adapters, segments, adapters.model.hidden_size)
         y = _random_rows(adapters, segments, group.out_offsets[-1])
         args = adapters.pool, layer, group.modules
@@ -143,7 +145,7 @@ def silu_call(
     adapters: Adapters, segments: LoraSegments, layer: int, launch: ExpandLaunch | None = None
 ) -> Callable[[], torch.Tensor]:
     """SiLU-mul with the deltas of gate and up, which the adapters must have."""
-    group = lora_groups(adapters.model)[GATE_UP]
+    group = lora_groups(adapters.model, layer)[GATE_UP]
     args = adapters.pool, layer, group.modules, segments
     x = _random_rows(adapters, segments, adapters.model.hidden_size)
     gate_up = _random_rows(adapters, segments, group.out_offsets[-1])
@@ -160,7 +162,7 @@ def check_layer(
 ) -> None:
     """Raises AssertionError where shrink and expand do not do what their twins do."""
     for name in GROUPS:
-        group = lora_groups(adapters.model)[name]
+        group = lora_groups(adapters.model, layer)[name]
         args = adapters.pool, layer, group.modules
         bounds = group.out_offsets
         x = _random_rows(adapters, segments, adapters.model.hidden_size)
@@ -177,7 +179,7 @@ def check_silu(
     adapters: Adapters, segments: LoraSegments, layer: int, launch: ExpandLaunch | None = None
 ) -> None:
     """Raises AssertionError where SiLU-mul with deltas does not do what its twin does."""
-    group = lora_groups(adapters.model)[GATE_UP]
+    group = lora_groups(adapters.model, layer)[GATE_UP]
     args = adapters.pool, layer, group.modules, segments
     x = _random_rows(adapters, segments, adapters.model.hidden_size)
     gate_up = _random_rows(adapters, segments, group.out_offsets[-1])

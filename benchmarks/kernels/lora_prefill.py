@@ -16,10 +16,10 @@ from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.attention.batch import AttentionBatch
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import LORA_MODULES, EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.dtypes import dtype_name
 from slora_core.execution.buckets import RANK_BUCKETS, bucket_of
-from slora_core.layers.lora import lora_groups
+from slora_core.models.config import ModelConfig
 from slora_core.models.decoder import DecoderLayer
 from slora_core.models.weights import DecoderWeights, dummy_weights
 
@@ -47,14 +47,14 @@ class PrefillInputs:
             ops, self.model, self.pool, self.page_tokens, self.model.max_position_embeddings
         )
         backend.plan(self.attention, self.positions)
-        groups, lora = lora_groups(self.model), self.lora if with_lora else None
+        lora = self.lora if with_lora else None
         residual = torch.randn_like(self.delta)
 
         def call(layer: DecoderLayer) -> Callable[[], torch.Tensor]:
             return lambda: layer(self.delta, residual, backend, lora)
 
         return [
-            call(DecoderLayer(self.model, ops, self.pool, index, groups, layer))
+            call(DecoderLayer(self.model, index, layer, ops, self.pool))
             for index, layer in enumerate(self.weights.layers)
         ]
 
@@ -69,10 +69,10 @@ def make_prefill(
     seed: int = 0,
 ) -> PrefillInputs:
     """The adapter has `rank` on all seven linears and random weights, as the base model."""
-    model = replace(model, num_layers=NUM_LAYERS)
+    model = replace(model, layers=model.layers[:NUM_LAYERS])
     engine = EngineConfig(dtype=dtype_name(dtype))
     geometry = AdapterGeometry.of(model, engine)
-    layout = uniform_layout(geometry, LORA_MODULES, rank)
+    layout = uniform_layout(geometry, geometry.module_names, rank)
     pages_per_prompt = -(-prompt_len // engine.page_tokens)
     num_kv_pages = num_prompts * pages_per_prompt
     num_pages = num_kv_pages + layout.num_pages

@@ -24,9 +24,10 @@ from benchmarks.kernels.lora_cases import (
     make_segments,
     silu_call,
 )
+from benchmarks.lora_targets import ATTENTION, MLP
 from kernels.launch_configs import ExpandLaunch, ShrinkLaunch, expand_launch, shrink_launch
 from kernels.lora_segments import DECODE_BLOCK_ROWS, LoraSegments
-from slora_core.config import LORA_MODULES, ModelConfig
+from slora_core.models.config import ModelConfig
 
 BATCH = 64
 # So many layers, and adapters of which each in turn has all rows, make the L2 cache cold.
@@ -49,8 +50,8 @@ def sweep(
     time_us: Callable[[Calls], float] = graph_time_us,
 ) -> None:
     """Print microseconds a layer, fastest first: of an adapter a row, and of one for all rows."""
-    model = replace(model, num_layers=NUM_LAYERS)
-    adapters = make_adapters(model, ranks, device, dtype, seed, LORA_MODULES)
+    model = replace(model, layers=model.layers[:NUM_LAYERS])
+    adapters = make_adapters(model, ranks, device, dtype, seed, ATTENTION + MLP)
     batches = {
         "distinct": [list(range(BATCH))],
         "identical": [[slot] * BATCH for slot in range(NUM_IDENTICAL)],

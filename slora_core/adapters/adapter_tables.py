@@ -6,7 +6,6 @@ Owned by the model runner; told by `AdapterLoad`s what to copy. Decides nothing.
 import torch
 
 from slora_core.adapters.page_layout import PackedAdapter
-from slora_core.config import LORA_MODULES
 
 
 class AdapterTables:
@@ -15,12 +14,14 @@ class AdapterTables:
     The tensors keep their addresses, so CUDA graphs may read them.
 
     Args:
+        num_modules: LoRA modules of the model.
         max_pages: pages of the largest adapter that can be loaded.
     """
 
-    def __init__(self, pool: torch.Tensor, max_slots: int, max_pages: int) -> None:
+    def __init__(
+        self, pool: torch.Tensor, num_modules: int, max_slots: int, max_pages: int
+    ) -> None:
         num_layers = pool.shape[1]
-        num_modules = len(LORA_MODULES)
         device = pool.device
         self._pool = pool
         # Copies of adapters overlap with steps that do not use them.

@@ -2,7 +2,7 @@
 
 Owns the page-stream format of the unified pool. It knows no files (`peft_weights` reads them) and
 no device (`adapter_tables` copies whole pages). In each layer the stream holds, for each module of
-`LORA_MODULES` that is present, A as `rank` rows of in_features and then B transposed as `rank`
+the model that is present, A as `rank` rows of in_features and then B transposed as `rank`
 rows of out_features, every row padded to `ROW_ALIGNMENT` elements. Element `o` of layer `l` lies
 at `pages[o // page_elems, l, o % page_elems]`, so one table of page ids serves every layer.
 """
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from kernels.row_alignment import row_elems
-from slora_core.config import LORA_MODULES, MAX_RANK, EngineConfig, ModelConfig
+from slora_core.config import MAX_RANK, EngineConfig
 from slora_core.dtypes import torch_dtype
+from slora_core.models.config import ModelConfig, ModuleDims
 
-# (layer, index in LORA_MODULES)
+# (layer, index in the geometry's modules)
 ModuleKey = tuple[int, int]
 
 
@@ -37,17 +38,30 @@ class LoraWeights:
 class AdapterGeometry:
     """What the packed form depends on beside the adapter itself; equal geometries share packs."""
 
-    num_layers: int
     page_elems: int
-    # (in_features, out_features) of each of LORA_MODULES.
-    module_dims: tuple[tuple[int, int], ...]
+    # The base model's LoRA modules, as their names end in each layer: "self_attn.q_proj".
+    modules: tuple[str, ...]
+    # Of each layer and module; None where the layer has no such module.
+    module_dims: tuple[tuple[ModuleDims | None, ...], ...]
     dtype: torch.dtype
 
     @classmethod
     def of(cls, model: ModelConfig, engine: EngineConfig) -> "AdapterGeometry":
         return cls(
-            model.num_layers, engine.page_elems(model), model.module_dims, torch_dtype(engine.dtype)
+            page_elems=engine.page_elems(model),
+            modules=tuple(projection.path for projection in model.names.projections),
+            module_dims=model.module_dims,
+            dtype=torch_dtype(engine.dtype),
         )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.module_dims)
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Of the modules, as `target_modules` has them: "q_proj"."""
+        return tuple(path.rpartition(".")[2] for path in self.modules)
 
     @property
     def page_bytes(self) -> int:
@@ -59,9 +73,9 @@ class AdapterGeometry:
 class AdapterLayout:
     """Descriptor of one packed adapter.
 
-    `offsets` int32 [num_layers, len(LORA_MODULES), 3]: rank, offset of A, offset of B, offsets in
+    `offsets` int32 [num_layers, num_modules, 3]: rank, offset of A, offset of B, offsets in
     elements of the layer's stream; rank 0 means that the adapter has no weights there.
-    `scaling` float32 [num_layers, len(LORA_MODULES)].
+    `scaling` float32 [num_layers, num_modules].
     """
 
     num_pages: int
@@ -71,7 +85,7 @@ class AdapterLayout:
 
     @property
     def modules(self) -> frozenset[int]:
-        """Indices in LORA_MODULES of the modules that it has weights for in some layer."""
+        """Indices of the modules that it has weights for in some layer."""
         present = self.offsets[:, :, 0].any(dim=0)
         return frozenset(index for index, has in enumerate(present.tolist()) if has)
 
@@ -87,24 +101,29 @@ class PackedAdapter:
 
 def max_adapter_pages(geometry: AdapterGeometry) -> int:
     """Pages of an adapter of `MAX_RANK` on every module: no adapter has more."""
-    widths = sum(row_elems(fan_in) + row_elems(fan_out) for fan_in, fan_out in geometry.module_dims)
-    return -(-MAX_RANK * widths // geometry.page_elems)
+    widest = max(
+        sum(row_elems(fan_in) + row_elems(fan_out) for fan_in, fan_out in filter(None, dims))
+        for dims in geometry.module_dims
+    )
+    return -(-MAX_RANK * widest // geometry.page_elems)
 
 
 def plan_layout(
     geometry: AdapterGeometry, ranks: Mapping[ModuleKey, int], scaling: Mapping[ModuleKey, float]
 ) -> AdapterLayout:
     """Lay out the streams of an adapter; needs ranks and scalings only, no weights."""
-    num_modules = len(LORA_MODULES)
+    num_modules = len(geometry.modules)
     offsets = torch.zeros(geometry.num_layers, num_modules, 3, dtype=torch.int32)
     scales = torch.zeros(geometry.num_layers, num_modules, dtype=torch.float32)
     longest = 0
-    for layer in range(geometry.num_layers):
+    for layer, layer_dims in enumerate(geometry.module_dims):
         end = 0
-        for module, (in_features, out_features) in enumerate(geometry.module_dims):
+        for module, dims in enumerate(layer_dims):
             rank = ranks.get((layer, module), 0)
             if rank == 0:
                 continue
+            assert dims is not None, f"layer {layer} has no {geometry.modules[module]}"
+            in_features, out_features = dims
             offset_b = end + rank * row_elems(in_features)
             offsets[layer, module] = torch.tensor([rank, end, offset_b], dtype=torch.int32)
             scales[layer, module] = scaling[layer, module]
@@ -133,12 +152,13 @@ def pack_adapter(
     pages = torch.empty(shape, dtype=geometry.dtype) if out is None else out
     assert pages.shape == shape, f"out is {tuple(pages.shape)}, the layout needs {shape}"
     stream = torch.empty(layout.num_pages * geometry.page_elems, dtype=geometry.dtype)
-    for layer in range(geometry.num_layers):
+    for layer, layer_dims in enumerate(geometry.module_dims):
         stream.zero_()
-        for module, (in_features, out_features) in enumerate(geometry.module_dims):
+        for module, dims in enumerate(layer_dims):
             rank, offset_a, offset_b = layout.offsets[layer, module].tolist()
-            if rank == 0:
+            if rank == 0 or dims is None:
                 continue
+            in_features, out_features = dims
             lora = weights[layer, module]
             _rows(stream, offset_a, rank, in_features).copy_(lora.a)
             _rows(stream, offset_b, rank, out_features).copy_(lora.b.T)

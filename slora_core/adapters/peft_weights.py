@@ -27,7 +27,6 @@ from slora_core.adapters.page_layout import (
     plan_layout,
 )
 from slora_core.adapters.peft_config import CONFIG_FILE, PeftLoraConfig, parse_peft_config
-from slora_core.config import LORA_MODULES
 from slora_core.errors import InvalidAdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -38,9 +37,8 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # base_model.model. + the module's name in the base model + lora_A or lora_B.
 _TENSOR_NAME = re.compile(
     r"base_model\.model\.(?P<module_name>(?:model\.)?layers\.(?P<layer>0|[1-9]\d{0,8})\."
-    r"(?P<block>self_attn|mlp)\.(?P<module>\w+))\.lora_(?P<matrix>[AB])\.weight"
+    r"(?P<path>\w+\.\w+))\.lora_(?P<matrix>[AB])\.weight"
 )
-_BLOCK_OF = dict(zip(LORA_MODULES, ["self_attn"] * 4 + ["mlp"] * 3, strict=True))
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -165,8 +163,8 @@ def _check_tensors(
     halves: dict[ModuleKey, dict[str, str]] = {}
     module_names: dict[ModuleKey, str] = {}
     for name in sorted(tensors):
-        match = _parse_name(name, geometry.num_layers)
-        key = int(match["layer"]), LORA_MODULES.index(match["module"])
+        match = _parse_name(name, geometry)
+        key = int(match["layer"]), geometry.modules.index(match["path"])
         # Both `model.layers` (a causal model) and `layers` (its body alone) name a module.
         if module_names.setdefault(key, match["module_name"]) != match["module_name"]:
             raise InvalidAdapterError(
@@ -190,21 +188,28 @@ def _check_tensors(
     return weights
 
 
-def _parse_name(name: str, num_layers: int) -> re.Match[str]:
+def _parse_name(name: str, geometry: AdapterGeometry) -> re.Match[str]:
+    """Match the name of a tensor of a module that the base model has."""
     match = _TENSOR_NAME.fullmatch(name)
-    if match is None or _BLOCK_OF.get(match["module"]) != match["block"]:
+    if match is None or match["path"] not in geometry.modules:
+        supported = ", ".join(geometry.module_names)
         if "embed" in name or "lm_head" in name:
             raise InvalidAdapterError(
                 f"tensor {name} is for the embeddings or the output head, which adapters cannot "
-                f"change here; supported modules are {', '.join(LORA_MODULES)}"
+                f"change here; supported modules are {supported}"
             )
         raise InvalidAdapterError(
-            f"tensor {name} is not LoRA A or B of a supported module: {', '.join(LORA_MODULES)}"
+            f"tensor {name} is not LoRA A or B of a supported module: {supported}"
         )
-    if int(match["layer"]) >= num_layers:
+    layer = int(match["layer"])
+    if layer >= geometry.num_layers:
         raise InvalidAdapterError(
-            f"tensor {name} is for layer {match['layer']}; the base model has layers 0 to "
-            f"{num_layers - 1}"
+            f"tensor {name} is for layer {layer}; the base model has layers 0 to "
+            f"{geometry.num_layers - 1}"
+        )
+    if geometry.module_dims[layer][geometry.modules.index(match["path"])] is None:
+        raise InvalidAdapterError(
+            f"tensor {name} is for {match['path']}, which the base model's layer {layer} lacks"
         )
     return match
 
@@ -218,7 +223,10 @@ def _check_module(
     geometry: AdapterGeometry,
 ) -> LoraWeights:
     """Check dtype, shape and values of one module's A and B."""
-    in_features, out_features = geometry.module_dims[key[1]]
+    layer, module = key
+    dims = geometry.module_dims[layer][module]
+    assert dims is not None, "refused with the tensor's name"
+    in_features, out_features = dims
     rank = config.rank_of(module_name)
     for matrix, expected in (("A", (rank, in_features)), ("B", (out_features, rank))):
         name = names[matrix]
@@ -227,7 +235,7 @@ def _check_module(
             raise InvalidAdapterError(
                 f"tensor {name} has shape {list(tensor.shape)}, expected {list(expected)}: rank "
                 f"{rank} by {CONFIG_FILE}, {in_features} in and {out_features} out features of "
-                f"the base model's {LORA_MODULES[key[1]]}"
+                f"the base model's {geometry.module_names[module]}"
             )
         if tensor.dtype not in _DTYPES:
             raise InvalidAdapterError(f"tensor {name} has dtype {tensor.dtype}, not a float type")

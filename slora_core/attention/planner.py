@@ -13,15 +13,20 @@ from kernels.attention_plan import (
     plan_prefill,
     prefill_block_rows,
 )
-from slora_core.config import ModelConfig
+from slora_core.models.config import ModelConfig
 
 
 class AttentionPlanner:
+    """Plans once a step for all layers.
+
+    Raises:
+        UnsupportedModelError: layers of the model would need different plans.
+    """
+
     def __init__(self, model: ModelConfig, dtype: torch.dtype) -> None:
-        self._num_heads = model.num_heads
-        self._num_kv_heads = model.num_kv_heads
+        self._num_heads, self._num_kv_heads, head_dim = model.heads
         # Packed query rows of a tile of a prefill, of all that steps may choose.
-        self.prefill_tiles = tuple(prefill_launches(model.head_dim, dtype))
+        self.prefill_tiles = tuple(prefill_launches(head_dim, dtype))
 
     def decode(self, context_lens: Sequence[int]) -> DecodePlan:
         """Plan of decode rows, on the CPU; its sizes depend on the number of rows alone."""

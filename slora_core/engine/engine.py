@@ -12,7 +12,7 @@ from types import ModuleType
 
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
 from slora_core.adapters.residency import AdapterResidency
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.dtypes import torch_dtype
 from slora_core.errors import (
     AdapterNotFoundError,
@@ -28,7 +28,8 @@ from slora_core.execution.warm_up import capture_graphs, compile_kernels
 from slora_core.memory.eviction import EvictionQueue
 from slora_core.memory.page_pool import PageOwner, PagePool
 from slora_core.memory.prefix_cache import PrefixCache
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.config import ModelConfig
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import DecoderWeights, dummy_weights, load_weights
 from slora_core.requests import Request, RequestState, StepOutput, StepPlan
 from slora_core.scheduling.scheduler import Scheduler
@@ -170,7 +171,7 @@ class Engine:
         self._validate(request)
         state = RequestState(request)
         self.scheduler.add(state)
-        self._num_prompt_tokens += len(request.prompt_ids)
+        self._num_prompt_tokens += state.num_tokens
         return state
 
     def abort(self, request_id: str) -> bool:

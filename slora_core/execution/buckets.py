@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slora_core.config import LORA_MODULES, EngineConfig
+from slora_core.config import EngineConfig
+from slora_core.models.config import O_PROJ, QKV, ModelConfig
 
 # Ranks that LoRA kernels are launched for; a batch takes the smallest that holds its largest.
 RANK_BUCKETS = (16, 32, 64, 128, 256)
@@ -14,9 +15,6 @@ PROMPT_GRAPH_ROWS = 1024
 # Prompts that such a graph has room for.
 MAX_GRAPH_PROMPTS = 32
 
-# Sets of modules, by index in LORA_MODULES, that have graphs: what most adapters target, and all.
-MODULE_BUCKETS = (frozenset(range(4)), frozenset(range(len(LORA_MODULES))))
-
 
 @dataclass(frozen=True)
 class LoraShape:
@@ -24,13 +22,20 @@ class LoraShape:
 
     # At least the largest rank of any adapter in the step.
     max_rank: int
-    # At least the modules, by index in LORA_MODULES, of any adapter in the step.
+    # At least the modules, by index in the model's, of any adapter in the step.
     modules: frozenset[int]
 
-    def graph_bucket(self) -> "LoraShape":
+    def graph_bucket(self, module_buckets: Sequence[frozenset[int]]) -> "LoraShape":
         """The smallest shape with a graph that holds this one."""
-        modules = next(bucket for bucket in MODULE_BUCKETS if self.modules <= bucket)
+        modules = next(bucket for bucket in module_buckets if self.modules <= bucket)
         return LoraShape(bucket_of(self.max_rank, RANK_BUCKETS), modules)
+
+
+def module_buckets(model: ModelConfig) -> tuple[frozenset[int], ...]:
+    """Sets of modules that have graphs: those of attention, which most adapters target, and all."""
+    projections = model.names.projections
+    attention = [i for i, p in enumerate(projections) if p.linear in (QKV, O_PROJ)]
+    return frozenset(attention), frozenset(range(len(projections)))
 
 
 def max_graph_rows(engine: EngineConfig) -> int:

@@ -1,7 +1,8 @@
 """Steps of prompts that nobody sent: for what is measured or compiled before the first request."""
 
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.memory.page_pool import pages_for
+from slora_core.models.config import ModelConfig
 from slora_core.requests import Request, RequestState, SamplingParams, StepPlan
 
 

@@ -6,13 +6,14 @@ import logging
 
 import torch
 
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.errors import UnsupportedModelError
 from slora_core.execution.buckets import max_graph_rows
 from slora_core.execution.dummy_steps import num_step_pages, prompt_step
 from slora_core.execution.model_runner import ModelRunner
 from slora_core.execution.step_builder import StepBuilder
 from slora_core.memory.sizing import page_bytes
+from slora_core.models.config import ModelConfig
 from slora_core.models.weights import DecoderWeights
 
 logger = logging.getLogger(__name__)

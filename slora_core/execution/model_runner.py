@@ -15,7 +15,7 @@ from slora_core.adapters.adapter_tables import AdapterTables
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_adapter_pages
 from slora_core.attention.paged_backend import PagedAttention
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.execution.batch_views import forward_batch
 from slora_core.execution.graphs import StepGraphs
 from slora_core.execution.request_tables import RequestTables
@@ -24,6 +24,7 @@ from slora_core.execution.step_handle import StepHandle
 from slora_core.execution.step_inputs import StepInputs, StepShape
 from slora_core.memory.page_pool import pages_for
 from slora_core.memory.sizing import allocate_pool
+from slora_core.models.config import ModelConfig
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
 from slora_core.requests import AdapterLoad
@@ -52,7 +53,8 @@ class ModelRunner:
         if ops is not torch_ops:
             self.attention_planner = AttentionPlanner(model, self.pool.dtype)
         max_pages = min(max_adapter_pages(AdapterGeometry.of(model, engine)), engine.num_pages)
-        self.tables = AdapterTables(self.pool, max_slots, max_pages)
+        num_modules = len(model.names.projections)
+        self.tables = AdapterTables(self.pool, num_modules, max_slots, max_pages)
         context_len = engine.context_len(model)
         self._requests = RequestTables(
             engine.max_running_requests, pages_for(context_len, engine.page_tokens), self._device

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 from kernels.lora_segments import TILE_FIELDS, UNUSED_TILE, plan_tiles
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.execution.chunks import is_plain_decode, logit_rows, slot_runs
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.sent_pages import SentPages
 from slora_core.execution.step_inputs import SamplingInputs, StepInputs, StepShape
 from slora_core.execution.step_shapes import StepShapes
 from slora_core.memory.page_pool import pages_for
+from slora_core.models.config import ModelConfig
 from slora_core.requests import ScheduledChunk
 
 
@@ -27,7 +28,7 @@ class StepBuilder:
     def __init__(
         self, model: ModelConfig, engine: EngineConfig, planner: AttentionPlanner | None
     ) -> None:
-        self.shapes = StepShapes(engine, planner)
+        self.shapes = StepShapes(model, engine, planner)
         self._page_tokens = engine.page_tokens
         self._planner = planner
         self._sent = SentPages(

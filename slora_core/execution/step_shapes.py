@@ -13,26 +13,30 @@ from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import EngineConfig
 from slora_core.execution.buckets import (
     MAX_GRAPH_PROMPTS,
-    MODULE_BUCKETS,
     RANK_BUCKETS,
     LoraShape,
     batch_buckets,
     bucket_of,
     max_graph_rows,
+    module_buckets,
     prompt_batch_buckets,
 )
 from slora_core.execution.chunks import is_plain_decode, slot_runs
 from slora_core.execution.step_inputs import StepShape
+from slora_core.models.config import ModelConfig
 from slora_core.requests import ScheduledChunk
 
 
 class StepShapes:
     """`planner` as of `StepBuilder`."""
 
-    def __init__(self, engine: EngineConfig, planner: AttentionPlanner | None) -> None:
+    def __init__(
+        self, model: ModelConfig, engine: EngineConfig, planner: AttentionPlanner | None
+    ) -> None:
         self._max_requests = engine.max_running_requests
         self._graph_max_rank = engine.graph_max_rank
         self._planner = planner
+        self._module_buckets = module_buckets(model)
         # Of each adapter slot, what its adapter needs of the LoRA kernels; nothing where none is.
         self._slots: defaultdict[int, LoraShape] = defaultdict(lambda: LoraShape(0, frozenset()))
         # Whether steps that fit into a graph are padded to it.
@@ -79,7 +83,7 @@ class StepShapes:
         if has_prompts and sum(not chunk.is_decode for chunk in chunks) > MAX_GRAPH_PROMPTS:
             return None
         lora = self._lora_shape(chunks)
-        lora = None if lora is None else lora.graph_bucket()
+        lora = None if lora is None else lora.graph_bucket(self._module_buckets)
         return self._padded_shape(bucket_of(num_rows, sizes), has_prompts, lora)
 
     def graphs(self) -> Iterator[StepShape]:
@@ -98,7 +102,7 @@ class StepShapes:
             LoraShape(rank, modules)
             for rank in RANK_BUCKETS
             if rank <= self._graph_max_rank
-            for modules in MODULE_BUCKETS
+            for modules in self._module_buckets
         ]
 
     def _lora_shape(self, chunks: Sequence[ScheduledChunk]) -> LoraShape | None:

@@ -6,11 +6,12 @@ So that no request waits for either. It runs steps that nobody sent, on pages th
 import logging
 from dataclasses import replace
 
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.execution.buckets import warm_up_sizes
 from slora_core.execution.dummy_steps import prompt_step
 from slora_core.execution.model_runner import ModelRunner
 from slora_core.execution.step_builder import StepBuilder
+from slora_core.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 

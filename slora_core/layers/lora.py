@@ -1,6 +1,6 @@
-"""Linear layers with heterogeneous LoRA on top: one base matmul, a shrink, and the deltas.
+"""Linears with heterogeneous LoRA on top: one base matmul, a shrink, and the deltas.
 
-A layer serves a group of modules that share their input (q, k, v; gate, up) as one fused matrix.
+A linear serves a group of modules that share their input (q, k, v; gate, up) as one fused matrix.
 """
 
 from dataclasses import dataclass
@@ -8,66 +8,62 @@ from types import ModuleType
 from typing import TypeGuard
 
 import torch
-import torch.nn.functional as F
 
 from kernels.lora_segments import LoraSegments
-from slora_core.config import LORA_MODULES, ModelConfig
-
-QKV, O_PROJ, GATE_UP, DOWN = "qkv", "o", "gate_up", "down"
+from slora_core.layers.linear import Linear
+from slora_core.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class LoraGroup:
-    """Modules of one fused matrix: indices in LORA_MODULES, and bounds of their outputs."""
+    """Modules of one linear: indices in the model's projections, and bounds of their outputs."""
 
     modules: tuple[int, ...]
     # len(modules) + 1 column bounds.
     out_offsets: tuple[int, ...]
 
-    @classmethod
-    def of(cls, config: ModelConfig, names: tuple[str, ...]) -> "LoraGroup":
-        modules = tuple(LORA_MODULES.index(name) for name in names)
-        bounds = [0]
-        for module in modules:
-            bounds.append(bounds[-1] + config.module_dims[module][1])
-        return cls(modules, tuple(bounds))
 
-
-def lora_groups(config: ModelConfig) -> dict[str, LoraGroup]:
-    """The four fused groups of a decoder layer."""
-    return {
-        QKV: LoraGroup.of(config, ("q_proj", "k_proj", "v_proj")),
-        O_PROJ: LoraGroup.of(config, ("o_proj",)),
-        GATE_UP: LoraGroup.of(config, ("gate_proj", "up_proj")),
-        DOWN: LoraGroup.of(config, ("down_proj",)),
-    }
+def lora_groups(model: ModelConfig, layer: int) -> dict[str, LoraGroup]:
+    """The group of each linear of a layer."""
+    groups = {}
+    for name, linear in model.layers[layer].linears.items():
+        modules, bounds = [], [0]
+        for index, projection in enumerate(model.names.projections):
+            if projection.linear == name:
+                modules.append(index)
+                start, end = projection.rows(linear)
+                assert start == bounds[-1], f"{projection.path} does not follow the one before"
+                bounds.append(end)
+        groups[name] = LoraGroup(tuple(modules), tuple(bounds))
+    return groups
 
 
 class LoraLinear:
-    """y = x . weight^T + bias, and each row's adapter delta on top.
+    """y = linear(x), and each row's adapter delta on top.
 
-    `ops` is the kernel module of the device. Weights are views owned by `DecoderWeights`.
+    `ops` is the kernel module of the device.
     """
 
     def __init__(
         self,
+        linear: Linear,
         ops: ModuleType,
         pool: torch.Tensor,
         layer: int,
         group: LoraGroup,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
     ) -> None:
+        assert group.out_offsets[-1] == linear.out_features, "the modules are all of the linear"
+        self._linear = linear
         self._ops = ops
         self._pool = pool
         self._layer = layer
         self._group = group
-        self._weight = weight
-        self._bias = bias
+        # The kernel that adds deltas inside SiLU-mul takes gate and up as a module each.
+        self._is_one_module = len(group.modules) == 1
 
     def __call__(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
         """[rows, in_features] to [rows, out_features]; `lora` None is the base model."""
-        y = F.linear(x, self._weight, self._bias)
+        y = self._linear(x)
         if self._has_delta(lora):
             v = self._shrink(x, lora)
             group, args = self._group, (self._pool, self._layer)
@@ -75,8 +71,10 @@ class LoraLinear:
         return y
 
     def silu_mul(self, x: torch.Tensor, lora: LoraSegments | None) -> torch.Tensor:
-        """silu(gate) * up [rows, out_features / 2] of a linear whose modules are gate and up."""
-        y = F.linear(x, self._weight, self._bias)
+        """silu(gate) * up [rows, out_features / 2] of a linear whose output is [gate | up]."""
+        if self._is_one_module:
+            return self._ops.silu_mul(self(x, lora))
+        y = self._linear(x)
         if not self._has_delta(lora):
             return self._ops.silu_mul(y)
         v = self._shrink(x, lora)

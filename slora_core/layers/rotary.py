@@ -4,18 +4,18 @@ import math
 
 import torch
 
-from slora_core.config import Llama3RopeScaling, ModelConfig
+from slora_core.models.config import Llama3RopeScaling, RotarySpec
 
 
-def rotary_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
-    """[num_positions, head_dim]: cos of the head_dim / 2 frequencies, then their sin.
+def rotary_table(spec: RotarySpec, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
+    """[num_positions, dim]: cos of the dim / 2 frequencies, then their sin.
 
     Angles are computed in fp32 and rounded to `dtype` last, as Hugging Face does.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    inverse = 1.0 / (config.rope_theta**exponents)
-    if config.rope_scaling is not None:
-        inverse = _llama3_scaled(inverse, config.rope_scaling)
+    exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
+    inverse = 1.0 / (spec.theta**exponents)
+    if spec.scaling is not None:
+        inverse = _llama3_scaled(inverse, spec.scaling)
     angles = torch.outer(torch.arange(num_positions).float(), inverse)
     return torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
 

@@ -2,8 +2,9 @@
 
 import torch
 
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.dtypes import torch_dtype
+from slora_core.models.config import ModelConfig
 
 
 def page_bytes(model: ModelConfig, engine: EngineConfig) -> int:

@@ -1,4 +1,4 @@
-"""One decoder for Llama, Mistral, Qwen2 and Qwen3; families are flags of `ModelConfig`.
+"""One decoder for all families: what they differ in, `ModelConfig` says of each layer.
 
 Computes logits of a `ForwardBatch`. Knows no scheduling and no sampling.
 """
@@ -10,8 +10,18 @@ import torch.nn.functional as F
 
 from kernels.lora_segments import LoraSegments
 from slora_core.attention.backend import AttentionBackend
-from slora_core.config import ModelConfig
-from slora_core.layers.lora import DOWN, GATE_UP, O_PROJ, QKV, LoraGroup, LoraLinear, lora_groups
+from slora_core.layers.lora import LoraLinear, lora_groups
+from slora_core.models.config import (
+    DOWN,
+    GATE_UP,
+    INPUT_NORM,
+    K_NORM,
+    O_PROJ,
+    POST_NORM,
+    Q_NORM,
+    QKV,
+    ModelConfig,
+)
 from slora_core.models.forward_batch import ForwardBatch
 from slora_core.models.weights import DecoderWeights, LayerWeights
 
@@ -22,24 +32,21 @@ class DecoderLayer:
     def __init__(
         self,
         config: ModelConfig,
+        index: int,
+        weights: LayerWeights,
         ops: ModuleType,
         pool: torch.Tensor,
-        index: int,
-        groups: dict[str, LoraGroup],
-        weights: LayerWeights,
     ) -> None:
-        self._config = config
+        groups = lora_groups(config, index)
+        self._spec = config.layers[index]
+        assert self._spec.mlp.activation == "silu", "silu_mul is the one there is"
         self._ops = ops
         self._index = index
-        self._weights = weights
-
-        def linear(group: str, weight: torch.Tensor, bias: torch.Tensor | None) -> LoraLinear:
-            return LoraLinear(ops, pool, index, groups[group], weight, bias)
-
-        self._qkv = linear(QKV, weights.qkv, weights.qkv_bias)
-        self._o = linear(O_PROJ, weights.o, weights.o_bias)
-        self._gate_up = linear(GATE_UP, weights.gate_up, weights.gate_up_bias)
-        self._down = linear(DOWN, weights.down, weights.down_bias)
+        self._norms = weights.norms
+        self._qkv, self._o, self._gate_up, self._down = (
+            LoraLinear(weights.linears[name], ops, pool, index, groups[name])
+            for name in (QKV, O_PROJ, GATE_UP, DOWN)
+        )
 
     def __call__(
         self,
@@ -52,55 +59,58 @@ class DecoderLayer:
 
         `delta` is the previous layer's (None before the first); `residual` is mutated.
         """
-        eps, weights = self._config.rms_norm_eps, self._weights
+        eps, norms = self._spec.norm_eps, self._norms
         if delta is None:
-            x = self._ops.rms_norm(residual, weights.input_norm, eps)
+            x = self._ops.rms_norm(residual, norms[INPUT_NORM], eps)
         else:
-            x = self._ops.add_rms_norm(delta, residual, weights.input_norm, eps)
+            x = self._ops.add_rms_norm(delta, residual, norms[INPUT_NORM], eps)
         attended = self._attend(x, attention, lora)
-        x = self._ops.add_rms_norm(attended, residual, weights.post_norm, eps)
+        x = self._ops.add_rms_norm(attended, residual, norms[POST_NORM], eps)
         return self._down(self._gate_up.silu_mul(x, lora), lora)
 
     def _attend(
         self, x: torch.Tensor, attention: AttentionBackend, lora: LoraSegments | None
     ) -> torch.Tensor:
-        config, weights = self._config, self._weights
+        spec = self._spec.attention
         rows = x.shape[0]
-        q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        q, k, v = self._qkv(x, lora).split([q_dim, kv_dim, kv_dim], dim=-1)
-        q = q.reshape(rows, config.num_heads, config.head_dim)
-        k = k.reshape(rows, config.num_kv_heads, config.head_dim)
-        v = v.reshape(rows, config.num_kv_heads, config.head_dim)
-        if weights.q_norm is not None and weights.k_norm is not None:
-            q = self._ops.rms_norm(q, weights.q_norm, config.rms_norm_eps)
-            k = self._ops.rms_norm(k, weights.k_norm, config.rms_norm_eps)
+        q, k, v = self._qkv(x, lora).split([spec.q_dim, spec.kv_dim, spec.kv_dim], dim=-1)
+        q = q.reshape(rows, spec.num_heads, spec.head_dim)
+        k = k.reshape(rows, spec.num_kv_heads, spec.head_dim)
+        v = v.reshape(rows, spec.num_kv_heads, spec.head_dim)
+        if spec.qk_norm:
+            q = self._ops.rms_norm(q, self._norms[Q_NORM], self._spec.norm_eps)
+            k = self._ops.rms_norm(k, self._norms[K_NORM], self._spec.norm_eps)
         attended = attention.run(self._index, q, k, v)
-        return self._o(attended.reshape(rows, q_dim), lora)
+        return self._o(attended.reshape(rows, spec.q_dim), lora)
 
 
 class Decoder:
     def __init__(
         self, config: ModelConfig, weights: DecoderWeights, ops: ModuleType, pool: torch.Tensor
     ) -> None:
-        groups = lora_groups(config)
         self._config = config
         self._weights = weights
         self._ops = ops
         self._layers = [
-            DecoderLayer(config, ops, pool, index, groups, layer)
+            DecoderLayer(config, index, layer, ops, pool)
             for index, layer in enumerate(weights.layers)
         ]
+        specs = config.layers
+        self._num_until_every_kind = 1 + max(specs.index(spec) for spec in set(specs))
 
     def forward(
         self, batch: ForwardBatch, attention: AttentionBackend, num_layers: int | None = None
     ) -> torch.Tensor:
         """Logits [rows that sample, vocab_size], of the weights' dtype.
 
-        `num_layers` computes the first layers alone, which run every kernel there is.
+        `num_layers` computes the first layers alone, and as many more as make one of each kind:
+        together they run every kernel there is.
         """
         attention.plan(batch.attention, batch.positions)
         residual = F.embedding(batch.input_ids, self._weights.embedding)
         delta = None
+        if num_layers is not None:
+            num_layers = max(num_layers, self._num_until_every_kind)
         for layer in self._layers[:num_layers]:
             delta = layer(delta, residual, attention, batch.lora)
         assert delta is not None
@@ -109,4 +119,4 @@ class Decoder:
         x = self._ops.add_rms_norm(
             delta, residual, self._weights.final_norm, self._config.rms_norm_eps
         )
-        return F.linear(x, self._weights.lm_head)
+        return self._weights.lm_head(x)

@@ -1,19 +1,20 @@
 """Decoder weights: read from safetensors into fused matrices, or made at random.
 
-Knows the names of Hugging Face checkpoints. Every tensor of the checkpoint is used or refused,
-and every weight of the decoder is filled.
+Knows what Hugging Face checkpoints have in common; what one family calls the parts of its layers,
+the config says. Every tensor of the checkpoint is used or refused, and every weight is filled.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from slora_core.config import ModelConfig
 from slora_core.errors import UnsupportedModelError
+from slora_core.layers.linear import DenseLinear, Linear
+from slora_core.models.config import LayerSpec, LinearSpec, ModelConfig
 
 # Standard deviation of dummy weights; never zeros, which flatter a GPU's clocks.
 DUMMY_STD = 0.02
@@ -24,20 +25,10 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 @dataclass
 class LayerWeights:
-    """One decoder layer; matrices [out_features, in_features], fused along out_features."""
+    """One decoder layer: its linears and its norms, by the names of `LayerSpec`."""
 
-    input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: torch.Tensor
-    o_bias: torch.Tensor | None
-    post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    linears: dict[str, Linear]
+    norms: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -45,8 +36,8 @@ class DecoderWeights:
     embedding: torch.Tensor
     layers: list[LayerWeights]
     final_norm: torch.Tensor
-    # The embedding itself where the two are tied.
-    lm_head: torch.Tensor
+    # Over the embedding itself where the two are tied.
+    lm_head: Linear
 
 
 def allocate_weights(
@@ -57,31 +48,23 @@ def allocate_weights(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    def linear(spec: LinearSpec) -> DenseLinear:
+        weight = empty(spec.out_features, spec.in_features)
+        return DenseLinear(weight, empty(spec.out_features) if spec.bias else None)
 
-    def layer() -> LayerWeights:
+    def layer(spec: LayerSpec) -> LayerWeights:
         return LayerWeights(
-            input_norm=empty(hidden),
-            qkv=empty(q_dim + 2 * kv_dim, hidden),
-            qkv_bias=empty(q_dim + 2 * kv_dim) if config.qkv_bias else None,
-            q_norm=empty(config.head_dim) if config.qk_norm else None,
-            k_norm=empty(config.head_dim) if config.qk_norm else None,
-            o=empty(hidden, q_dim),
-            o_bias=empty(hidden) if config.o_bias else None,
-            post_norm=empty(hidden),
-            gate_up=empty(2 * inner, hidden),
-            gate_up_bias=empty(2 * inner) if config.mlp_bias else None,
-            down=empty(hidden, inner),
-            down_bias=empty(hidden) if config.mlp_bias else None,
+            linears={name: linear(part) for name, part in spec.linears.items()},
+            norms={name: empty(size) for name, size in spec.norms.items()},
         )
 
-    embedding = empty(config.vocab_size, hidden)
+    shape = config.vocab_size, config.hidden_size
+    embedding = empty(*shape)
     return DecoderWeights(
         embedding=embedding,
-        layers=[layer() for _ in range(config.num_layers)],
-        final_norm=empty(hidden),
-        lm_head=embedding if config.tie_word_embeddings else empty(config.vocab_size, hidden),
+        layers=[layer(spec) for spec in config.layers],
+        final_norm=empty(config.hidden_size),
+        lm_head=DenseLinear(embedding if config.tie_word_embeddings else empty(*shape)),
     )
 
 
@@ -92,32 +75,22 @@ def checkpoint_views(config: ModelConfig, weights: DecoderWeights) -> dict[str, 
         "model.norm.weight": weights.final_norm,
     }
     if not config.tie_word_embeddings:
-        views["lm_head.weight"] = weights.lm_head
-    q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    for index, layer in enumerate(weights.layers):
+        views |= _named("lm_head", weights.lm_head.rows(0, config.vocab_size))
+    for index, (spec, layer) in enumerate(zip(config.layers, weights.layers, strict=True)):
         prefix = f"model.layers.{index}."
-        plain = {
-            "input_layernorm.weight": layer.input_norm,
-            "post_attention_layernorm.weight": layer.post_norm,
-            "self_attn.q_norm.weight": layer.q_norm,
-            "self_attn.k_norm.weight": layer.k_norm,
-            "self_attn.o_proj.weight": layer.o,
-            "self_attn.o_proj.bias": layer.o_bias,
-            "mlp.down_proj.weight": layer.down,
-            "mlp.down_proj.bias": layer.down_bias,
-        }
-        for suffix, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
-            if fused is not None:
-                parts = fused.split([q_dim, kv_dim, kv_dim])
-                for name, part in zip("qkv", parts, strict=True):
-                    plain[f"self_attn.{name}_proj.{suffix}"] = part
-        for suffix, fused in (("weight", layer.gate_up), ("bias", layer.gate_up_bias)):
-            if fused is not None:
-                gate, up = fused.chunk(2)
-                plain[f"mlp.gate_proj.{suffix}"] = gate
-                plain[f"mlp.up_proj.{suffix}"] = up
-        views.update({prefix + name: view for name, view in plain.items() if view is not None})
+        for path, norm in config.names.norms:
+            if norm in layer.norms:
+                views[f"{prefix}{path}.weight"] = layer.norms[norm]
+        for projection in config.names.projections:
+            if projection.linear in layer.linears:
+                rows = projection.rows(spec.linears[projection.linear])
+                tensors = layer.linears[projection.linear].rows(*rows)
+                views |= _named(prefix + projection.path, tensors)
     return views
+
+
+def _named(path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{path}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 def load_weights(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
 from slora_core.errors import UnsupportedModelError
@@ -17,11 +18,17 @@ from slora_core.execution import step_shapes
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.step_handle import StepHandle
 from slora_core.execution.step_inputs import StepInputs, StepShape
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import dummy_weights
 from slora_core.requests import Request, SamplingParams
-from tests.factories import ALL_MODULES, make_random_adapter
-from tests.gpu.cases import KINDS, SMALL_KINDS, check, make_entries
+from tests.factories import (
+    ALL_MODULES,
+    family_options,
+    make_adapter,
+    make_model,
+    make_random_adapter,
+)
+from tests.gpu.cases import ADAPTERS, KINDS, SMALL_KINDS, check, make_entries
 from tests.on_gpu import needs_gpu
 from tests.oracle import GreedyOracle, assert_same_greedy
 
@@ -37,6 +44,22 @@ def test_texts(make_engine, oracle: GreedyOracle, cuda_graphs: bool, inflight: i
     # And each alone.
     for entry in make_entries(len(KINDS), seed=1):
         check(oracle, engine, [entry])
+
+
+def test_fused_modules_and_heads_turned_in_part(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path / "model", "phi3", seed=3)
+    adapters = {
+        kind: make_adapter(
+            tmp_path / kind, model_dir, seed=index, **family_options("phi3", ADAPTERS[kind])
+        )
+        for index, kind in enumerate(("rank4-qv", "rank16-all"))
+    }
+    config = EngineConfig("cuda", num_pool_tokens=8192, max_running_requests=16)
+    engine = Engine.from_pretrained(model_dir, config)
+    for name, path in adapters.items():
+        engine.add_adapter(replace(load_packed_adapter(path, engine.geometry), adapter_id=name))
+    oracle = GreedyOracle(model_dir, adapters, ignore_eos=True)
+    check(oracle, engine, make_entries(20, seed=6, kinds=(None, *adapters)))
 
 
 def test_prompts_in_graphs_and_in_kernels_of_their_own(make_engine, oracle, monkeypatch) -> None:

@@ -14,18 +14,19 @@ import torch
 from app.store.memory import HostStore
 from slora_core.adapters.adapter_tables import AdapterTables
 from slora_core.adapters.host_pinning import pin_in_background
-from slora_core.adapters.page_layout import AdapterGeometry, LoraWeights, pack_adapter, plan_layout
+from slora_core.adapters.page_layout import LoraWeights, pack_adapter, plan_layout
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.adapters.slab_reader import SlabReader
 from slora_core.execution.graphs import StepGraphs
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.step_inputs import StepShape
+from tests.factories import uniform_geometry
 from tests.on_gpu import needs_gpu
 
 pytestmark = needs_gpu
 
-DIMS = ((256, 256),) + ((256, 128),) * 2 + ((256, 256),) + ((256, 512),) * 2 + ((512, 256),)
-GEOMETRY = AdapterGeometry(2, 4096, DIMS, torch.float32)
+DIMS = {"q_proj": (256, 256), "k_proj": (256, 128), "down_proj": (512, 256)}
+GEOMETRY = uniform_geometry(2, 4096, DIMS)
 RANK = 16
 
 
@@ -63,7 +64,7 @@ def test_pages_are_copied_from_registered_memory(location, weights) -> None:
     adapter = reader.open(location)
     _until(adapter.pages.is_pinned)
     pool = torch.zeros(64, GEOMETRY.num_layers, GEOMETRY.page_elems, device="cuda")
-    tables = AdapterTables(pool, max_slots=2, max_pages=32)
+    tables = AdapterTables(pool, len(DIMS), max_slots=2, max_pages=32)
     page_ids = [40 - 2 * page for page in range(adapter.layout.num_pages)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

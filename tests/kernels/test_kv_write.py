@@ -1,4 +1,8 @@
-"""Rotating and writing to pages, the twin's and the kernel's, against complex fp64 math."""
+"""Rotating and writing to pages, the twin's and the kernel's, against complex fp64 math.
+
+A token's key and query are turned as complex numbers in their first dims, as many as the table of
+angles has; every other element must keep its bits.
+"""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -56,12 +60,14 @@ def _make_case(
     dtype: torch.dtype = torch.float32,
     padding_rows: tuple[int, ...] = (),
     seed: int = 0,
+    rotary_dim: int | None = None,
 ) -> RotaryCase:
     """Rows on slots in random order; the padding rows are NaN, their positions out of the table."""
     generator = torch.Generator().manual_seed(seed)
     rows, num_pages = len(POSITIONS), 7
     fused = randn(rows, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, seed=seed + 1)
-    angles = torch.rand(NUM_POSITIONS, head_dim // 2, generator=generator) * 6
+    half = (rotary_dim or head_dim) // 2
+    angles = torch.rand(NUM_POSITIONS, half, generator=generator) * 6
     positions = torch.tensor(POSITIONS)
     slot_mapping = torch.randperm(num_pages * page_tokens, generator=generator)[:rows]
     for row in padding_rows:
@@ -92,8 +98,12 @@ def _check(ops: ModuleType, case: RotaryCase) -> None:
         turn = torch.complex(cos, sin)[case.positions[row]]
         before_q, before_k, before_v = (x[0] for x in case.qkv(before[row : row + 1]))
         for after, unturned in ((q[row], before_q), (k[row], before_k)):
-            turned = torch.complex(*unturned.double().chunk(2, dim=-1)) * turn
-            assert_close(after, torch.cat((turned.real, turned.imag), -1), after.dtype)
+            rotary_dim = 2 * turn.shape[-1]
+            halves = unturned[:, :rotary_dim].double().chunk(2, dim=-1)
+            turned = torch.complex(*halves) * turn
+            expected = torch.cat((turned.real, turned.imag), -1)
+            assert_close(after[:, :rotary_dim], expected, after.dtype)
+            assert torch.equal(after[:, rotary_dim:], unturned[:, rotary_dim:])
         assert torch.equal(v[row], before_v)
         page_id, offset = divmod(slot, page_tokens)
         expected_cache[page_id, LAYER, 0, offset] = k[row]
@@ -112,6 +122,27 @@ def test_heads(
     ops: ModuleType, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     _check(ops, _make_case(num_heads, num_kv_heads, head_dim, dtype=dtype))
+
+
+@EVERY_OPS
+@EVERY_DTYPE
+@pytest.mark.parametrize(
+    "num_heads,num_kv_heads,head_dim,rotary_dim",
+    [(1, 1, 4, 2), (6, 3, 10, 4), (4, 2, 16, 8), (32, 8, 96, 72), (24, 8, 128, 96)]
+    + [(3, 1, 80, 32), (5, 5, 96, 94)],
+)
+def test_heads_turned_in_part(
+    ops: ModuleType,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    case = _make_case(
+        num_heads, num_kv_heads, head_dim, dtype=dtype, padding_rows=(4,), rotary_dim=rotary_dim
+    )
+    _check(ops, case)
 
 
 @EVERY_OPS
@@ -161,8 +192,9 @@ def test_tensors_of_their_own(ops: ModuleType) -> None:
 
 @pytest.mark.skipif(ON_GPU, reason="compiled code rounds once where it fuses multiply and add")
 @EVERY_16_BIT_DTYPE
-def test_kernel_has_the_bits_of_the_twin(dtype: torch.dtype) -> None:
-    case, twin_case = (_make_case(20, 4, 80, dtype=dtype) for _ in range(2))
+@pytest.mark.parametrize("rotary_dim", [80, 60])
+def test_kernel_has_the_bits_of_the_twin(dtype: torch.dtype, rotary_dim: int) -> None:
+    case, twin_case = (_make_case(20, 4, 80, dtype=dtype, rotary_dim=rotary_dim) for _ in range(2))
     case.run(triton_ops)
     twin_case.run(reference)
     assert torch.equal(case.fused, twin_case.fused)

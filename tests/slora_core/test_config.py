@@ -4,19 +4,25 @@ import pickle
 
 import pytest
 
-from slora_core.config import LORA_MODULES, EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.errors import InvalidRequestError
+from slora_core.models.registry import parse_model_config
 from slora_core.requests import SamplingParams
+from tests.factories import ALL_MODULES
 
-MODEL = ModelConfig(
-    vocab_size=50,
-    hidden_size=24,
-    intermediate_size=40,
-    num_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=100,
+MODEL = parse_model_config(
+    {
+        "model_type": "llama",
+        "vocab_size": 50,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 100,
+    },
+    {},
 )
 
 
@@ -87,7 +93,9 @@ def test_derived_sizes() -> None:
     config = EngineConfig(page_tokens=16, num_pool_tokens=100)
     assert config.num_pages == 6
     assert config.page_elems(MODEL) == 2 * 16 * 2 * 8
-    dims = dict(zip(LORA_MODULES, MODEL.module_dims, strict=True))
+    first, second = MODEL.module_dims
+    assert first == second
+    dims = dict(zip(ALL_MODULES, first, strict=True))
     assert dims["q_proj"] == (24, 48)
     assert dims["k_proj"] == dims["v_proj"] == (24, 16)
     assert dims["o_proj"] == (48, 24)

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from app.store.memory import HostStore
 from slora_core.adapters.page_layout import (
-    AdapterGeometry,
     LoraWeights,
     pack_adapter,
     plan_layout,
@@ -28,11 +27,12 @@ from slora_core.adapters.page_layout import (
 from slora_core.adapters.slab_format import HEADER_BYTES
 from slora_core.adapters.slab_reader import SlabReader
 from slora_core.errors import AdapterNotFoundError, StoreFullError, StoreGoneError
+from tests.factories import uniform_geometry
 
 PAGE = mmap.PAGESIZE
-DIMS = ((64, 64),) + ((64, 32),) * 2 + ((64, 64),) + ((64, 128),) * 2 + ((128, 64),)
+DIMS = {"q_proj": (64, 64), "k_proj": (64, 32), "down_proj": (128, 64)}
 # A rank of q_proj is 128 elements a layer, so that rank 8 r is r memory pages in fp32.
-GEOMETRY = AdapterGeometry(2, PAGE // 8, DIMS, torch.float32)
+GEOMETRY = uniform_geometry(2, PAGE // 8, DIMS)
 ME = os.getpid()
 
 

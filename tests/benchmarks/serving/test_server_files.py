@@ -13,7 +13,7 @@ from benchmarks.serving.server_files import (
 )
 from benchmarks.serving.settings import SETTINGS
 from slora_core.adapters.peft_weights import inspect_peft_adapter
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 from slora_core.text.tokenizer import Tokenizer
 from tests.factories import make_geometry
 
@@ -75,7 +75,7 @@ def test_a_dummy_model_has_a_config_and_a_text_for_every_token(model):
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=list(SETTINGS))
 def test_settings(setting):
     """Configs are ones that the engine takes, and workloads fit their contexts."""
-    from slora_core.models.hf_config import parse_model_config
+    from slora_core.models.registry import parse_model_config
 
     config = parse_model_config(setting.hf_config, {})
     longest = setting.input_range[1] + setting.output_range[1]
@@ -87,11 +87,11 @@ def test_settings(setting):
 
 
 def test_the_settings_have_the_shapes_they_name():
-    from slora_core.models.hf_config import parse_model_config
+    from slora_core.models.registry import parse_model_config
 
     def num_parameters(name):
         config = parse_model_config(SETTINGS[name].hf_config, {})
-        layers = sum(rows * columns for rows, columns in config.module_dims) * config.num_layers
+        layers = sum(rows * columns for dims in config.module_dims for rows, columns in dims)
         embeddings = config.vocab_size * config.hidden_size
         return layers + embeddings * (1 if config.tie_word_embeddings else 2)
 

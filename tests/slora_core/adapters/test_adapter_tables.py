@@ -5,19 +5,19 @@ import torch
 
 from slora_core.adapters.adapter_tables import AdapterTables
 from slora_core.adapters.page_layout import (
-    AdapterGeometry,
     LoraWeights,
     PackedAdapter,
     pack_adapter,
     plan_layout,
 )
+from tests.factories import ALL_MODULES, uniform_geometry
 
 NUM_LAYERS, PAGE_ELEMS = 2, 128
-DIMS = ((64, 128),) * 7
+DIMS = dict.fromkeys(ALL_MODULES, (64, 128))
 
 
 def _adapter(rank: int, seed: int = 0) -> PackedAdapter:
-    geometry = AdapterGeometry(NUM_LAYERS, PAGE_ELEMS, DIMS, torch.float32)
+    geometry = uniform_geometry(NUM_LAYERS, PAGE_ELEMS, DIMS)
     generator = torch.Generator().manual_seed(seed)
     weights = {
         (layer, module): LoraWeights(
@@ -44,7 +44,7 @@ def test_load_copies_pages_and_nothing_else(page_ids: list[int]) -> None:
     # Rank 2 on two modules: 2 x 2 x (64 + 128) = 768 elements, six pages.
     adapter = _adapter(2)
     pool = torch.full((12, NUM_LAYERS, PAGE_ELEMS), torch.nan)
-    tables = AdapterTables(pool, max_slots=3, max_pages=8)
+    tables = AdapterTables(pool, len(DIMS), max_slots=3, max_pages=8)
     tables.load(1, adapter, page_ids)
     for index, page_id in enumerate(page_ids):
         assert torch.equal(pool[page_id], adapter.pages[index])
@@ -59,7 +59,7 @@ def test_load_copies_pages_and_nothing_else(page_ids: list[int]) -> None:
 
 def test_tables_stay_where_cuda_graphs_read_them() -> None:
     pool = torch.zeros(40, NUM_LAYERS, PAGE_ELEMS)
-    tables = AdapterTables(pool, max_slots=4, max_pages=24)
+    tables = AdapterTables(pool, len(DIMS), max_slots=4, max_pages=24)
     tensors = (tables.page_tables, tables.offsets, tables.scaling)
     addresses = [tensor.data_ptr() for tensor in tensors]
     small, large = _adapter(1), _adapter(8)
@@ -77,7 +77,7 @@ def test_tables_stay_where_cuda_graphs_read_them() -> None:
 
 def test_a_slot_is_taken_over_whole() -> None:
     pool = torch.zeros(40, NUM_LAYERS, PAGE_ELEMS)
-    tables = AdapterTables(pool, max_slots=1, max_pages=24)
+    tables = AdapterTables(pool, len(DIMS), max_slots=1, max_pages=24)
     tables.load(0, _adapter(8), list(range(24)))
     small = _adapter(1, seed=1)
     tables.load(0, small, [30, 32, 31])
@@ -87,6 +87,8 @@ def test_a_slot_is_taken_over_whole() -> None:
 
 
 def test_a_wrong_number_of_pages_is_a_defect() -> None:
-    tables = AdapterTables(torch.zeros(8, NUM_LAYERS, PAGE_ELEMS), max_slots=1, max_pages=8)
+    tables = AdapterTables(
+        torch.zeros(8, NUM_LAYERS, PAGE_ELEMS), len(DIMS), max_slots=1, max_pages=8
+    )
     with pytest.raises(AssertionError):
         tables.load(0, _adapter(1), [0, 1])

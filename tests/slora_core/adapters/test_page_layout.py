@@ -1,5 +1,7 @@
 """The page-stream format: offsets, sizes, alignment, and packed weights read back by its rule."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,16 +11,27 @@ from kernels.row_alignment import ROW_ALIGNMENT, row_elems
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     LoraWeights,
+    max_adapter_pages,
     pack_adapter,
     plan_layout,
 )
-from slora_core.config import LORA_MODULES
+from slora_core.config import EngineConfig
+from slora_core.models.registry import load_model_config
+from tests.factories import (
+    ALL_MODULES,
+    MODEL_FAMILIES,
+    family_modules,
+    make_geometry,
+    make_model,
+    uniform_geometry,
+)
 
 DIMS = ((64, 128), (64, 32), (64, 32), (128, 64), (64, 96), (64, 96), (96, 64))
 
 
 def _geometry(page_elems: int = 256, num_layers: int = 2, dtype=torch.float32) -> AdapterGeometry:
-    return AdapterGeometry(num_layers, page_elems, DIMS, dtype)
+    dims = dict(zip(ALL_MODULES, DIMS, strict=True))
+    return uniform_geometry(num_layers, page_elems, dims, dtype)
 
 
 def _weights(ranks: dict, seed: int = 0, dtype=torch.float32) -> dict:
@@ -38,6 +51,15 @@ def _plan(geometry: AdapterGeometry, ranks: dict):
     return plan_layout(geometry, ranks, {key: 1.0 + sum(key) for key in ranks})
 
 
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_geometry_of_a_model(tmp_path: Path, family: str) -> None:
+    model_dir = make_model(tmp_path, family)
+    config = EngineConfig(page_tokens=8, dtype="bfloat16")
+    geometry = AdapterGeometry.of(load_model_config(model_dir), config)
+    assert geometry == make_geometry(model_dir, page_tokens=8, dtype=torch.bfloat16)
+    assert geometry.module_names == family_modules(family)
+
+
 def test_offsets_of_a_known_adapter() -> None:
     # Layer 0: q of rank 2, A 2 x 64 and B 2 x 128, then down of rank 1, A 128 (padded) and B 64.
     layout = _plan(_geometry(), {(0, 0): 2, (0, 6): 1, (1, 1): 3})
@@ -46,7 +68,7 @@ def test_offsets_of_a_known_adapter() -> None:
     assert layout.offsets[1, 1].tolist() == [3, 0, 192]
     present = {(0, 0), (0, 6), (1, 1)}
     for layer in range(2):
-        for module in range(len(LORA_MODULES)):
+        for module in range(len(DIMS)):
             if (layer, module) not in present:
                 assert layout.offsets[layer, module].tolist() == [0, 0, 0]
                 assert layout.scaling[layer, module] == 0
@@ -62,13 +84,42 @@ def test_page_count_at_the_border() -> None:
     assert _plan(_geometry(page_elems=128), {(0, 0): 1}).num_pages == 2
 
 
+def test_layers_that_are_not_alike() -> None:
+    """The second layer lacks q and is wider in down; streams of both lie in the same pages."""
+    geometry = AdapterGeometry(
+        page_elems=256,
+        modules=("self_attn.q_proj", "mlp.down_proj"),
+        module_dims=(((64, 128), (96, 64)), (None, (192, 64))),
+        dtype=torch.float32,
+    )
+    assert geometry.num_layers == 2
+    # 256 x (64 + 128 + 128 + 64) elements of the first layer, 256 x (192 + 64) of the second.
+    assert max_adapter_pages(geometry) == 384
+    ranks = {(0, 0): 1, (0, 1): 2, (1, 1): 2}
+    layout = _plan(geometry, ranks)
+    assert layout.offsets[:, 0].tolist() == [[1, 0, 64], [0, 0, 0]]
+    assert layout.offsets[:, 1].tolist() == [[2, 192, 448], [2, 0, 384]]
+    weights = {
+        key: LoraWeights(torch.full((rank, fan_in), 1.0), torch.full((fan_out, rank), 2.0), 1.0)
+        for key, rank in ranks.items()
+        for fan_in, fan_out in [geometry.module_dims[key[0]][key[1]]]
+    }
+    pages = pack_adapter(geometry, layout, weights)
+    assert pages.shape == (3, 2, 256)
+    first, second = pages.transpose(0, 1).flatten(1)
+    assert first[:192].tolist() == [1.0] * 64 + [2.0] * 128
+    assert second.tolist() == [1.0] * 384 + [2.0] * 128 + [0.0] * 256
+    with pytest.raises(AssertionError, match="layer 1 has no self_attn.q_proj"):
+        _plan(geometry, {(1, 0): 1})
+
+
 def test_page_bytes_covers_all_layers() -> None:
     assert _geometry(256, 3).page_bytes == 3 * 256 * 4
     assert _geometry(256, 3, torch.bfloat16).page_bytes == 3 * 256 * 2
 
 
 ranks_of_modules = st.dictionaries(
-    st.tuples(st.integers(0, 2), st.integers(0, len(LORA_MODULES) - 1)),
+    st.tuples(st.integers(0, 2), st.integers(0, len(DIMS) - 1)),
     st.integers(1, 9),
     min_size=1,
 )

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ from slora_core.adapters.peft_weights import (
     load_packed_adapter,
     read_peft_adapter,
 )
-from slora_core.config import LORA_MODULES
 from slora_core.errors import InvalidAdapterError
 from tests.factories import (
     ALL_MODULES,
@@ -60,7 +60,7 @@ def _unpack(packed, geometry: AdapterGeometry):
     streams = packed.pages.transpose(0, 1).reshape(geometry.num_layers, -1)
     found = {}
     for layer in range(geometry.num_layers):
-        for module, (in_features, out_features) in enumerate(geometry.module_dims):
+        for module, (in_features, out_features) in enumerate(geometry.module_dims[layer]):
             rank, offset_a, offset_b = packed.layout.offsets[layer, module].tolist()
             if rank == 0:
                 continue
@@ -94,10 +94,27 @@ def _unpack(packed, geometry: AdapterGeometry):
     ],
 )
 def test_delta_equals_pefts(tmp_path: Path, model_dir: Path, geometry, options) -> None:
+    adapter = make_adapter(tmp_path / "adapter", model_dir, seed=5, **options)
+    _check_deltas(adapter, model_dir, geometry)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["qkv_proj", "down_proj"], "rank_pattern": {"qkv_proj": 5}},
+    ],
+)
+def test_delta_of_fused_modules_equals_pefts(tmp_path: Path, options) -> None:
+    model_dir = make_model(tmp_path / "model", "phi3")
+    adapter = make_adapter(tmp_path / "adapter", model_dir, seed=5, **options)
+    _check_deltas(adapter, model_dir, make_geometry(model_dir))
+
+
+def _check_deltas(adapter: Path, model_dir: Path, geometry: AdapterGeometry) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    adapter = make_adapter(tmp_path / "adapter", model_dir, seed=5, **options)
     base = AutoModelForCausalLM.from_pretrained(model_dir)
     peft_model = PeftModel.from_pretrained(base, adapter)
     expected = {}
@@ -105,7 +122,8 @@ def test_delta_equals_pefts(tmp_path: Path, model_dir: Path, geometry, options) 
         if hasattr(module, "lora_A"):
             parts = name.split(".")
             layer = int(parts[parts.index("layers") + 1])
-            expected[layer, LORA_MODULES.index(parts[-1])] = module.get_delta_weight("default")
+            index = geometry.module_names.index(parts[-1])
+            expected[layer, index] = module.get_delta_weight("default")
 
     packed = load_packed_adapter(adapter, geometry)
     found = _unpack(packed, geometry)
@@ -164,7 +182,7 @@ def test_packed_pages_hold_the_files_tensors(data, tmp_path_factory, model_dir: 
     assert len(found) == geometry.num_layers * len(modules)
     for name, tensor in _read_tensors(adapter).items():
         parts = name.split(".")
-        pair = found[int(parts[4]), LORA_MODULES.index(parts[6])]
+        pair = found[int(parts[4]), ALL_MODULES.index(parts[6])]
         assert torch.equal(pair[parts[7] == "lora_B"], tensor.to(dtype))
 
 
@@ -255,6 +273,25 @@ def test_an_adapter_for_another_base_names_tensor_and_shapes(tmp_path: Path, geo
     adapter = make_random_adapter(tmp_path / "a", other)
     with pytest.raises(InvalidAdapterError, match=r"tensor .* \[8, 128\], expected \[8, 64\]"):
         inspect_peft_adapter(adapter, geometry)
+
+
+def test_modules_of_another_family_are_refused_with_those_there_are(tmp_path: Path) -> None:
+    phi, llama = (make_model(tmp_path / family, family) for family in ("phi3", "llama"))
+    adapter = make_random_adapter(tmp_path / "a", llama)
+    supported = "qkv_proj, o_proj, gate_up_proj, down_proj$"
+    with pytest.raises(InvalidAdapterError, match=rf"{Q0_A} is not .* module: {supported}"):
+        inspect_peft_adapter(adapter, make_geometry(phi))
+
+
+def test_a_module_that_a_layer_lacks_is_refused(tmp_path: Path, model_dir, geometry) -> None:
+    adapter = make_random_adapter(tmp_path / "a", model_dir)
+    first, second = geometry.module_dims
+    without_q = replace(geometry, module_dims=(first, (None, *second[1:])))
+    with pytest.raises(
+        InvalidAdapterError,
+        match=r"layers.1.self_attn.q_proj.* is for self_attn.q_proj, which .* layer 1 lacks",
+    ):
+        inspect_peft_adapter(adapter, without_q)
 
 
 @pytest.mark.parametrize("field", ["use_dora", "modules_to_save", "lora_bias"])

@@ -12,11 +12,13 @@ import torch
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
+from slora_core.errors import InvalidRequestError
 from slora_core.requests import Request, SamplingParams
 from tests.factories import (
     ALL_MODULES,
     ATTENTION_MODULES,
     LLAMA3_ROPE,
+    family_options,
     make_adapter,
     make_model,
 )
@@ -36,6 +38,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "phi3": ("phi3", {}),
+    # As Phi-3-mini: no grouped heads, turned whole.
+    "phi3-mini": ("phi3", {"partial_rotary_factor": 1.0, "num_key_value_heads": 4}),
 }
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -99,7 +104,9 @@ def world(request, worlds: dict[str, World], tmp_path_factory) -> World:
         directory = tmp_path_factory.mktemp(name)
         model_dir = make_model(directory / "model", family, seed=3, **shape)
         adapters = {
-            kind: make_adapter(directory / kind, model_dir, seed=index, **options)
+            kind: make_adapter(
+                directory / kind, model_dir, seed=index, **family_options(family, options)
+            )
             for index, (kind, options) in enumerate(ADAPTERS.items())
         }
         worlds[name] = World(model_dir, GreedyOracle(model_dir, adapters))
@@ -181,6 +188,18 @@ def test_prompt_longer_than_a_chunk(world: World, kind: str | None, inflight: in
     assert engine.stats().num_steps >= 150 // 16 + len(texts[1])
     for (ids, adapter), actual in zip(requests, texts, strict=True):
         world.check(ids, actual, 20, adapter)
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_context_that_ends_with_the_sliding_window(tmp_path: Path, family: str) -> None:
+    model_dir = make_model(tmp_path / "model", family, seed=3, sliding_window=40)
+    oracle = GreedyOracle(model_dir)
+    engine = Engine.from_pretrained(model_dir, EngineConfig(num_pool_tokens=1024))
+    prompt = _prompt(28)
+    (text,) = _generate(engine, [(prompt, None)], 12)
+    assert_same_greedy(oracle, prompt, text, oracle.generate(prompt, 12))
+    with pytest.raises(InvalidRequestError, match="exceed the context of 40 tokens"):
+        _generate(engine, [(prompt, None)], 13)
 
 
 @pytest.mark.parametrize("page_tokens", [8, 32, 64])

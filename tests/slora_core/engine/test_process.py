@@ -119,9 +119,10 @@ def test_an_interval_gathers_tokens_and_loses_none(model_dir: Path, in_process: 
         finally:
             engine.close()
 
+    # What the engine did before the first was read, and all the rest when the request ended.
     first, rest = asyncio.run(main())
-    assert len(first) == 1 and first + rest == expected
-    assert asked == [1]
+    assert first and first + rest == expected
+    assert set(asked) <= {1}
 
 
 def test_adapter_comes_from_the_shared_slab(

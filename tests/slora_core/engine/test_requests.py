@@ -20,7 +20,7 @@ from slora_core.errors import (
     UnsupportedModelError,
 )
 from slora_core.execution.step_inputs import StepInputs
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import load_weights
 from slora_core.requests import (
     Delta,

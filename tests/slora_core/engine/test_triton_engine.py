@@ -19,10 +19,10 @@ from slora_core.engine.engine import Engine
 from slora_core.execution.model_runner import ModelRunner
 from slora_core.execution.step_builder import StepBuilder
 from slora_core.execution.warm_up import compile_kernels
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import load_weights
 from slora_core.requests import Request, SamplingParams
-from tests.factories import ALL_MODULES, make_adapter, make_model
+from tests.factories import ALL_MODULES, family_options, make_adapter, make_model
 from tests.kernels.cases import DEVICE, DTYPES, TOLERANCES
 from tests.oracle import GreedyOracle, assert_same_greedy
 from tests.slora_core.engine.planned_steps import load_adapters, plan_step
@@ -37,11 +37,15 @@ ADAPTERS = {
 }
 
 
-def _make_files(directory: Path, **shape: int) -> tuple[Path, dict[str, Path]]:
+def _make_files(
+    directory: Path, family: str = "llama", **shape: int
+) -> tuple[Path, dict[str, Path]]:
     """The directories of a model and of its adapters by name."""
-    model_dir = make_model(directory / "model", "llama", seed=3, **shape)
+    model_dir = make_model(directory / "model", family, seed=3, **shape)
     adapters = {
-        kind: make_adapter(directory / kind, model_dir, seed=index, **options)
+        kind: make_adapter(
+            directory / kind, model_dir, seed=index, **family_options(family, options)
+        )
         for index, (kind, options) in enumerate(ADAPTERS.items())
     }
     return model_dir, adapters
@@ -94,6 +98,16 @@ def test_mixed_adapters_in_chunks_beside_decodes(files, oracle: GreedyOracle) ->
         for length, kind in zip((40, 1, 17, 9, 30), (*ADAPTERS, None, "rank4-qv"), strict=True)
     ]
     _check(oracle, engine, entries)
+
+
+def test_fused_modules_and_heads_turned_in_part(tmp_path: Path) -> None:
+    files = _make_files(tmp_path, "phi3", num_hidden_layers=1)
+    prompts = [list(range(3 + i, 20 + 5 * i)) for i in range(3)]
+    entries = [
+        _entry(prompt, kind)
+        for prompt, kind in zip(prompts, ("rank4-qv", "rank20-all", None), strict=True)
+    ]
+    _check(GreedyOracle(*files, ignore_eos=True), _engine(files), entries)
 
 
 def test_a_shared_prefix_and_a_small_pool(files, oracle: GreedyOracle) -> None:

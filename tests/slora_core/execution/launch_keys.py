@@ -19,7 +19,7 @@ from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
 from slora_core.execution.warm_up import run_every_kernel
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import dummy_weights
 from slora_core.requests import Request, SamplingParams
 from tests.absent_gpu import pretend_gpu

@@ -1,5 +1,7 @@
 """Batch sizes and ranks that steps are padded to."""
 
+from pathlib import Path
+
 import pytest
 
 from kernels.launch_configs import ShrinkLaunch, shrink_launch
@@ -7,12 +9,16 @@ from kernels.lora_segments import choose_block_rows
 from slora_core.config import EngineConfig
 from slora_core.execution.buckets import (
     RANK_BUCKETS,
+    LoraShape,
     batch_buckets,
     bucket_of,
     max_graph_rows,
+    module_buckets,
     prompt_batch_buckets,
     warm_up_sizes,
 )
+from slora_core.models.registry import load_model_config
+from tests.factories import make_model
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 8, 64, 65, 200, 256, 1000])
@@ -38,6 +44,16 @@ def test_sizes_of_steps_with_prompts_reach_the_largest(max_rows: int) -> None:
 @pytest.mark.parametrize("rank,bucket", [(1, 16), (16, 16), (17, 32), (64, 64), (200, 256)])
 def test_rank_buckets(rank: int, bucket: int) -> None:
     assert bucket_of(rank, RANK_BUCKETS) == bucket
+
+
+@pytest.mark.parametrize("family,num_attention,num_all", [("llama", 4, 7), ("phi3", 2, 4)])
+def test_module_buckets(tmp_path: Path, family: str, num_attention: int, num_all: int) -> None:
+    attention, everything = frozenset(range(num_attention)), frozenset(range(num_all))
+    buckets = module_buckets(load_model_config(make_model(tmp_path, family)))
+    assert buckets == (attention, everything)
+    assert LoraShape(20, frozenset({0, 1})).graph_bucket(buckets) == LoraShape(32, attention)
+    mixed = LoraShape(16, frozenset({0, num_all - 1}))
+    assert mixed.graph_bucket(buckets) == LoraShape(16, everything)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from slora_core.config import EngineConfig
 from slora_core.execution.dummy_steps import num_step_pages, prompt_step
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.registry import load_model_config
 from tests.factories import make_model
 
 

@@ -8,7 +8,7 @@ import torch
 from slora_core.adapters.adapter_tables import AdapterTables
 from slora_core.adapters.page_layout import AdapterGeometry, plan_layout
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.execution.batch_views import forward_batch
 from slora_core.execution.buckets import LoraShape
 from slora_core.execution.int_fields import IntFields
@@ -17,21 +17,26 @@ from slora_core.execution.sampler import SamplingBatch
 from slora_core.execution.step_builder import StepBuilder
 from slora_core.execution.step_inputs import StepInputs, StepShape
 from slora_core.models.forward_batch import ForwardBatch
+from slora_core.models.registry import parse_model_config
 from slora_core.requests import Request, RequestState, SamplingParams, StepPlan
 
 PAGE_TOKENS = 4
 MAX_PAGES = 5
 NUM_REQUESTS = 8
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=PAGE_TOKENS * MAX_PAGES,
+MODEL = parse_model_config(
+    {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": PAGE_TOKENS * MAX_PAGES,
+    },
+    {},
 )
 
 
@@ -48,7 +53,7 @@ class Steps:
     def __init__(self, planner: AttentionPlanner | None) -> None:
         self.builder = StepBuilder(MODEL, ENGINE, planner)
         self.requests = RequestTables(NUM_REQUESTS, MAX_PAGES, CPU)
-        self.adapters = AdapterTables(torch.zeros(32, 2, 128), max_slots=6, max_pages=8)
+        self.adapters = AdapterTables(torch.zeros(32, 2, 128), 7, max_slots=6, max_pages=8)
         geometry = AdapterGeometry.of(MODEL, ENGINE)
         for slot, rank in enumerate(RANKS):
             layout = plan_layout(geometry, {(0, slot): rank}, {(0, slot): 1.0})

@@ -5,20 +5,25 @@ import torch
 
 from slora_core.adapters.page_layout import AdapterGeometry, plan_layout
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.execution.buckets import MAX_GRAPH_PROMPTS, LoraShape
 from slora_core.execution.step_shapes import StepShapes
+from slora_core.models.registry import parse_model_config
 from slora_core.requests import Request, RequestState, SamplingParams, ScheduledChunk, StepPlan
 
-MODEL = ModelConfig(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=4096,
+MODEL = parse_model_config(
+    {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+    },
+    {},
 )
 # Rank and modules of the adapters in the slots.
 ADAPTERS = ((4, (0, 2)), (33, (0, 1, 2, 3)), (8, (6,)), (100, (0,)))
@@ -32,7 +37,7 @@ def _shapes(**config) -> StepShapes:
         "max_batched_tokens": 512,
     }
     engine = EngineConfig(**settings | config)
-    shapes = StepShapes(engine, AttentionPlanner(MODEL, torch.float32))
+    shapes = StepShapes(MODEL, engine, AttentionPlanner(MODEL, torch.float32))
     geometry = AdapterGeometry.of(MODEL, engine)
     for slot, (rank, modules) in enumerate(ADAPTERS):
         keys = [(1, module) for module in modules]
@@ -135,7 +140,7 @@ def test_what_a_slot_needs_is_that_of_its_last_adapter() -> None:
 
 
 def test_the_torch_twins_take_ranks_as_they_are() -> None:
-    shapes = StepShapes(EngineConfig(), None)
+    shapes = StepShapes(MODEL, EngineConfig(), None)
     geometry = AdapterGeometry.of(MODEL, EngineConfig())
     shapes.adapter_loaded(0, plan_layout(geometry, {(0, 0): 33}, {(0, 0): 1.0}))
     shape = shapes.of(_chunks(1, [5], [0]))

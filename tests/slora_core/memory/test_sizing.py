@@ -2,20 +2,25 @@
 
 import pytest
 
-from slora_core.config import EngineConfig, ModelConfig
+from slora_core.config import EngineConfig
 from slora_core.dtypes import torch_dtype
 from slora_core.memory.page_pool import pages_for
 from slora_core.memory.sizing import allocate_pool
+from slora_core.models.registry import parse_model_config
 
-MODEL = ModelConfig(
-    vocab_size=8,
-    hidden_size=8,
-    intermediate_size=8,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=4,
-    max_position_embeddings=64,
+MODEL = parse_model_config(
+    {
+        "model_type": "llama",
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "max_position_embeddings": 64,
+    },
+    {},
 )
 
 

@@ -8,9 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slora_core.config import ModelConfig
 from slora_core.errors import UnsupportedModelError
-from slora_core.models.hf_config import load_model_config
+from slora_core.models.config import (
+    DOWN,
+    GATE_UP,
+    INPUT_NORM,
+    K_NORM,
+    O_PROJ,
+    POST_NORM,
+    Q_NORM,
+    QKV,
+    ModelConfig,
+)
+from slora_core.models.registry import load_model_config
 from slora_core.models.weights import (
     DUMMY_STD,
     DecoderWeights,
@@ -47,28 +57,34 @@ def test_fused_weights_are_the_checkpoint(tmp_path: Path, family: str, tied: boo
         def joined(*names: str, index: int = index) -> torch.Tensor:
             return torch.cat([tensors[f"model.layers.{index}.{name}"] for name in names])
 
-        assert torch.equal(layer.qkv, joined(*(f"self_attn.{x}_proj.weight" for x in "qkv")))
-        assert torch.equal(layer.gate_up, joined("mlp.gate_proj.weight", "mlp.up_proj.weight"))
-        assert torch.equal(layer.o, joined("self_attn.o_proj.weight"))
-        assert torch.equal(layer.down, joined("mlp.down_proj.weight"))
-        assert torch.equal(layer.input_norm, joined("input_layernorm.weight"))
-        assert torch.equal(layer.post_norm, joined("post_attention_layernorm.weight"))
-        if family == "qwen2":
-            assert layer.qkv_bias is not None
-            assert torch.equal(layer.qkv_bias, joined(*(f"self_attn.{x}_proj.bias" for x in "qkv")))
+        qkv, o, gate_up, down = (layer.linears[x] for x in (QKV, O_PROJ, GATE_UP, DOWN))
+        if family == "phi3":
+            assert torch.equal(qkv.weight, joined("self_attn.qkv_proj.weight"))
+            assert torch.equal(gate_up.weight, joined("mlp.gate_up_proj.weight"))
         else:
-            assert layer.qkv_bias is None
+            assert torch.equal(qkv.weight, joined(*(f"self_attn.{x}_proj.weight" for x in "qkv")))
+            assert torch.equal(gate_up.weight, joined("mlp.gate_proj.weight", "mlp.up_proj.weight"))
+        assert torch.equal(o.weight, joined("self_attn.o_proj.weight"))
+        assert torch.equal(down.weight, joined("mlp.down_proj.weight"))
+        norms = layer.norms
+        assert torch.equal(norms[INPUT_NORM], joined("input_layernorm.weight"))
+        assert torch.equal(norms[POST_NORM], joined("post_attention_layernorm.weight"))
+        if family == "qwen2":
+            assert torch.equal(qkv.bias, joined(*(f"self_attn.{x}_proj.bias" for x in "qkv")))
+        else:
+            assert qkv.bias is None
         if family == "qwen3":
-            assert layer.q_norm is not None and layer.k_norm is not None
-            assert torch.equal(layer.q_norm, joined("self_attn.q_norm.weight"))
-            assert torch.equal(layer.k_norm, joined("self_attn.k_norm.weight"))
-        assert layer.o_bias is layer.gate_up_bias is layer.down_bias is None
+            assert torch.equal(norms[Q_NORM], joined("self_attn.q_norm.weight"))
+            assert torch.equal(norms[K_NORM], joined("self_attn.k_norm.weight"))
+        else:
+            assert norms.keys() == {INPUT_NORM, POST_NORM}
+        assert o.bias is gate_up.bias is down.bias is None
     assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
     assert torch.equal(weights.final_norm, tensors["model.norm.weight"])
     if tied:
-        assert weights.lm_head is weights.embedding
+        assert weights.lm_head.weight is weights.embedding
     else:
-        assert torch.equal(weights.lm_head, tensors["lm_head.weight"])
+        assert torch.equal(weights.lm_head.weight, tensors["lm_head.weight"])
 
 
 def test_biases_of_every_linear(tmp_path: Path) -> None:
@@ -77,13 +93,14 @@ def test_biases_of_every_linear(tmp_path: Path) -> None:
     _, weights = _load(path)
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}."
-        assert torch.equal(layer.o_bias, tensors[f"{prefix}self_attn.o_proj.bias"])
-        assert torch.equal(layer.down_bias, tensors[f"{prefix}mlp.down_proj.bias"])
+        linears = layer.linears
+        assert torch.equal(linears[O_PROJ].bias, tensors[f"{prefix}self_attn.o_proj.bias"])
+        assert torch.equal(linears[DOWN].bias, tensors[f"{prefix}mlp.down_proj.bias"])
         assert torch.equal(
-            layer.gate_up_bias,
+            linears[GATE_UP].bias,
             torch.cat([tensors[f"{prefix}mlp.{name}_proj.bias"] for name in ("gate", "up")]),
         )
-        assert layer.qkv_bias.any()
+        assert linears[QKV].bias.any()
 
 
 def test_sharded_index(tmp_path: Path) -> None:
@@ -111,12 +128,13 @@ def test_weights_are_converted(tmp_path: Path) -> None:
     path = make_model(tmp_path, "llama")
     tensors = load_file(path / FILE)
     _, weights = _load(path, torch.bfloat16)
-    assert weights.layers[0].o.dtype == torch.bfloat16
+    o = weights.layers[0].linears[O_PROJ]
+    assert o.weight.dtype == torch.bfloat16
     expected = tensors["model.layers.0.self_attn.o_proj.weight"].bfloat16()
-    assert torch.equal(weights.layers[0].o, expected)
+    assert torch.equal(o.weight, expected)
     _change(path, {Q0: tensors[Q0].half()})
     _, weights = _load(path)
-    assert torch.equal(weights.layers[0].qkv[:64], tensors[Q0].half().float())
+    assert torch.equal(weights.layers[0].linears[QKV].weight[:64], tensors[Q0].half().float())
 
 
 def test_buffers_of_older_checkpoints_are_ignored(tmp_path: Path) -> None:
@@ -129,7 +147,7 @@ def test_a_tied_model_may_carry_its_head(tmp_path: Path) -> None:
     path = make_model(tmp_path, "llama", tie_word_embeddings=True)
     _change(path, {"lm_head.weight": torch.zeros(256, 64)})
     _, weights = _load(path)
-    assert weights.lm_head is weights.embedding and weights.embedding.any()
+    assert weights.lm_head.weight is weights.embedding and weights.embedding.any()
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from slora_core.config import Llama3RopeScaling
 from slora_core.errors import UnsupportedModelError
-from slora_core.models.hf_config import load_model_config, parse_model_config
+from slora_core.models.config import (
+    AttentionSpec,
+    LayerSpec,
+    Llama3RopeScaling,
+    MLPSpec,
+    RotarySpec,
+)
+from slora_core.models.registry import load_model_config, parse_model_config
 from tests.factories import LLAMA3_ROPE, MODEL_FAMILIES, make_model
 
 # The fields of meta-llama/Llama-3.2-1B-Instruct that matter, as its config.json has them.
@@ -45,14 +51,13 @@ def _parse(generation: dict | None = None, **changes):
 
 def test_published_llama() -> None:
     config = _parse()
-    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (16, 32, 8)
-    assert (config.hidden_size, config.intermediate_size, config.head_dim) == (2048, 8192, 64)
+    rotary = RotarySpec(64, 500000.0, Llama3RopeScaling(32.0, 1.0, 4.0, 8192))
+    layer = LayerSpec(2048, AttentionSpec(32, 8, 64, rotary), MLPSpec(8192), norm_eps=1e-5)
+    assert config.layers == (layer,) * 16
     assert (config.vocab_size, config.max_position_embeddings) == (128256, 131072)
-    assert (config.rms_norm_eps, config.rope_theta) == (1e-5, 500000.0)
-    assert config.rope_scaling == Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert config.rms_norm_eps == 1e-5
     assert config.tie_word_embeddings
     assert config.eos_token_ids == (128001, 128008, 128009)
-    assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
@@ -62,35 +67,36 @@ def test_every_family_as_transformers_writes_it(tmp_path: Path, family: str, tie
 
     path = make_model(tmp_path, family, tie_word_embeddings=tied, rope_theta=5000.0)
     config, hf = load_model_config(path), AutoConfig.from_pretrained(path)
-    assert config.num_layers == hf.num_hidden_layers
-    assert (config.num_heads, config.num_kv_heads) == (4, 2)
-    assert config.head_dim == (32 if family == "qwen3" else 16)
-    assert config.tie_word_embeddings is tied
-    assert config.rope_theta == hf.rope_parameters["rope_theta"]
-    assert config.rope_scaling is None
+    head_dim = 32 if family in ("qwen3", "phi3") else 16
+    attention = AttentionSpec(
+        4,
+        2,
+        head_dim,
+        RotarySpec(head_dim // 2 if family == "phi3" else head_dim, 5000.0),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+    layer = LayerSpec(64, attention, MLPSpec(96), norm_eps=hf.rms_norm_eps)
+    assert config.layers == (layer,) * hf.num_hidden_layers
     assert config.rms_norm_eps == hf.rms_norm_eps
-    assert config.qkv_bias is (family == "qwen2")
-    assert config.qk_norm is (family == "qwen3")
-    assert not config.o_bias and not config.mlp_bias
+    assert config.tie_word_embeddings is tied
     assert config.eos_token_ids == (2,)
 
 
 def test_scaling_in_either_spelling(tmp_path: Path) -> None:
-    expected = Llama3RopeScaling(8.0, 1.0, 4.0, 32)
+    expected = RotarySpec(16, 777.0, Llama3RopeScaling(8.0, 1.0, 4.0, 32))
     path = make_model(tmp_path, "llama", rope_scaling=LLAMA3_ROPE, rope_theta=777.0)
-    written = load_model_config(path)
-    assert (written.rope_scaling, written.rope_theta) == (expected, 777.0)
+    assert load_model_config(path).layers[0].attention.rotary == expected
     for key in ("rope_type", "type"):
         scaling = {key if name == "rope_type" else name: v for name, v in LLAMA3_ROPE.items()}
-        older = _parse(rope_scaling=scaling, rope_theta=777.0)
-        assert (older.rope_scaling, older.rope_theta) == (expected, 777.0)
+        older = _parse(rope_scaling=scaling, rope_theta=777.0, head_dim=16)
+        assert older.layers[0].attention.rotary == expected
 
 
 def test_fields_that_may_be_missing_or_null() -> None:
     config = _parse(num_key_value_heads=None, head_dim=None, rope_scaling=None, rope_theta=None)
-    assert config.num_kv_heads == 32
-    assert config.head_dim == 2048 // 32
-    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    assert config.heads == (32, 32, 2048 // 32)
+    assert config.layers[0].attention.rotary == RotarySpec(64, 10000.0)
     bare = {
         key: value
         for key, value in LLAMA_32_1B.items()
@@ -119,11 +125,11 @@ def test_generation_config_decides_the_end_of_sequence(
 
 
 def test_biases() -> None:
-    llama = _parse(attention_bias=True, mlp_bias=True)
-    assert llama.qkv_bias and llama.o_bias and llama.mlp_bias
-    qwen2 = _parse(model_type="qwen2")
-    assert qwen2.qkv_bias and not qwen2.o_bias and not qwen2.mlp_bias
-    qwen3 = _parse(model_type="qwen3", attention_bias=True)
+    llama = _parse(attention_bias=True, mlp_bias=True).layers[0]
+    assert llama.attention.qkv_bias and llama.attention.o_bias and llama.mlp.bias
+    qwen2 = _parse(model_type="qwen2").layers[0]
+    assert qwen2.attention.qkv_bias and not qwen2.attention.o_bias and not qwen2.mlp.bias
+    qwen3 = _parse(model_type="qwen3", attention_bias=True).layers[0].attention
     assert qwen3.qkv_bias and qwen3.o_bias and qwen3.qk_norm
 
 
@@ -153,7 +159,11 @@ def test_context_ends_with_the_sliding_window(changes: dict, context: int) -> No
         ({"model_type": None}, "model_type is None"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; only 1.0",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "lacks 'factor'"),

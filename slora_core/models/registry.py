@@ -1,0 +1,90 @@
+"""Reads a Hugging Face directory's configs into a `ModelConfig`, by the file of its family.
+
+What the decoder does not implement is refused by name.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slora_core.errors import UnsupportedModelError
+from slora_core.models.config import ModelConfig
+from slora_core.models.family import HFConfig, rms_norm_eps
+from slora_core.models.llama import LLAMA
+from slora_core.models.mistral import MISTRAL
+from slora_core.models.phi3 import PHI3
+from slora_core.models.qwen2 import QWEN2
+from slora_core.models.qwen3 import QWEN3
+
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3)}
+
+
+def load_model_config(model_dir: Path) -> ModelConfig:
+    """Read `model_dir/config.json` and `generation_config.json` where there is one.
+
+    Raises:
+        UnsupportedModelError: no config or a damaged one, an unknown family, or an option that
+            the decoder lacks.
+    """
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise UnsupportedModelError(f"{path} does not exist; a Hugging Face model directory has it")
+    generation_path = model_dir / "generation_config.json"
+    generation = _read_object(generation_path) if generation_path.is_file() else {}
+    return parse_model_config(_read_object(path), generation)
+
+
+def parse_model_config(config: HFConfig, generation: HFConfig) -> ModelConfig:
+    """Build a `ModelConfig` from the two JSON objects; raises as `load_model_config`."""
+    try:
+        return _model_config(config, generation)
+    except KeyError as error:
+        raise UnsupportedModelError(f"the model's config.json lacks {error}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise UnsupportedModelError(f"{path} must hold a JSON object")
+    return fields
+
+
+def _model_config(config: HFConfig, generation: HFConfig) -> ModelConfig:
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UnsupportedModelError(
+            f"model_type is {model_type!r}; supported are {', '.join(FAMILIES)}"
+        )
+    _refuse_quantized(config)
+    config = {**family.defaults, **config}
+    layers = family.layers(config)
+    windows = [layer.attention.window for layer in layers if layer.attention.window]
+    return ModelConfig(
+        vocab_size=config["vocab_size"],
+        layers=layers,
+        names=family.names,
+        max_position_embeddings=min([config["max_position_embeddings"], *windows]),
+        rms_norm_eps=rms_norm_eps(config),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        eos_token_ids=_eos_token_ids(config, generation),
+    )
+
+
+def _refuse_quantized(config: HFConfig) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        raise UnsupportedModelError(
+            f"quantization_config has quant_method {method!r}; only unquantized bases are supported"
+        )
+
+
+def _eos_token_ids(config: HFConfig, generation: HFConfig) -> tuple[int, ...]:
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (eos,)
