@@ -1,7 +1,7 @@
 """Paged attention of decode rows, split over the context (Flash-Decoding, Dao et al., 2023).
 
 A program takes one item of a `DecodePlan` and one KV head, with the head's whole group of query
-heads, so that every byte of KV is read once. `reference.paged_decode` says what it computes.
+heads, so that every byte of KV is read once. `torch_ops.paged_decode` says what it computes.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 A program takes one tile of a `PrefillPlan` and one KV head: query rows of all heads of the group
 against the request's whole context in the pool, earlier chunks and shared prefixes included.
-`reference.paged_prefill` says what it computes.
+`torch_ops.paged_prefill` says what it computes.
 """
 
 import math

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from kernels import torch_ops as reference
+from kernels import torch_ops
 from slora_core.adapters.adapter_tables import DeviceAdapterTables
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter, max_adapter_pages
 from slora_core.attention.paged_backend import PagedAttention
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 class ModelRunner:
     """Args:
-    ops: the kernel module; None takes the device's: `triton_ops` on CUDA, else `reference`.
+    ops: the kernel module; None takes the device's: `triton_ops` on CUDA, else `torch_ops`.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ModelRunner:
         self._rows = RowState(
             engine.max_running_requests, pages_for(context_len, engine.page_tokens), self._device
         )
-        planner = None if ops is reference else AttentionPlanner(model, self.pool.dtype)
+        planner = None if ops is torch_ops else AttentionPlanner(model, self.pool.dtype)
         self._prefill_tiles = () if planner is None else planner.prefill_tiles
         self._builder = BatchBuilder(engine.page_tokens, self.tables, self._rows, planner)
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
@@ -240,7 +240,7 @@ class ModelRunner:
 
 def _ops_of(device: torch.device) -> ModuleType:
     if device.type != "cuda":
-        return reference
+        return torch_ops
     # Triton is loaded only where it is used.
     from kernels import triton_ops
 
