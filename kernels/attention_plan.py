@@ -1,7 +1,7 @@
 """How a step's attention is cut into programs: items of decode rows, tiles of prefill rows.
 
 Planned on the host once a step from plain lengths and read by every layer's kernels. It knows no
-KV and no Triton; the twins in `reference` ignore it.
+KV and no Triton; the twins in `torch_ops` ignore it.
 """
 
 from collections.abc import Sequence

@@ -3,6 +3,9 @@
 What it reads that no kernel of the step writes, weights above all, it loads at once; only then
 does it wait. On devices that cannot, kernels run as ever. CUDA C++ Programming Guide, section
 "Programmatic Dependent Launch and Synchronization".
+
+Triton does not promise what it offers for that: kernels use it by the functions here alone, and
+`tests/kernels/test_triton_contract.py` says what is relied on.
 """
 
 import functools
@@ -28,6 +31,20 @@ def _is_able(device: torch.device) -> bool:
 
 
 @triton.jit
+def let_next_start(DEPENDENT: tl.constexpr):
+    """The kernel that follows may start once every program of this one has come here or ended."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(DEPENDENT: tl.constexpr):
+    """Until what came before has ended; afterwards all that it wrote is seen."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def wait_without_work(DEPENDENT: tl.constexpr):
     """For programs that return early: the grid may not end before those that it follows.
 
@@ -37,4 +54,4 @@ def wait_without_work(DEPENDENT: tl.constexpr):
     if DEPENDENT:  # noqa: SIM102 (a constant: without it nothing is compiled of what follows)
         # One program keeps the grid from ending; the others make room.
         if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
-            tl.extra.cuda.gdc_wait()
+            wait_for_previous(DEPENDENT)

@@ -4,118 +4,83 @@ Where a program holds a single row, multiplying is cheaper than having the matri
 tile. Parts of v are added up in fp32 and rounded to the weights' dtype.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from kernels.lora_stream import load_weights
+from kernels.lora_stream import from_row, load_weights
+
+
+class ShrunkRows(NamedTuple):
+    """One module's v, of the rows of a tile."""
+
+    # [BLOCK_ROWS, 1]: rank 0 of each row in the first part.
+    ptrs: tl.tensor
+    # [BLOCK_ROWS, 1]: which rows there are.
+    mask: tl.tensor
+    split_stride: tl.tensor
 
 
 @triton.jit
 def row_delta(
     b,
+    weights,
     v_row_ptr,
     v_split_stride,
-    pool_ptr,
-    table_ptr,
-    first,
-    row_elems,
-    rank,
-    num_columns,
-    page_stride,
+    TILE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    PAGE_ELEMS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MAX_ROW_ELEMS: tl.constexpr,
 ):
-    """fp32 [BLOCK_N] of one row; `b` is its weights of the first BLOCK_R ranks, at `first`."""
+    """fp32 [COLUMNS] of one row.
+
+    Args:
+        b: the first tile of `weights`; the caller has loaded it.
+        weights: B, a row for each rank.
+        v_row_ptr: rank 0 of the row's v in the first part.
+    """
+    rank = weights.num_rows
     splits = tl.arange(0, BLOCK_SPLITS)[:, None]
-    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for r in range(0, rank, BLOCK_R):
-        ranks = (r + tl.arange(0, BLOCK_R))[None, :]
+    sums = tl.zeros([b.shape[1]], dtype=tl.float32)
+    for r in range(0, rank, TILE.ROWS):
+        ranks = (r + tl.arange(0, TILE.ROWS))[None, :]
         v_mask = (splits < NUM_SPLITS) & (ranks < rank)
         v_ptrs = v_row_ptr + splits * v_split_stride + ranks
         parts = tl.load(v_ptrs, mask=v_mask, other=0.0)  # [S, R]
         shrunk = tl.sum(parts, 0).to(b.dtype).to(tl.float32)
         sums += tl.sum(shrunk[:, None] * b.to(tl.float32), 0)
-        next_r = r + BLOCK_R
+        next_r = r + TILE.ROWS
         if next_r < rank:
-            b = load_weights(
-                pool_ptr,
-                table_ptr,
-                first + next_r * row_elems,
-                row_elems,
-                rank - next_r,
-                num_columns,
-                page_stride,
-                PAGE_ELEMS,
-                BLOCK_R,
-                BLOCK_N,
-                MAX_ROW_ELEMS,
-            )  # [R, N]
+            b = load_weights(from_row(weights, next_r), TILE)  # [R, N]
     return sums
 
 
 @triton.jit
 def shrunk_tile(
-    v_rows_ptr,
-    row_mask,
-    first_rank,
-    rank,
-    v_split_stride,
-    NUM_SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    DTYPE: tl.constexpr,
+    v, first_rank, rank, BLOCK_R: tl.constexpr, NUM_SPLITS: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """[BLOCK_ROWS, BLOCK_R] of v from `first_rank` on, of rows at `v_rows_ptr` [BLOCK_ROWS, 1]."""
+    """[BLOCK_ROWS, BLOCK_R] of v from `first_rank` on; 0 from `rank` on."""
     ranks = (first_rank + tl.arange(0, BLOCK_R))[None, :]
-    mask = row_mask & (ranks < rank)
-    shrunk = tl.load(v_rows_ptr + ranks, mask=mask, other=0.0)
+    mask = v.mask & (ranks < rank)
+    shrunk = tl.load(v.ptrs + ranks, mask=mask, other=0.0)
     for split in tl.static_range(1, NUM_SPLITS):
-        shrunk += tl.load(v_rows_ptr + split * v_split_stride + ranks, mask=mask, other=0.0)
+        shrunk += tl.load(v.ptrs + split * v.split_stride + ranks, mask=mask, other=0.0)
     return shrunk.to(DTYPE)
 
 
 @triton.jit
-def tile_delta(
-    b,
-    shrunk,
-    v_rows_ptr,
-    row_mask,
-    v_split_stride,
-    pool_ptr,
-    table_ptr,
-    first,
-    row_elems,
-    rank,
-    num_columns,
-    page_stride,
-    NUM_SPLITS: tl.constexpr,
-    PAGE_ELEMS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MAX_ROW_ELEMS: tl.constexpr,
-):
-    """fp32 [BLOCK_ROWS, BLOCK_N]; `b` as of `row_delta`, and `shrunk` of the same ranks."""
+def tile_delta(b, shrunk, weights, v, TILE: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    """fp32 [BLOCK_ROWS, COLUMNS] of a tile's rows.
+
+    Args:
+        b, weights: as of `row_delta`.
+        shrunk: `shrunk_tile` of v's first ranks.
+    """
+    rank = weights.num_rows
     acc = tl.dot(shrunk, b, input_precision="ieee")
     # Most ranks have no more turns: buffers for them would only take room.
-    for r in tl.range(BLOCK_R, rank, BLOCK_R, num_stages=1):
-        b = load_weights(
-            pool_ptr,
-            table_ptr,
-            first + r * row_elems,
-            row_elems,
-            rank - r,
-            num_columns,
-            page_stride,
-            PAGE_ELEMS,
-            BLOCK_R,
-            BLOCK_N,
-            MAX_ROW_ELEMS,
-        )  # [R, N]
-        shrunk = shrunk_tile(
-            v_rows_ptr, row_mask, r, rank, v_split_stride, NUM_SPLITS, BLOCK_R, b.dtype
-        )
+    for r in tl.range(TILE.ROWS, rank, TILE.ROWS, num_stages=1):
+        b = load_weights(from_row(weights, r), TILE)  # [R, N]
+        shrunk = shrunk_tile(v, r, rank, TILE.ROWS, NUM_SPLITS, b.dtype)
         acc = tl.dot(shrunk, b, acc, input_precision="ieee")
     return acc

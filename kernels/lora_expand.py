@@ -10,11 +10,24 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dependent_launch import launch_options, wait_without_work
+from kernels.dependent_launch import (
+    launch_options,
+    let_next_start,
+    wait_for_previous,
+    wait_without_work,
+)
 from kernels.launch_configs import ExpandLaunch, expand_launch
-from kernels.lora_delta import row_delta, shrunk_tile, tile_delta
+from kernels.lora_delta import ShrunkRows, row_delta, shrunk_tile, tile_delta
 from kernels.lora_segments import LoraSegments
-from kernels.lora_stream import VARYING_POINTERS, load_weights, pick
+from kernels.lora_stream import (
+    VARYING_POINTERS,
+    Stream,
+    Weights,
+    from_column,
+    load_weights,
+    pick,
+    tile_shape,
+)
 from kernels.row_alignment import row_elems
 
 
@@ -135,8 +148,7 @@ def _expand_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """BLOCK_N columns of one module, of a tile's rows."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start(DEPENDENT)
     tile = tl.program_id(1)
     slot = tl.load(tile_slots_ptr + tile).to(tl.int64)
     row_start = tl.load(tile_starts_ptr + tile).to(tl.int64)
@@ -161,111 +173,52 @@ def _expand_kernel(
     first_column = (block - pick(FIRST_BLOCKS, m, NUM_MODULES)) * BLOCK_N
     num_columns = pick(WIDTHS, m, NUM_MODULES) - first_column
     first = offset_b + first_column
-    table_ptr = page_tables_ptr + slot * table_stride
+    stream = Stream(
+        pool_ptr=pool_ptr,
+        table_ptr=page_tables_ptr + slot * table_stride,
+        page_stride=page_stride,
+    )
+    weights = Weights(
+        stream=stream,
+        first=first,
+        row_elems=row_elems,
+        num_rows=rank,
+        num_columns=num_columns,
+    )
     v_ptr += tl.cast(m, tl.int64) * v_module_stride
     y_ptr += pick(OUT_OFFSETS, m, NUM_MODULES) + first_column
     dtype = y_ptr.dtype.element_ty
 
     if row_end - row_start == 1:
+        ROW_TILE: tl.constexpr = tile_shape(ROW_BLOCK_R, BLOCK_N, PAGE_ELEMS, MAX_ROW_ELEMS)
         columns = tl.arange(0, BLOCK_N)
         y_row_ptr = y_ptr + row_start * y_stride + columns
-        b = load_weights(
-            pool_ptr,
-            table_ptr,
-            first,
-            row_elems,
-            rank,
-            num_columns,
-            page_stride,
-            PAGE_ELEMS,
-            ROW_BLOCK_R,
-            BLOCK_N,
-            MAX_ROW_ELEMS,
-        )  # [R, N]
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
+        b = load_weights(weights, ROW_TILE)  # [R, N]
+        wait_for_previous(DEPENDENT)
         y = tl.load(y_row_ptr, mask=columns < num_columns)
-        delta = row_delta(
-            b,
-            v_ptr + row_start * v_row_stride,
-            v_split_stride,
-            pool_ptr,
-            table_ptr,
-            first,
-            row_elems,
-            rank,
-            num_columns,
-            page_stride,
-            NUM_SPLITS,
-            BLOCK_SPLITS,
-            PAGE_ELEMS,
-            ROW_BLOCK_R,
-            BLOCK_N,
-            MAX_ROW_ELEMS,
-        )
+        v_row_ptr = v_ptr + row_start * v_row_stride
+        delta = row_delta(b, weights, v_row_ptr, v_split_stride, ROW_TILE, NUM_SPLITS, BLOCK_SPLITS)
         y = (y.to(tl.float32) + scaling * delta).to(dtype)
         tl.store(y_row_ptr, y, mask=columns < num_columns)
     else:
+        TILE: tl.constexpr = tile_shape(DOT_BLOCK_R, DOT_BLOCK_N, PAGE_ELEMS, MAX_ROW_ELEMS)
         rows = (row_start + tl.arange(0, BLOCK_ROWS))[:, None]
         row_mask = rows < row_end
         y_rows_ptr = y_ptr + rows * y_stride
-        v_rows_ptr = v_ptr + rows * v_row_stride
+        v = ShrunkRows(ptrs=v_ptr + rows * v_row_stride, mask=row_mask, split_stride=v_split_stride)
         start = tl.load(tile_shares_ptr + tile) * DOT_BLOCK_N
         step = tl.load(tile_num_shares_ptr + tile) * DOT_BLOCK_N
-        b_tile = load_weights(
-            pool_ptr,
-            table_ptr,
-            first + start,
-            row_elems,
-            rank,
-            num_columns - start,
-            page_stride,
-            PAGE_ELEMS,
-            DOT_BLOCK_R,
-            DOT_BLOCK_N,
-            MAX_ROW_ELEMS,
-        )  # [R, N]
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
-        shrunk = shrunk_tile(
-            v_rows_ptr, row_mask, 0, rank, v_split_stride, NUM_SPLITS, DOT_BLOCK_R, b_tile.dtype
-        )
+        b_tile = load_weights(from_column(weights, start), TILE)  # [R, N]
+        wait_for_previous(DEPENDENT)
+        shrunk = shrunk_tile(v, 0, rank, DOT_BLOCK_R, NUM_SPLITS, b_tile.dtype)
         for n in range(start, BLOCK_N, step):
             columns = (n + tl.arange(0, DOT_BLOCK_N))[None, :]
             y_mask = row_mask & (columns < num_columns)
             y = tl.load(y_rows_ptr + columns, mask=y_mask)  # [T, N]
-            next_tile = load_weights(
-                pool_ptr,
-                table_ptr,
-                first + n + step,
-                row_elems,
-                tl.where(n + step < BLOCK_N, rank, 0),
-                num_columns - n - step,
-                page_stride,
-                PAGE_ELEMS,
-                DOT_BLOCK_R,
-                DOT_BLOCK_N,
-                MAX_ROW_ELEMS,
-            )
-            delta = tile_delta(
-                b_tile,
-                shrunk,
-                v_rows_ptr,
-                row_mask,
-                v_split_stride,
-                pool_ptr,
-                table_ptr,
-                first + n,
-                row_elems,
-                rank,
-                num_columns - n,
-                page_stride,
-                NUM_SPLITS,
-                PAGE_ELEMS,
-                DOT_BLOCK_R,
-                DOT_BLOCK_N,
-                MAX_ROW_ELEMS,
-            )
+            has_next = n + step < BLOCK_N
+            turn = from_column(weights, n)
+            next_tile = load_weights(from_column(turn, step, is_used=has_next), TILE)
+            delta = tile_delta(b_tile, shrunk, turn, v, TILE, NUM_SPLITS)
             y = (y.to(tl.float32) + scaling * delta).to(dtype)
             tl.store(y_rows_ptr + columns, y, mask=y_mask)
             b_tile = next_tile

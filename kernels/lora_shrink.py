@@ -9,10 +9,25 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dependent_launch import launch_options, wait_without_work
+from kernels.dependent_launch import (
+    launch_options,
+    let_next_start,
+    wait_for_previous,
+    wait_without_work,
+)
 from kernels.launch_configs import ShrinkLaunch, shrink_launch
 from kernels.lora_segments import LoraSegments
-from kernels.lora_stream import VARYING_POINTERS, find_pages, load_on_pages, load_weights, pick
+from kernels.lora_stream import (
+    VARYING_POINTERS,
+    Stream,
+    Weights,
+    find_pages,
+    from_column,
+    load_on_pages,
+    load_weights,
+    pick,
+    tile_shape,
+)
 from kernels.row_alignment import row_elems
 
 
@@ -131,8 +146,7 @@ def _shrink_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """SPLIT_K columns for BLOCK_R ranks of one module, of a tile's rows."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start(DEPENDENT)
     tile = tl.program_id(2)
     slot = tl.load(tile_slots_ptr + tile).to(tl.int64)
     row_start = tl.load(tile_starts_ptr + tile).to(tl.int64)
@@ -156,7 +170,18 @@ def _shrink_kernel(
     first = offset_a + first_rank * ROW_ELEMS + first_column
     num_ranks = rank - first_rank
     num_columns = IN_FEATURES - first_column
-    table_ptr = page_tables_ptr + slot * table_stride
+    stream = Stream(
+        pool_ptr=pool_ptr,
+        table_ptr=page_tables_ptr + slot * table_stride,
+        page_stride=page_stride,
+    )
+    weights = Weights(
+        stream=stream,
+        first=first,
+        row_elems=ROW_ELEMS,
+        num_rows=num_ranks,
+        num_columns=num_columns,
+    )
     ranks = tl.arange(0, BLOCK_R)
     v_ptr += split.to(tl.int64) * v_split_stride + m.to(tl.int64) * v_module_stride + first_rank
 
@@ -164,76 +189,31 @@ def _shrink_kernel(
         # Multiplying a single row is cheaper than having the matrix unit pad it to a tile.
         x_row_ptr = x_ptr + row_start * x_stride + first_column
         sums = tl.zeros([BLOCK_R], dtype=tl.float32)
-        a = load_weights(
-            pool_ptr,
-            table_ptr,
-            first,
-            ROW_ELEMS,
-            num_ranks,
-            num_columns,
-            page_stride,
-            PAGE_ELEMS,
-            BLOCK_R,
-            ROW_BLOCK_K,
-            ROW_ELEMS,
-        )  # [R, K]
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
+        TILE: tl.constexpr = tile_shape(BLOCK_R, ROW_BLOCK_K, PAGE_ELEMS, ROW_ELEMS)
+        a = load_weights(weights, TILE)  # [R, K]
+        wait_for_previous(DEPENDENT)
         for k in range(0, SPLIT_K, ROW_BLOCK_K):
             columns = k + tl.arange(0, ROW_BLOCK_K)
             x = tl.load(x_row_ptr + columns, mask=columns < num_columns, other=0.0)
             sums += tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], 1)
             if SPLIT_K > ROW_BLOCK_K:
                 next_k = k + ROW_BLOCK_K
-                a = load_weights(
-                    pool_ptr,
-                    table_ptr,
-                    first + next_k,
-                    ROW_ELEMS,
-                    tl.where(next_k < SPLIT_K, num_ranks, 0),
-                    num_columns - next_k,
-                    page_stride,
-                    PAGE_ELEMS,
-                    BLOCK_R,
-                    ROW_BLOCK_K,
-                    ROW_ELEMS,
-                )
+                a = load_weights(from_column(weights, next_k, is_used=next_k < SPLIT_K), TILE)
         tl.store(v_ptr + row_start * v_row_stride + ranks, sums, mask=ranks < num_ranks)
     else:
+        CHUNK: tl.constexpr = tile_shape(BLOCK_R, CHUNK_K, PAGE_ELEMS, ROW_ELEMS)
+        DOT_TILE: tl.constexpr = tile_shape(BLOCK_R, DOT_BLOCK_K, PAGE_ELEMS, ROW_ELEMS)
         rows = (row_start + tl.arange(0, BLOCK_ROWS))[:, None]
         x_rows_ptr = x_ptr + rows * x_stride + first_column
         acc = tl.zeros([BLOCK_ROWS, BLOCK_R], dtype=tl.float32)
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
+        wait_for_previous(DEPENDENT)
         for chunk in range(0, SPLIT_K, CHUNK_K):
-            boundary, shift, next_shift = find_pages(
-                table_ptr,
-                first + chunk,
-                ROW_ELEMS,
-                num_ranks,
-                num_columns - chunk,
-                page_stride,
-                PAGE_ELEMS,
-                BLOCK_R,
-                CHUNK_K,
-                ROW_ELEMS,
-            )
+            pages = find_pages(from_column(weights, chunk), CHUNK)
             for k in range(chunk, chunk + CHUNK_K, DOT_BLOCK_K):
                 columns = (k + tl.arange(0, DOT_BLOCK_K))[None, :]
                 x_mask = (rows < row_end) & (columns < num_columns)
                 x_tile = tl.load(x_rows_ptr + columns, mask=x_mask, other=0.0)  # [T, K]
-                a = load_on_pages(
-                    pool_ptr,
-                    boundary,
-                    shift,
-                    next_shift,
-                    first + k,
-                    ROW_ELEMS,
-                    num_ranks,
-                    num_columns - k,
-                    BLOCK_R,
-                    DOT_BLOCK_K,
-                )  # [R, K]
+                a = load_on_pages(from_column(weights, k), pages, DOT_TILE)  # [R, K]
                 acc = tl.dot(x_tile, tl.trans(a), acc, input_precision="ieee")
         v_mask = (rows < row_end) & (ranks[None, :] < num_ranks)
         tl.store(v_ptr + rows * v_row_stride + ranks[None, :], acc, mask=v_mask)

@@ -8,11 +8,23 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.dependent_launch import launch_options, wait_without_work
+from kernels.dependent_launch import (
+    launch_options,
+    let_next_start,
+    wait_for_previous,
+    wait_without_work,
+)
 from kernels.launch_configs import ExpandLaunch, lora_silu_launch
-from kernels.lora_delta import row_delta, shrunk_tile, tile_delta
+from kernels.lora_delta import ShrunkRows, row_delta, shrunk_tile, tile_delta
 from kernels.lora_segments import LoraSegments
-from kernels.lora_stream import VARYING_POINTERS, load_weights
+from kernels.lora_stream import (
+    VARYING_POINTERS,
+    Stream,
+    Weights,
+    from_column,
+    load_weights,
+    tile_shape,
+)
 from kernels.row_alignment import row_elems
 from kernels.silu_mul import silu_product
 
@@ -131,8 +143,7 @@ def _lora_silu_mul_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """BLOCK_N columns of a tile's rows, of gate and of up."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start(DEPENDENT)
     tile = tl.program_id(1)
     slot = tl.load(tile_slots_ptr + tile).to(tl.int64)
     row_start = tl.load(tile_starts_ptr + tile).to(tl.int64)
@@ -151,136 +162,67 @@ def _lora_silu_mul_kernel(
     up_first = tl.multiple_of(tl.load(up_ptr + 2), 64)
     gate_scaling = tl.load(scaling_ptr + slot * scaling_stride + GATE)
     up_scaling = tl.load(scaling_ptr + slot * scaling_stride + UP)
-    table_ptr = page_tables_ptr + slot * table_stride
+    stream = Stream(
+        pool_ptr=pool_ptr,
+        table_ptr=page_tables_ptr + slot * table_stride,
+        page_stride=page_stride,
+    )
     first_column = tl.program_id(0) * BLOCK_N
     num_columns = INTERMEDIATE - first_column
-    gate_first += first_column
-    up_first += first_column
+    gate_weights = Weights(
+        stream=stream,
+        first=gate_first + first_column,
+        row_elems=ROW_ELEMS,
+        num_rows=gate_rank,
+        num_columns=num_columns,
+    )
+    up_weights = Weights(
+        stream=stream,
+        first=up_first + first_column,
+        row_elems=ROW_ELEMS,
+        num_rows=up_rank,
+        num_columns=num_columns,
+    )
     gate_up_ptr += first_column
     y_ptr += first_column
 
     if row_end - row_start == 1:
+        ROW_TILE: tl.constexpr = tile_shape(ROW_BLOCK_R, BLOCK_N, PAGE_ELEMS, ROW_ELEMS)
         columns = tl.arange(0, BLOCK_N)
         mask = columns < num_columns
-        gate_b = load_weights(
-            pool_ptr,
-            table_ptr,
-            gate_first,
-            ROW_ELEMS,
-            gate_rank,
-            num_columns,
-            page_stride,
-            PAGE_ELEMS,
-            ROW_BLOCK_R,
-            BLOCK_N,
-            ROW_ELEMS,
-        )  # [R, N]
-        up_b = load_weights(
-            pool_ptr,
-            table_ptr,
-            up_first,
-            ROW_ELEMS,
-            up_rank,
-            num_columns,
-            page_stride,
-            PAGE_ELEMS,
-            ROW_BLOCK_R,
-            BLOCK_N,
-            ROW_ELEMS,
-        )
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
+        gate_b = load_weights(gate_weights, ROW_TILE)  # [R, N]
+        up_b = load_weights(up_weights, ROW_TILE)
+        wait_for_previous(DEPENDENT)
         gate_ptrs = gate_up_ptr + row_start * gate_up_stride + columns
         gate = tl.load(gate_ptrs, mask=mask, other=0.0)
         up = tl.load(gate_ptrs + INTERMEDIATE, mask=mask, other=0.0)
         v_row_ptr = v_ptr + row_start * v_row_stride
         gate_delta = row_delta(
-            gate_b,
-            v_row_ptr,
-            v_split_stride,
-            pool_ptr,
-            table_ptr,
-            gate_first,
-            ROW_ELEMS,
-            gate_rank,
-            num_columns,
-            page_stride,
-            NUM_SPLITS,
-            BLOCK_SPLITS,
-            PAGE_ELEMS,
-            ROW_BLOCK_R,
-            BLOCK_N,
-            ROW_ELEMS,
+            gate_b, gate_weights, v_row_ptr, v_split_stride, ROW_TILE, NUM_SPLITS, BLOCK_SPLITS
         )
+        v_row_ptr += v_module_stride
         up_delta = row_delta(
-            up_b,
-            v_row_ptr + v_module_stride,
-            v_split_stride,
-            pool_ptr,
-            table_ptr,
-            up_first,
-            ROW_ELEMS,
-            up_rank,
-            num_columns,
-            page_stride,
-            NUM_SPLITS,
-            BLOCK_SPLITS,
-            PAGE_ELEMS,
-            ROW_BLOCK_R,
-            BLOCK_N,
-            ROW_ELEMS,
+            up_b, up_weights, v_row_ptr, v_split_stride, ROW_TILE, NUM_SPLITS, BLOCK_SPLITS
         )
         gate = _changed(gate, gate_delta, gate_scaling, gate_rank)
         up = _changed(up, up_delta, up_scaling, up_rank)
         tl.store(y_ptr + row_start * INTERMEDIATE + columns, silu_product(gate, up), mask=mask)
     else:
+        TILE: tl.constexpr = tile_shape(DOT_BLOCK_R, DOT_BLOCK_N, PAGE_ELEMS, ROW_ELEMS)
         rows = (row_start + tl.arange(0, BLOCK_ROWS))[:, None]
         row_mask = rows < row_end
         start = tl.load(tile_shares_ptr + tile) * DOT_BLOCK_N
         step = tl.load(tile_num_shares_ptr + tile) * DOT_BLOCK_N
-        v_gate_ptr = v_ptr + rows * v_row_stride
-        v_up_ptr = v_gate_ptr + v_module_stride
-        gate_tile = load_weights(
-            pool_ptr,
-            table_ptr,
-            gate_first + start,
-            ROW_ELEMS,
-            gate_rank,
-            num_columns - start,
-            page_stride,
-            PAGE_ELEMS,
-            DOT_BLOCK_R,
-            DOT_BLOCK_N,
-            ROW_ELEMS,
-        )  # [R, N]
-        up_tile = load_weights(
-            pool_ptr,
-            table_ptr,
-            up_first + start,
-            ROW_ELEMS,
-            up_rank,
-            num_columns - start,
-            page_stride,
-            PAGE_ELEMS,
-            DOT_BLOCK_R,
-            DOT_BLOCK_N,
-            ROW_ELEMS,
-        )
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
-        gate_shrunk = shrunk_tile(
-            v_gate_ptr,
-            row_mask,
-            0,
-            gate_rank,
-            v_split_stride,
-            NUM_SPLITS,
-            DOT_BLOCK_R,
-            gate_tile.dtype,
-        )
-        up_shrunk = shrunk_tile(
-            v_up_ptr, row_mask, 0, up_rank, v_split_stride, NUM_SPLITS, DOT_BLOCK_R, up_tile.dtype
-        )
+        v_ptrs = v_ptr + rows * v_row_stride
+        gate_v = ShrunkRows(ptrs=v_ptrs, mask=row_mask, split_stride=v_split_stride)
+        v_ptrs += v_module_stride
+        up_v = ShrunkRows(ptrs=v_ptrs, mask=row_mask, split_stride=v_split_stride)
+        gate_tile = load_weights(from_column(gate_weights, start), TILE)  # [R, N]
+        up_tile = load_weights(from_column(up_weights, start), TILE)
+        wait_for_previous(DEPENDENT)
+        dtype = gate_tile.dtype
+        gate_shrunk = shrunk_tile(gate_v, 0, gate_rank, DOT_BLOCK_R, NUM_SPLITS, dtype)
+        up_shrunk = shrunk_tile(up_v, 0, up_rank, DOT_BLOCK_R, NUM_SPLITS, dtype)
         for n in range(start, BLOCK_N, step):
             columns = (n + tl.arange(0, DOT_BLOCK_N))[None, :]
             mask = row_mask & (columns < num_columns)
@@ -288,71 +230,13 @@ def _lora_silu_mul_kernel(
             gate = tl.load(gate_ptrs, mask=mask, other=0.0)  # [T, N]
             up = tl.load(gate_ptrs + INTERMEDIATE, mask=mask, other=0.0)
             has_next = n + step < BLOCK_N
-            next_gate_tile = load_weights(
-                pool_ptr,
-                table_ptr,
-                gate_first + n + step,
-                ROW_ELEMS,
-                tl.where(has_next, gate_rank, 0),
-                num_columns - n - step,
-                page_stride,
-                PAGE_ELEMS,
-                DOT_BLOCK_R,
-                DOT_BLOCK_N,
-                ROW_ELEMS,
-            )
-            next_up_tile = load_weights(
-                pool_ptr,
-                table_ptr,
-                up_first + n + step,
-                ROW_ELEMS,
-                tl.where(has_next, up_rank, 0),
-                num_columns - n - step,
-                page_stride,
-                PAGE_ELEMS,
-                DOT_BLOCK_R,
-                DOT_BLOCK_N,
-                ROW_ELEMS,
-            )
-            gate_delta = tile_delta(
-                gate_tile,
-                gate_shrunk,
-                v_gate_ptr,
-                row_mask,
-                v_split_stride,
-                pool_ptr,
-                table_ptr,
-                gate_first + n,
-                ROW_ELEMS,
-                gate_rank,
-                num_columns - n,
-                page_stride,
-                NUM_SPLITS,
-                PAGE_ELEMS,
-                DOT_BLOCK_R,
-                DOT_BLOCK_N,
-                ROW_ELEMS,
-            )
+            gate_turn = from_column(gate_weights, n)
+            up_turn = from_column(up_weights, n)
+            next_gate_tile = load_weights(from_column(gate_turn, step, is_used=has_next), TILE)
+            next_up_tile = load_weights(from_column(up_turn, step, is_used=has_next), TILE)
+            gate_delta = tile_delta(gate_tile, gate_shrunk, gate_turn, gate_v, TILE, NUM_SPLITS)
             gate = _changed(gate, gate_delta, gate_scaling, gate_rank)
-            up_delta = tile_delta(
-                up_tile,
-                up_shrunk,
-                v_up_ptr,
-                row_mask,
-                v_split_stride,
-                pool_ptr,
-                table_ptr,
-                up_first + n,
-                ROW_ELEMS,
-                up_rank,
-                num_columns - n,
-                page_stride,
-                NUM_SPLITS,
-                PAGE_ELEMS,
-                DOT_BLOCK_R,
-                DOT_BLOCK_N,
-                ROW_ELEMS,
-            )
+            up_delta = tile_delta(up_tile, up_shrunk, up_turn, up_v, TILE, NUM_SPLITS)
             up = _changed(up, up_delta, up_scaling, up_rank)
             tl.store(y_ptr + rows * INTERMEDIATE + columns, silu_product(gate, up), mask=mask)
             gate_tile = next_gate_tile

@@ -1,7 +1,7 @@
 """Paged attention of decode rows, split over the context (Flash-Decoding, Dao et al., 2023).
 
 A program takes one item of a `DecodePlan` and one KV head, with the head's whole group of query
-heads, so that every byte of KV is read once. `reference.paged_decode` says what it computes.
+heads, so that every byte of KV is read once. `torch_ops.paged_decode` says what it computes.
 """
 
 import math
@@ -12,8 +12,13 @@ import triton.language as tl
 
 from kernels.attention_launch import MIN_BLOCK, AttentionLaunch, decode_launch, padded_head_dim
 from kernels.attention_plan import DecodePlan, max_decode_items, plan_decode
-from kernels.dependent_launch import launch_options, wait_without_work
-from kernels.paged_tile import attend_tile
+from kernels.dependent_launch import (
+    launch_options,
+    let_next_start,
+    wait_for_previous,
+    wait_without_work,
+)
+from kernels.paged_tile import Context, Queries, attend_tile, empty_softmax
 
 # Parts of a row that the combining kernel reads at a time.
 COMBINE_BLOCK_ITEMS = 16
@@ -164,8 +169,7 @@ def _decode_kernel(
     A part is the softmax over the item's tokens, fp32 [group, HEAD_DIM], and the log2 of the sum
     that it was divided by. `out` and the parts are contiguous.
     """
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start(DEPENDENT)
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     row = tl.load(item_rows_ptr + item).to(tl.int64)
@@ -182,36 +186,27 @@ def _decode_kernel(
     dims = tl.arange(0, BLOCK_D)  # [D]
     heads = kv_head * group + members
     mask = (members[:, None] < group) & (dims[None, :] < HEAD_DIM)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(DEPENDENT)
     q_ptrs = q_ptr + row * q_row_stride + heads[:, None] * q_head_stride + dims[None, :]
     q = tl.load(q_ptrs, mask=mask, other=0.0)  # [M, D]
 
-    acc = tl.zeros([BLOCK_HEADS, BLOCK_D], dtype=tl.float32)
-    row_max = tl.full([BLOCK_HEADS], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_HEADS], dtype=tl.float32)
     last_visible = tl.zeros([BLOCK_HEADS], dtype=tl.int32) + (end - 1)
+    queries = Queries(q=q, last_visible=last_visible, qk_scale=qk_scale)
+    context = Context(
+        kv_head_ptr=kv_ptr + kv_head * head_stride,
+        table_ptr=block_tables_ptr + row * table_stride,
+        num_tokens=end,
+        page_tokens=PAGE_TOKENS,
+        page_stride=page_stride,
+        value_stride=value_stride,
+        token_stride=token_stride,
+    )
+    softmax = empty_softmax(BLOCK_HEADS, BLOCK_D)
     for first_token in range(start, end, BLOCK_TOKENS):
-        acc, row_max, row_sum = attend_tile(
-            q,
-            acc,
-            row_max,
-            row_sum,
-            kv_ptr + kv_head * head_stride,
-            block_tables_ptr + row * table_stride,
-            first_token,
-            end,
-            last_visible,
-            qk_scale,
-            page_stride,
-            value_stride,
-            token_stride,
-            PAGE_TOKENS,
-            HEAD_DIM,
-            BLOCK_TOKENS,
-            MASKED=True,
+        softmax = attend_tile(
+            softmax, queries, context, first_token, HEAD_DIM, BLOCK_TOKENS, MASKED=True
         )
-    acc = acc / row_sum[:, None]
+    acc = softmax.acc / softmax.row_sum[:, None]
 
     if num_parts == 1:
         offsets = (row * num_heads + heads)[:, None] * HEAD_DIM + dims[None, :]
@@ -220,7 +215,7 @@ def _decode_kernel(
         part = (first_part + start // chunk_tokens).to(tl.int64)
         part_heads = part * num_heads + heads
         tl.store(parts_ptr + part_heads[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
-        lses = row_max + tl.log2(row_sum)
+        lses = softmax.row_max + tl.log2(softmax.row_sum)
         tl.store(part_lses_ptr + part_heads, lses, mask=members < group)
 
 
@@ -237,8 +232,7 @@ def _combine_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """out[row, head] = the row's parts weighted by exp2 of their log sums, added in order."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start(DEPENDENT)
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     first = tl.load(row_items_ptr + row)
@@ -246,8 +240,7 @@ def _combine_kernel(
     if last - first < 2:
         wait_without_work(DEPENDENT)
         return
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(DEPENDENT)
     dims = tl.arange(0, BLOCK_D)  # [D]
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     total = 0.0

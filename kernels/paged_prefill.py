@@ -2,7 +2,7 @@
 
 A program takes one tile of a `PrefillPlan` and one KV head: query rows of all heads of the group
 against the request's whole context in the pool, earlier chunks and shared prefixes included.
-`reference.paged_prefill` says what it computes.
+`torch_ops.paged_prefill` says what it computes.
 """
 
 import math
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kernels.attention_launch import AttentionLaunch, padded_head_dim, prefill_launches
 from kernels.attention_plan import PrefillPlan, plan_prefill, prefill_block_rows
-from kernels.paged_tile import attend_tile
+from kernels.paged_tile import Context, Queries, attend_tile, empty_softmax
 
 # Arguments that vary from step to step: nothing may be compiled anew while serving.
 VARYING_POINTERS = [
@@ -156,53 +156,29 @@ def _prefill_kernel(
     q_ptrs = q_ptr + rows[:, None] * q_row_stride + heads[:, None] * q_head_stride + dims[None, :]
     q = tl.load(q_ptrs, mask=mask, other=0.0)  # [M, D]
 
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], dtype=tl.float32)
-    row_max = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
-    last_visible = num_cached + chunk_rows  # [M] position of each row
     last_chunk_row = tl.minimum((tile_start + BLOCK_ROWS - 1) // group, num_rows - 1)
     num_tokens = num_cached + last_chunk_row + 1
     # Whole tiles that the first row sees, and with it all others.
     num_unmasked = (num_cached + tile_start // group + 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    queries = Queries(q=q, last_visible=num_cached + chunk_rows, qk_scale=qk_scale)
+    context = Context(
+        kv_head_ptr=kv_ptr + kv_head * head_stride,
+        table_ptr=block_tables_ptr + request * table_stride,
+        num_tokens=num_tokens,
+        page_tokens=PAGE_TOKENS,
+        page_stride=page_stride,
+        value_stride=value_stride,
+        token_stride=token_stride,
+    )
+    softmax = empty_softmax(BLOCK_ROWS, BLOCK_D)
     for first_token in range(0, num_unmasked, BLOCK_TOKENS):
-        acc, row_max, row_sum = attend_tile(
-            q,
-            acc,
-            row_max,
-            row_sum,
-            kv_ptr + kv_head * head_stride,
-            block_tables_ptr + request * table_stride,
-            first_token,
-            num_tokens,
-            last_visible,
-            qk_scale,
-            page_stride,
-            value_stride,
-            token_stride,
-            PAGE_TOKENS,
-            HEAD_DIM,
-            BLOCK_TOKENS,
-            MASKED=False,
+        softmax = attend_tile(
+            softmax, queries, context, first_token, HEAD_DIM, BLOCK_TOKENS, MASKED=False
         )
     for first_token in range(num_unmasked, num_tokens, BLOCK_TOKENS):
-        acc, row_max, row_sum = attend_tile(
-            q,
-            acc,
-            row_max,
-            row_sum,
-            kv_ptr + kv_head * head_stride,
-            block_tables_ptr + request * table_stride,
-            first_token,
-            num_tokens,
-            last_visible,
-            qk_scale,
-            page_stride,
-            value_stride,
-            token_stride,
-            PAGE_TOKENS,
-            HEAD_DIM,
-            BLOCK_TOKENS,
-            MASKED=True,
+        softmax = attend_tile(
+            softmax, queries, context, first_token, HEAD_DIM, BLOCK_TOKENS, MASKED=True
         )
     offsets = (rows * num_heads + heads)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out_ptr + offsets, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    out = (softmax.acc / softmax.row_sum[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, out, mask=mask)

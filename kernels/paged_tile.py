@@ -3,77 +3,111 @@
 Streaming softmax (Milakov and Gimelshein, 2018; FlashAttention-2, section 3.1) in powers of two.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 
+# Kernels make these tuples of their arguments: see `lora_stream`.
+class Queries(NamedTuple):
+    """Query rows of one KV head."""
+
+    # [M, D], zero beyond HEAD_DIM.
+    q: tl.tensor
+    # int32 [M], the last token that each row sees.
+    last_visible: tl.tensor
+    # log2(e) times the scale of the softmax, positive.
+    qk_scale: tl.tensor
+
+
+class Context(NamedTuple):
+    """One KV head's tokens of a request, on pages."""
+
+    # K of the head in token 0 of page 0, with V `value_stride` further on.
+    kv_head_ptr: tl.tensor
+    # The request's row of the block table.
+    table_ptr: tl.tensor
+    # Tokens from here on are not read: pages may hold anything there.
+    num_tokens: tl.tensor
+    page_tokens: tl.tensor
+    page_stride: tl.tensor
+    value_stride: tl.tensor
+    token_stride: tl.tensor
+
+
+class Softmax(NamedTuple):
+    """What is kept of the scores s = qk_scale * q.K seen so far, fp32."""
+
+    # [M, D]: exp2(s - row_max) . V
+    acc: tl.tensor
+    # [M]
+    row_max: tl.tensor
+    # [M]: of exp2(s - row_max)
+    row_sum: tl.tensor
+
+
+@triton.jit
+def empty_softmax(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    return Softmax(
+        acc=tl.zeros([ROWS, BLOCK_D], dtype=tl.float32),
+        row_max=tl.full([ROWS], float("-inf"), dtype=tl.float32),
+        row_sum=tl.zeros([ROWS], dtype=tl.float32),
+    )
+
+
 @triton.jit
 def attend_tile(
-    q,
-    acc,
-    row_max,
-    row_sum,
-    kv_head_ptr,
-    table_ptr,
+    softmax,
+    queries,
+    context,
     first_token,
-    num_tokens,
-    last_visible,
-    qk_scale,
-    page_stride,
-    value_stride,
-    token_stride,
-    PAGE_TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Fold tokens [first_token, first_token + BLOCK_TOKENS) of a context into a softmax.
-
-    acc, row_max and row_sum are (exp2(s - row_max)).V, max and sum of exp2(s - row_max) of the
-    scores s = qk_scale * q.K seen so far; returns all three with the tile included.
+    """The `Softmax` with tokens [first_token, first_token + BLOCK_TOKENS) of the context included.
 
     Args:
-        q: [M, D], zero beyond HEAD_DIM.
-        acc: fp32 [M, D]; row_max and row_sum are fp32 [M].
-        kv_head_ptr: K of one head in token 0 of page 0, with V `value_stride` further on.
-        table_ptr: the context's row of the block table.
-        num_tokens: the tile's tokens from here on are not read: pages may hold anything there.
-        qk_scale: log2(e) times the scale of the softmax, positive.
-        last_visible: int32 [M], the last token that each row sees; at least one row's is in the
-            tile or beyond it, and every row has seen a token by its end.
-        MASKED: without, the whole tile must lie below num_tokens and be visible to all rows.
+        queries: at least one row sees the tile's first token, and every row has seen a token by
+            the tile's end.
+        MASKED: without, the context has the whole tile and all rows see it.
     """
-    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_D: tl.constexpr = queries.q.shape[1]
     tokens = first_token + tl.arange(0, BLOCK_TOKENS)  # [N]
     dims = tl.arange(0, BLOCK_D)  # [D]
+    page_id_ptrs = context.table_ptr + tokens // context.page_tokens
     if MASKED:
-        page_ids = tl.load(table_ptr + tokens // PAGE_TOKENS, mask=tokens < num_tokens, other=0)
+        page_ids = tl.load(page_id_ptrs, mask=tokens < context.num_tokens, other=0)
     else:
-        page_ids = tl.load(table_ptr + tokens // PAGE_TOKENS)
-    token_offsets = page_ids.to(tl.int64) * page_stride + tokens % PAGE_TOKENS * token_stride
-    key_ptrs = kv_head_ptr + token_offsets[:, None] + dims[None, :]  # [N, D]
+        page_ids = tl.load(page_id_ptrs)
+    token_offsets = page_ids.to(tl.int64) * context.page_stride
+    token_offsets += tokens % context.page_tokens * context.token_stride
+    key_ptrs = context.kv_head_ptr + token_offsets[:, None] + dims[None, :]  # [N, D]
 
     # p = 0 does not undo a NaN of V: what is not the context's is not loaded.
     if MASKED:
-        mask = tokens[:, None] < num_tokens
+        mask = tokens[:, None] < context.num_tokens
         if BLOCK_D != HEAD_DIM:
             mask = mask & (dims[None, :] < HEAD_DIM)
         keys = tl.load(key_ptrs, mask=mask, other=0.0)
-        values = tl.load(key_ptrs + value_stride, mask=mask, other=0.0)
+        values = tl.load(key_ptrs + context.value_stride, mask=mask, other=0.0)
     elif BLOCK_D != HEAD_DIM:
         keys = tl.load(key_ptrs, mask=dims[None, :] < HEAD_DIM, other=0.0)
-        values = tl.load(key_ptrs + value_stride, mask=dims[None, :] < HEAD_DIM, other=0.0)
+        values = tl.load(key_ptrs + context.value_stride, mask=dims[None, :] < HEAD_DIM, other=0.0)
     else:
         keys = tl.load(key_ptrs)
-        values = tl.load(key_ptrs + value_stride)
+        values = tl.load(key_ptrs + context.value_stride)
 
-    products = tl.dot(q, tl.trans(keys), input_precision="ieee")  # [M, N]
+    qk_scale = queries.qk_scale
+    products = tl.dot(queries.q, tl.trans(keys), input_precision="ieee")  # [M, N]
     if MASKED:
-        products = tl.where(tokens[None, :] <= last_visible[:, None], products, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(products, 1) * qk_scale)
+        is_visible = tokens[None, :] <= queries.last_visible[:, None]
+        products = tl.where(is_visible, products, float("-inf"))
+    row_max = tl.maximum(softmax.row_max, tl.max(products, 1) * qk_scale)
     # Scaled here and not before, so that scaling and subtracting are one instruction.
-    p = tl.exp2(products * qk_scale - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
-    acc = tl.dot(p.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
-    return acc, new_max, row_sum
+    p = tl.exp2(products * qk_scale - row_max[:, None])
+    rescale = tl.exp2(softmax.row_max - row_max)
+    row_sum = softmax.row_sum * rescale + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, softmax.acc * rescale[:, None], input_precision="ieee")
+    return Softmax(acc=acc, row_max=row_max, row_sum=row_sum)

@@ -1,6 +1,6 @@
 """RMSNorm, with or without adding to the residual stream, in one pass over the rows.
 
-A program takes one row, or several short ones. `reference` says what is computed; rounding is at
+A program takes one row, or several short ones. `torch_ops` says what is computed; rounding is at
 the same places, the mean's sum in another order.
 """
 

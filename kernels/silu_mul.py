@@ -1,6 +1,6 @@
 """The gated activation of the MLP: y = silu(gate) * up, in one pass over the fused projection.
 
-A program takes a block of columns of one row. `reference.silu_mul` says what is computed.
+A program takes a block of columns of one row. `torch_ops.silu_mul` says what is computed.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The ops of `reference` by the same names and arguments, from Triton: the engine's on a GPU."""
+"""The ops of `torch_ops` by the same names and arguments, from Triton: the engine's on a GPU."""
 
 from kernels.kv_write import rotary_kv_write
 from kernels.lora_expand import lora_expand

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import torch_ops as reference
+from kernels import torch_ops
 from kernels.attention_launch import AttentionLaunch, prefill_launches
 from kernels.attention_plan import (
     DecodePlan,
@@ -119,10 +119,10 @@ class AttentionInputs:
     def twin(self, layer: int) -> torch.Tensor:
         lengths = (self.block_tables, self.context_lens, self.case.head_dim**-0.5)
         if self.case.chunk_lens:
-            return reference.paged_prefill(
+            return torch_ops.paged_prefill(
                 self.q, self.kv_cache, layer, self.query_indptr, *lengths
             )
-        return reference.paged_decode(self.q, self.kv_cache, layer, *lengths)
+        return torch_ops.paged_decode(self.q, self.kv_cache, layer, *lengths)
 
     def check(self) -> None:
         """Compare with the twin; raises AssertionError where they differ."""

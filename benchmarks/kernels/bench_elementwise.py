@@ -18,8 +18,7 @@ import torch
 
 from benchmarks.kernels.gpu_timer import copy_bandwidth, graph_time_us, require_cuda
 from benchmarks.report import add_output_option, make_row, publish
-from kernels import torch_ops as reference
-from kernels import triton_ops
+from kernels import torch_ops, triton_ops
 from tests.kernels.cases import TOLERANCES
 
 ROWS = (1, 64, 256, 8192)
@@ -88,7 +87,7 @@ def add_rms_norm_case(rows: int, shape: Shape, inputs: Inputs) -> Case:
     x, residual = (inputs.randn(num_sets, rows, shape.hidden) for _ in range(2))
     weight = inputs.randn(num_sets, shape.hidden)
     twin_residual = residual[0].clone()
-    twin = reference.add_rms_norm(x[0], twin_residual, weight[0], EPS)
+    twin = torch_ops.add_rms_norm(x[0], twin_residual, weight[0], EPS)
     ours = triton_ops.add_rms_norm(x[0], residual[0], weight[0], EPS)
     calls: Calls = [
         lambda args=args: triton_ops.add_rms_norm(*args, EPS)
@@ -102,7 +101,7 @@ def silu_mul_case(rows: int, shape: Shape, inputs: Inputs) -> Case:
     num_bytes = 3 * rows * shape.intermediate * inputs.dtype.itemsize
     gate_up = inputs.randn(_num_sets(num_bytes), rows, 2 * shape.intermediate)
     calls: Calls = [lambda x=x: triton_ops.silu_mul(x) for x in gate_up]
-    compared = [(triton_ops.silu_mul(gate_up[0]), reference.silu_mul(gate_up[0]))]
+    compared = [(triton_ops.silu_mul(gate_up[0]), torch_ops.silu_mul(gate_up[0]))]
     return Case("silu_mul", rows, num_bytes, calls, compared)
 
 
@@ -129,7 +128,7 @@ def rotary_kv_write_case(rows: int, shape: Shape, inputs: Inputs) -> Case:
         return *qkv, cos_sin, positions[index], cache, NUM_LAYERS - 1, slots[index]
 
     twin_fused, twin_cache = fused[0].clone(), kv_cache.clone()
-    reference.rotary_kv_write(*arguments(0, twin_fused, twin_cache))
+    torch_ops.rotary_kv_write(*arguments(0, twin_fused, twin_cache))
     triton_ops.rotary_kv_write(*arguments(0, fused[0], kv_cache))
     compared = [(fused[0].clone(), twin_fused), (kv_cache.clone(), twin_cache)]
     calls: Calls = [

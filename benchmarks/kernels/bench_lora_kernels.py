@@ -29,8 +29,7 @@ from benchmarks.kernels.lora_cases import (
 from benchmarks.kernels.lora_prefill import check_prefill, make_prefill
 from benchmarks.kernels.lora_sweep import sweep
 from benchmarks.report import add_output_option, make_row, publish
-from kernels import torch_ops as reference
-from kernels import triton_ops
+from kernels import torch_ops, triton_ops
 from tests.popularity import draw_adapters
 
 RANKS = {"8": (8,), "64": (64,), "64/32/16/8": (64, 32, 16, 8)}
@@ -80,7 +79,7 @@ def measure_prefill(device: torch.device, dtype: torch.dtype, seed: int) -> dict
     """us of a layer over prompts, of the base model and of one adapter on all seven linears."""
     shape = SHAPES["llama-7b"]
     inputs = make_prefill(shape, NUM_PROMPTS, PROMPT_LEN, PREFILL_RANK, device, dtype, seed)
-    check_prefill(inputs, (triton_ops, reference), TOLERANCE)
+    check_prefill(inputs, (triton_ops, torch_ops), TOLERANCE)
     base, lora = (graph_time_us(inputs.calls(triton_ops, with_lora)) for with_lora in (False, True))
     return {
         "num_prompts": NUM_PROMPTS,

@@ -11,8 +11,7 @@ import torch
 from benchmarks.engine.dummy_adapters import ADAPTER_STD, uniform_layout
 from benchmarks.kernels.compare import assert_near
 from benchmarks.lora_targets import ATTENTION
-from kernels import torch_ops as reference
-from kernels import triton_ops
+from kernels import torch_ops, triton_ops
 from kernels.launch_configs import ExpandLaunch, ShrinkLaunch
 from kernels.lora_segments import DECODE_BLOCK_ROWS, LoraSegments, LoraTiles, plan_tiles
 from slora_core.adapters.page_layout import AdapterGeometry
@@ -170,8 +169,8 @@ def check_layer(
         twins = torch.zeros_like(ours)
         v = triton_ops.lora_shrink(x, *args, segments, launch=shrink_launch)
         triton_ops.lora_expand(ours, v, *args, bounds, segments, launch=expand_launch)
-        v = reference.lora_shrink(x, *args, segments)
-        reference.lora_expand(twins, v, *args, bounds, segments)
+        v = torch_ops.lora_shrink(x, *args, segments)
+        torch_ops.lora_expand(twins, v, *args, bounds, segments)
         assert_near(name, ours, twins, TOLERANCE)
 
 
@@ -185,7 +184,7 @@ def check_silu(
     gate_up = _random_rows(adapters, segments, group.out_offsets[-1])
     v = triton_ops.lora_shrink(x, *args)
     ours = triton_ops.lora_silu_mul(gate_up.clone(), v, *args, launch=launch)
-    twins = reference.lora_silu_mul(gate_up, reference.lora_shrink(x, *args), *args)
+    twins = torch_ops.lora_silu_mul(gate_up, torch_ops.lora_shrink(x, *args), *args)
     assert_near("silu_mul", ours, twins, TOLERANCE)
 
 

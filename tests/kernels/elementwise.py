@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from kernels import torch_ops as reference
-from kernels import triton_ops
+from kernels import torch_ops, triton_ops
 from tests.kernels.cases import DEVICE, DTYPES, bits
 
-EVERY_OPS = pytest.mark.parametrize("ops", [reference, triton_ops], ids=["twin", "triton"])
+EVERY_OPS = pytest.mark.parametrize("ops", [torch_ops, triton_ops], ids=["twin", "triton"])
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 # In fp32 the last bits depend on the order of sums; in 16 bits the rounding steps show.
 EVERY_16_BIT_DTYPE = pytest.mark.parametrize("dtype", DTYPES[1:])

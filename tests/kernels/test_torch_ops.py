@@ -3,10 +3,12 @@
 The twins of other ops are tested with their kernels, by the same checks.
 """
 
+import importlib
+
 import pytest
 import torch
 
-from kernels import torch_ops as reference
+from kernels import torch_ops
 from tests.kernels.cases import assert_close, attention64, bits, make_paged_case
 
 DTYPES = (torch.float32, torch.float16)
@@ -32,7 +34,7 @@ def test_paged_decode(
     )
     before = bits(case.kv_cache)
     q = _randn(len(context_lens), num_kv_heads * group, 16, dtype=dtype)
-    out = reference.paged_decode(
+    out = torch_ops.paged_decode(
         q, case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.3
     )
     expected = torch.cat(
@@ -47,15 +49,15 @@ def test_paged_decode_takes_strided_queries() -> None:
     fused = _randn(2, 3 * 64)
     q = fused[:, 64:128].view(2, 4, 16)
     args = case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.25
-    out = reference.paged_decode(q, *args)
-    assert torch.equal(out, reference.paged_decode(q.contiguous(), *args))
+    out = torch_ops.paged_decode(q, *args)
+    assert torch.equal(out, torch_ops.paged_decode(q.contiguous(), *args))
 
 
 @pytest.mark.parametrize("context_lens", [[0], [0, 9, 0], [40, 0, 1]])
 def test_paged_decode_beside_padding_rows(context_lens: list[int]) -> None:
     case = make_paged_case(context_lens)
     q = _randn(len(context_lens), 4, 16)
-    out = reference.paged_decode(
+    out = torch_ops.paged_decode(
         q, case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.3
     )
     for row, length in enumerate(context_lens):
@@ -76,10 +78,12 @@ def test_paged_decode_pads_no_request_far_beyond_its_own_length(
         gathered.append(keys.shape[0] * keys.shape[1])
         return keys, values
 
-    gather_kv = reference._gather_kv
-    monkeypatch.setattr(reference, "_gather_kv", gather)
+    # By its path, which of the package is the op.
+    module = importlib.import_module("kernels.torch_ops.paged_decode")
+    gather_kv = module.gather_kv
+    monkeypatch.setattr(module, "gather_kv", gather)
     q = _randn(len(context_lens), 2, 16)
-    out = reference.paged_decode(
+    out = torch_ops.paged_decode(
         q, case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.3
     )
     assert sum(gathered) <= 2 * sum(context_lens)
@@ -118,7 +122,7 @@ def test_paged_prefill(
     for _, rows in chunks:
         bounds.append(bounds[-1] + rows)
     q = _randn(bounds[-1], num_kv_heads * group, 16, dtype=dtype)
-    out = reference.paged_prefill(
+    out = torch_ops.paged_prefill(
         q,
         case.kv_cache,
         case.layer,
@@ -137,10 +141,10 @@ def test_paged_prefill(
 def test_paged_prefill_of_one_row_equals_decode() -> None:
     case = make_paged_case([19, 3, 48])
     q = _randn(3, 4, 16)
-    decoded = reference.paged_decode(
+    decoded = torch_ops.paged_decode(
         q, case.kv_cache, case.layer, case.block_tables, case.context_lens, 0.25
     )
-    prefilled = reference.paged_prefill(
+    prefilled = torch_ops.paged_prefill(
         q,
         case.kv_cache,
         case.layer,

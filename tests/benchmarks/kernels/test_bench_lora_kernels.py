@@ -6,8 +6,7 @@ import torch
 from benchmarks.engine.workloads import SHAPES
 from benchmarks.kernels import lora_cases, lora_sweep
 from benchmarks.kernels.lora_prefill import check_prefill, make_prefill
-from kernels import torch_ops as reference
-from kernels import triton_ops
+from kernels import torch_ops, triton_ops
 from tests.kernels.cases import DEVICE
 
 
@@ -49,12 +48,12 @@ def test_a_layer_over_prompts_is_compared_with_the_twins(monkeypatch):
     inputs = make_prefill(SHAPES["tiny"], 3, 24, 16, DEVICE, torch.float32)
     assert inputs.attention.slot_mapping.unique().numel() == inputs.delta.shape[0] == 72
     assert inputs.lora.modules == set(range(7))
-    check_prefill(inputs, (triton_ops, reference), 1e-4)
-    base, lora = (inputs.calls(reference, with_lora)[0]() for with_lora in (False, True))
+    check_prefill(inputs, (triton_ops, torch_ops), 1e-4)
+    base, lora = (inputs.calls(torch_ops, with_lora)[0]() for with_lora in (False, True))
     assert not torch.equal(base, lora)
     monkeypatch.setattr(triton_ops, "lora_expand", lambda *_: None)
     with pytest.raises(AssertionError, match="differs from its twin"):
-        check_prefill(inputs, (triton_ops, reference), lora_cases.TOLERANCE)
+        check_prefill(inputs, (triton_ops, torch_ops), lora_cases.TOLERANCE)
 
 
 def test_sweep_tries_every_launch(monkeypatch, capsys):

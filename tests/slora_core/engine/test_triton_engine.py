@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import torch_ops as reference
-from kernels import triton_ops
+from kernels import torch_ops, triton_ops
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
 from slora_core.dtypes import dtype_name, torch_dtype
@@ -140,7 +139,7 @@ def test_logits_of_each_step_are_those_of_the_torch_twins(
         admission_output_tokens=0,
     )
     weights = load_weights(files[0], engine.model, DEVICE.type, dtype)
-    twin = ModelRunner(engine.model, engine.config, weights, engine.config.num_pages, reference)
+    twin = ModelRunner(engine.model, engine.config, weights, engine.config.num_pages, torch_ops)
     twin_builder = StepBuilder(engine.model, engine.config, twin.attention_planner)
     # Where a string may stop a request, it is admitted though its max_tokens might not fit.
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, stop=("never",))
