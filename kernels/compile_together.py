@@ -3,7 +3,7 @@
 Triton keeps on disk what is compiled here under other keys than what a launch compiles where
 constants are tuples, which it restores as lists: neither finds what the other has left there.
 
-Triton promises neither the hook's arguments nor `preload`: `tests/kernels/test_triton_contract.py`
+Triton promises neither the hook's arguments nor `preload`: `tests/kernels/triton_contract.py`
 says what is relied on, and nobody else uses them.
 """
 

@@ -5,7 +5,7 @@ does it wait. On devices that cannot, kernels run as ever. CUDA C++ Programming 
 "Programmatic Dependent Launch and Synchronization".
 
 Triton does not promise what it offers for that: kernels use it by the functions here alone, and
-`tests/kernels/test_triton_contract.py` says what is relied on.
+`tests/kernels/triton_contract.py` says what is relied on.
 """
 
 import functools

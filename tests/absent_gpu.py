@@ -7,8 +7,6 @@ runs such a program by `run_program`.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,17 +36,6 @@ def pretend_gpu() -> None:
     torch.cuda.current_device = lambda: 0
     torch.cuda.set_device = lambda device: None
     dependent_launch.launch_options = lambda x: {"DEPENDENT": True, "launch_pdl": True}
-
-
-@contextmanager
-def compiling_only() -> Iterator[None]:
-    """Inside, a `JITFunction` compiles for an H100, also in a process that interprets kernels."""
-    before = driver._active
-    driver.set_active(_AbsentDevice())
-    try:
-        yield
-    finally:
-        driver._active = before
 
 
 def run_program(module: str, directory: Path) -> list[str]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 
 from kernels.lora_segments import LoraSegments, LoraTiles, plan_tiles
+from tests.kernels import naive
 
 ALIGNMENT = 64
 
@@ -27,6 +27,11 @@ TOLERANCES = {
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if ON_GPU else ())
+# Those of the twins' tests, which run on the CPU everywhere.
+TWIN_DTYPES = (torch.float32, torch.float16)
+# As DTYPES, for tests of many shapes. The interpreter needs seconds for a case and has one code for
+# all dtypes: of each kernel one case in 16 bits shows where it rounds. On a GPU code differs.
+SHAPE_DTYPES = DTYPES if ON_GPU else DTYPES[:1]
 
 
 def assert_close(actual: torch.Tensor, expected64: torch.Tensor, dtype: torch.dtype) -> None:
@@ -111,21 +116,8 @@ def make_paged_case(
 
 
 def attention64(q: torch.Tensor, case: PagedCase, request: int, sm_scale: float) -> torch.Tensor:
-    """torch SDPA of the last rows of a context, causal, over contiguous fp64 KV."""
-    rows, num_heads, _ = q.shape
-    keys, values = (
-        x[request].double().repeat_interleave(num_heads // x[request].shape[1], dim=1)
-        for x in (case.keys, case.values)
-    )
-    length = keys.shape[0]
-    mask = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
-    return F.scaled_dot_product_attention(
-        q.double().transpose(0, 1),
-        keys.transpose(0, 1),
-        values.transpose(0, 1),
-        attn_mask=mask,
-        scale=sm_scale,
-    ).transpose(0, 1)
+    """fp64 attention of the last rows of a request's context."""
+    return naive.attention(q, case.keys[request], case.values[request], sm_scale)
 
 
 @dataclass
@@ -144,17 +136,15 @@ class LoraCase:
         """The same case with what kernels read on `device`; the dense weights stay."""
         return replace(self, pool=self.pool.to(device), segments=self.segments.to(device))
 
-    def deltas(
-        self, x: torch.Tensor, layer: int, module: int, out_features: int
-    ) -> dict[int, torch.Tensor]:
-        """fp64 scaling * (x . A^T) . B^T of each row that the adapter changes."""
-        rows = {}
+    def deltas(self, x: torch.Tensor, layer: int, module: int, out_features: int) -> torch.Tensor:
+        """fp64 [rows, out_features]: what adapters add to the module's output; 0 where nothing."""
+        deltas = torch.zeros(len(self.row_slots), out_features, dtype=torch.float64)
         for row, slot in enumerate(self.row_slots):
             if (slot, layer, module) in self.weights:
                 a, b, scaling = self.weights[slot, layer, module]
-                assert b.shape[0] == out_features
-                rows[row] = scaling * (x[row].double() @ a.double().T) @ b.double().T
-        return rows
+                v = naive.lora_shrink(x[row], a)
+                deltas[row] = naive.lora_expand(deltas[row], v, b, scaling)
+        return deltas
 
 
 def make_lora_case(

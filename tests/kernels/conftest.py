@@ -1,7 +1,14 @@
 """Fixtures of the kernel tests."""
 
+import os
+
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.quick_interpreter import prepare_once_a_launch
+
+    prepare_once_a_launch()
 
 
 @pytest.fixture

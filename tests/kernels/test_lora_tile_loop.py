@@ -8,7 +8,8 @@ import torch
 from kernels import triton_ops
 from kernels.launch_configs import ExpandLaunch
 from kernels.lora_segments import LoraTiles, Tile
-from tests.kernels.cases import DEVICE, DTYPES, LoraCase, assert_close, make_lora_case
+from tests.kernels import naive
+from tests.kernels.cases import DEVICE, SHAPE_DTYPES, LoraCase, assert_close, make_lora_case
 from tests.kernels.elementwise import randn
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -21,7 +22,7 @@ RUNS = [(0, 16), (1, 20), (2, 32), (3, 16)]
 LAUNCH = ExpandLaunch(block_n=256, dot_block_n=64, row_block_r=8, dot_block_r=16, num_warps=4)
 IN_FEATURES = 48
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+each_dtype = pytest.mark.parametrize("dtype", SHAPE_DTYPES)
 each_loop = pytest.mark.parametrize("num_shares,width", [(1, 410), (2, 290)])
 
 
@@ -39,12 +40,9 @@ def _make_case(dtype: torch.dtype, width: int, num_shares: int) -> tuple[LoraCas
     return replace(case, segments=segments).to(DEVICE), randn(start, IN_FEATURES, dtype=dtype).cpu()
 
 
-def _deltas(case: LoraCase, x: torch.Tensor, module: int, width: int) -> torch.Tensor:
-    """fp64 [rows, width]"""
-    deltas = torch.zeros(len(x), width, dtype=torch.float64)
-    for row, delta in case.deltas(x, 0, module, width).items():
-        deltas[row] = delta
-    return deltas
+def _deltas(case: LoraCase, x: torch.Tensor, width: int) -> torch.Tensor:
+    """fp64 [rows, 2 * width], of both modules."""
+    return torch.cat([case.deltas(x, 0, module, width) for module in range(2)], 1)
 
 
 @each_dtype
@@ -52,13 +50,10 @@ def _deltas(case: LoraCase, x: torch.Tensor, module: int, width: int) -> torch.T
 def test_expand(num_shares: int, width: int, dtype: torch.dtype) -> None:
     case, x = _make_case(dtype, width, num_shares)
     y = randn(len(x), 2 * width, dtype=dtype, seed=1)
-    expected = y.double().cpu()
+    expected = y.double().cpu() + _deltas(case, x, width)
     v = triton_ops.lora_shrink(x.to(DEVICE), case.pool, 0, (0, 1), case.segments)
     bounds = (0, width, 2 * width)
     triton_ops.lora_expand(y, v, case.pool, 0, (0, 1), bounds, case.segments, launch=LAUNCH)
-    for module in range(2):
-        columns = slice(bounds[module], bounds[module + 1])
-        expected[:, columns] += _deltas(case, x, module, width)
     # Sums reach five.
     assert_close(y / 4, expected / 4, dtype)
 
@@ -68,10 +63,8 @@ def test_expand(num_shares: int, width: int, dtype: torch.dtype) -> None:
 def test_silu_mul(num_shares: int, width: int, dtype: torch.dtype) -> None:
     case, x = _make_case(dtype, width, num_shares)
     gate_up = randn(len(x), 2 * width, dtype=dtype, seed=1)
-    gate, up = gate_up.double().cpu().split(width, dim=1)
+    expected = naive.lora_silu_mul(gate_up.cpu(), _deltas(case, x, width))
     v = triton_ops.lora_shrink(x.to(DEVICE), case.pool, 0, (0, 1), case.segments)
     y = triton_ops.lora_silu_mul(gate_up, v, case.pool, 0, (0, 1), case.segments, launch=LAUNCH)
-    gate = gate + _deltas(case, x, 0, width)
-    up = up + _deltas(case, x, 1, width)
     # Outputs reach ten, and their inputs were rounded before.
-    assert_close(y / 8, gate / (1 + (-gate).exp()) * up / 8, dtype)
+    assert_close(y / 8, expected / 8, dtype)
