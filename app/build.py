@@ -11,7 +11,9 @@ from ray.serve.config import RequestRouterConfig
 
 from app.args import SLoRAArgs
 from app.http.server import IngressServer, model_limits
-from app.registry.deployment import REGISTRY_DEPLOYMENT, RegistryServer, adapter_geometry
+from app.models.geometry import adapter_geometry
+from app.registry.client import REGISTRY_DEPLOYMENT
+from app.registry.deployment import RegistryServer
 from app.replica.server import EngineServer
 from app.routing.serve_router import AffinityRouter
 

@@ -100,7 +100,7 @@ def _device_args(device: str) -> dict[str, Any]:
 
 def _packed_bytes(sources: list[Path], num_adapters: int, args: SLoRAArgs) -> int:
     """Bytes of all numbered copies in page order."""
-    from app.registry.deployment import adapter_geometry
+    from app.models.geometry import adapter_geometry
     from slora_core.adapters.peft_weights import inspect_peft_adapter
 
     geometry = adapter_geometry(args)

@@ -1,6 +1,6 @@
 """Rotary position embedding of queries and keys, fused with writing keys and values to their pages.
 
-A program takes some heads of one row: of the queries, or of the keys and values. `reference` says
+A program takes some heads of one row: of the queries, or of the keys and values. `torch_ops` says
 what is computed.
 """
 

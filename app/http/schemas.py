@@ -1,7 +1,7 @@
 """Request and response bodies of the OpenAI API, and what of a request is supported.
 
 Owns validation of single fields: types, ranges, unknown names. It knows neither the model nor the
-adapters; limits that depend on them are checked in `completions`.
+adapters; limits that depend on them are in `limits`.
 """
 
 from typing import Annotated, Any, Literal, Self

@@ -1,4 +1,4 @@
-"""The ingress deployment: `ingress.Ingress` in a Serve replica.
+"""The ingress deployment: `routes.Ingress` in a Serve replica.
 
 Owns what the ASGI application is made of and its life: the tokenizer, the copy of the registry,
 the handles. No logic of requests lives here.
@@ -19,7 +19,7 @@ from app.http.limits import ModelLimits
 from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
 from app.models.source import resolve_model
-from app.registry.deployment import RegistryClient
+from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
 from slora_core.models.registry import load_model_config
 from slora_core.text.tokenizer import Tokenizer

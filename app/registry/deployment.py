@@ -1,4 +1,4 @@
-"""The adapter registry as a Serve deployment, and its client.
+"""The adapter registry as a Serve deployment.
 
 Owns the long poll and where the registry's state lies; which adapters are registered is decided by
 `app.registry.registry`. The ingress, the engine replicas and the stores call it.
@@ -15,20 +15,15 @@ from ray.exceptions import RayError
 
 from app import ray_private
 from app.args import SLoRAArgs
-from app.models.source import resolve_model
+from app.models.geometry import adapter_geometry
+from app.registry.client import NAMESPACE
 from app.registry.registry import AdapterRecord, AdapterRegistry, RegistrySnapshot
 from app.registry.state import StateFile
-from app.remote_errors import result_of, returns_errors
-from slora_core.adapters.page_layout import AdapterGeometry
-from slora_core.models.registry import load_model_config
+from app.remote_errors import returns_errors
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# Of this project's names in Ray: the state here, the store actors.
-NAMESPACE = "slora"
-REGISTRY_DEPLOYMENT = "registry"
 
 
 class RegistryServer:
@@ -79,36 +74,6 @@ class RegistryServer:
             task.exception()
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-class RegistryClient:
-    """Calls the registry through its Serve handle; its typed errors are raised here."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def snapshot(self) -> RegistrySnapshot:
-        snapshot: RegistrySnapshot = await self._handle.snapshot.remote()
-        return snapshot
-
-    async def wait_for_change(self, revision: int, timeout_s: float) -> RegistrySnapshot:
-        snapshot: RegistrySnapshot = await self._handle.wait_for_change.remote(revision, timeout_s)
-        return snapshot
-
-    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
-        record: AdapterRecord = await result_of(self._handle.load.remote(name, path, replace))
-        return record
-
-    async def unload(self, name: str) -> None:
-        await result_of(self._handle.unload.remote(name))
-
-    async def report_pool(self, num_pages: int) -> None:
-        await result_of(self._handle.report_pool.remote(num_pages))
-
-
-def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:
-    """The geometry of adapters for the model and engine of these arguments."""
-    return AdapterGeometry.of(load_model_config(resolve_model(args.model)), args.engine_config())
 
 
 class ClusterState:

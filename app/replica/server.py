@@ -17,12 +17,12 @@ from ray import serve
 
 from app.args import SLoRAArgs
 from app.models.source import resolve_model
-from app.registry.deployment import RegistryClient
+from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
 from app.registry.registry import RegistrySnapshot
 from app.replica.leases import AdapterLeases
 from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
-from app.store.actor import StoreClient
+from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
 from slora_core.errors import EngineDeadError, SLoRAError

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.store.eviction import EvictionPolicy, StoreEntry
-from app.store.process_watch import HolderWatch
+from app.store.process_watch import ProcessWatch
 from app.store.slab import Slab, SlabRange, align
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
@@ -51,7 +51,7 @@ class HostStore:
     at once; every method may be called from any thread.
 
     Eviction happens only when room is needed, takes no adapter under a lease, and goes by size,
-    recency and popularity (`store_eviction` says how). `punch_holes` off is for readers that pin
+    recency and popularity (`eviction` says how). `punch_holes` off is for readers that pin
     the slab, see `slab.Slab`.
     """
 
@@ -64,7 +64,7 @@ class HostStore:
     ) -> None:
         self.geometry = geometry
         self._slab = Slab(capacity_bytes, extent_bytes, punch_holes)
-        self._watch = HolderWatch()
+        self._watch = ProcessWatch()
         self._entries: dict[str, StoreEntry] = {}
         self._holders: Counter[int] = Counter()
         self._changed = threading.Condition()

@@ -1,7 +1,7 @@
 """The host store of one node at work: packs what is asked for or registered, ends what is over.
 
 Owns when adapters are read, packed and removed, and when the store has no more users. It wraps
-`HostStore` in asyncio and knows no Ray: `adapter_store` makes an actor of it.
+`HostStore` in asyncio and knows no Ray: `store.actor` makes an actor of it.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from app.registry.follower import RegistryReader, follow_registry
 from app.registry.registry import AdapterRecord, RegistrySnapshot
 from app.store.memory import HostStore, StoreStats
-from app.store.process_watch import HolderWatch
+from app.store.process_watch import ProcessWatch
 from slora_core.adapters.peft_weights import read_peft_adapter
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.errors import AdapterNotFoundError, InvalidAdapterError, SLoRAError, StoreFullError
@@ -40,7 +40,7 @@ class NodeStore:
         self._registry = registry
         self._grace_s = grace_s
         self._on_unused = on_unused
-        self._clients = HolderWatch()
+        self._clients = ProcessWatch()
         self._client_ended: dict[int, asyncio.Event] = {}
         self._packing: dict[str, asyncio.Task[None]] = {}
         self._records: Mapping[str, AdapterRecord] = {}

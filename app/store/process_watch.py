@@ -8,7 +8,7 @@ import os
 import select
 
 
-class HolderWatch:
+class ProcessWatch:
     """The processes watched, and one descriptor that becomes readable when any of them ends."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@ import pytest
 from app.args import SLoRAArgs
 from app.build import build, with_absolute_paths
 from app.http.server import model_limits
-from app.registry.deployment import REGISTRY_DEPLOYMENT
+from app.registry.client import REGISTRY_DEPLOYMENT
 from slora_core.errors import UnsupportedModelError
 from tests.app.fakes import make_record
 from tests.factories import make_model

@@ -60,7 +60,8 @@ def args(root: Path):
 def registry_handle(ray_cluster, args):
     from ray import serve
 
-    from app.registry.deployment import REGISTRY_DEPLOYMENT, RegistryServer
+    from app.registry.client import REGISTRY_DEPLOYMENT
+    from app.registry.deployment import RegistryServer
 
     deployment = serve.deployment(RegistryServer).options(
         name=REGISTRY_DEPLOYMENT,
@@ -75,7 +76,7 @@ def registry_handle(ray_cluster, args):
 
 @pytest.fixture
 def registry(registry_handle):
-    from app.registry.deployment import RegistryClient
+    from app.registry.client import RegistryClient
 
     return RegistryClient(registry_handle)
 
@@ -166,7 +167,7 @@ def test_registrations_survive_the_killed_registry(registry, registry_handle, ro
 
 
 def test_the_store_packs_leases_and_follows_the_registry(registry, registry_handle, args, root):
-    from app.store.actor import StoreClient
+    from app.store.client import StoreClient
 
     async def scenario():
         store, other = StoreClient(args, APP), StoreClient(args, APP)
@@ -196,7 +197,7 @@ def test_the_store_packs_leases_and_follows_the_registry(registry, registry_hand
 
 
 def test_typed_errors_cross_the_stores_handle(registry, args) -> None:
-    from app.store.actor import StoreClient
+    from app.store.client import StoreClient
 
     async def scenario():
         store = StoreClient(args, APP)
@@ -211,7 +212,7 @@ def test_typed_errors_cross_the_stores_handle(registry, args) -> None:
 
 
 def test_a_killed_store_comes_back_and_leases_go_on(registry, args, root) -> None:
-    from app.store.actor import StoreClient
+    from app.store.client import StoreClient
 
     async def scenario():
         store = StoreClient(args, APP)
@@ -274,7 +275,7 @@ def test_a_store_that_does_not_come_back(args, monkeypatch) -> None:
 
 
 def test_a_killed_holders_leases_end(registry, args) -> None:
-    from app.store.actor import StoreClient
+    from app.store.client import StoreClient
 
     async def scenario():
         store = StoreClient(args, APP)
@@ -298,8 +299,9 @@ def test_a_killed_holders_leases_end(registry, args) -> None:
 def test_the_store_ends_itself_when_nobody_uses_it(registry, args) -> None:
     import ray
 
-    from app.registry.deployment import NAMESPACE
-    from app.store.actor import StoreSpec, get_or_create_store
+    from app.registry.client import NAMESPACE
+    from app.store.actor import StoreSpec
+    from app.store.client import get_or_create_store
 
     spec = replace(StoreSpec.of(args, APP), grace_s=0.5)
     client = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

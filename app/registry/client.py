@@ -1,0 +1,35 @@
+"""Calls of the registry's deployment, from the ingress, the engine replicas and the stores."""
+
+from typing import Any
+
+from app.registry.registry import AdapterRecord, RegistrySnapshot
+from app.remote_errors import result_of
+
+# Of this project's names in Ray: the state here, the store actors.
+NAMESPACE = "slora"
+REGISTRY_DEPLOYMENT = "registry"
+
+
+class RegistryClient:
+    """Calls the registry through its Serve handle; its typed errors are raised here."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def snapshot(self) -> RegistrySnapshot:
+        snapshot: RegistrySnapshot = await self._handle.snapshot.remote()
+        return snapshot
+
+    async def wait_for_change(self, revision: int, timeout_s: float) -> RegistrySnapshot:
+        snapshot: RegistrySnapshot = await self._handle.wait_for_change.remote(revision, timeout_s)
+        return snapshot
+
+    async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
+        record: AdapterRecord = await result_of(self._handle.load.remote(name, path, replace))
+        return record
+
+    async def unload(self, name: str) -> None:
+        await result_of(self._handle.unload.remote(name))
+
+    async def report_pool(self, num_pages: int) -> None:
+        await result_of(self._handle.report_pool.remote(num_pages))
