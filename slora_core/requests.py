@@ -72,7 +72,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue, as it goes from the ingress to the scheduler; nobody changes it.
+    """One prompt to continue, as it goes from the ingress to the scheduler.
 
     With `output_ids` it continues an answer that began elsewhere: they are computed like a prompt
     and not given out again, and the next token is drawn with the index that it has in the answer.
@@ -85,7 +85,7 @@ class Request:
     # Tokens of the answer that the client has already; fewer than max_tokens.
     output_ids: list[int] = field(default_factory=list)
     _: KW_ONLY
-    # Names the request wherever it is; no two at one time share it.
+    # No two at one time share it: where a request is sent once more, it has another one.
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     # Who asks, for fairness and limits. Unused yet, as the next three.
     tenant: str | None = None
@@ -121,7 +121,7 @@ class RequestState:
     num_pending: int = 0
     # Steps in flight with a chunk of it.
     num_inflight: int = 0
-    # Finished, refused or aborted; what a step in flight still samples for it is discarded.
+    # Finished, refused or aborted while it ran; what a step in flight still samples is discarded.
     ended: bool = False
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from app import ray_private
+from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
 from slora_core.errors import (
     AdapterNotFoundError,
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 # On replicas that die.
 MAX_ATTEMPTS = 2
 
-# Given the request whose adapter is gone and why, the same request for the adapter's new version.
-Renew = Callable[[Request, Exception], Awaitable[Request]]
+# Given an adapter that is gone, and why, what its name means now.
+Renew = Callable[[AdapterRecord, Exception], Awaitable[AdapterRecord]]
 
 
 class EngineClient:
@@ -37,18 +38,22 @@ class EngineClient:
         self._handle = handle
         self._attempt_ids = itertools.count()
 
-    async def generate(self, request: Request, renew: Renew) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, request: Request, record: AdapterRecord | None, renew: Renew
+    ) -> AsyncGenerator[Delta, None]:
         """Deltas of one request, the last with a finish reason; closing it aborts the request.
+
+        `record` is of the adapter that it names.
 
         Raises:
             SLoRAError: what the replica reported, or `renew`.
             EngineDeadError: the replica or its engine ended.
             OverloadedError: no replica has room, nor has the queue.
         """
-        attempts = _Attempts(request, renew)
+        attempts = _Attempts(request, record, renew)
         while True:
             has_started = has_ended = False
-            responses = self._send(attempts.request, attempts.avoid_replica)
+            responses = self._send(attempts)
             try:
                 async for delta in responses:
                     has_ended, has_started = delta.is_last, has_started or bool(delta.token_ids)
@@ -71,8 +76,9 @@ class EngineClient:
                 if not has_ended:
                     responses.cancel()
 
-    def _send(self, request: Request, avoid_replica: str | None) -> Any:
-        """Start one attempt; Serve's response, an async iterator of deltas."""
+    def _send(self, attempts: "_Attempts") -> Any:
+        """Start the next attempt; Serve's response, an async iterator of deltas."""
+        request = attempts.request
         # The attempt before may still run where the connection broke: its id must not come again.
         attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
         return ray_private.stream_by_value(
@@ -80,15 +86,17 @@ class EngineClient:
             "generate",
             request.adapter_id or "",
             replace(request, request_id=attempt_id),
-            avoid_replica,
+            attempts.record,
+            attempts.avoid_replica,
         )
 
 
 class _Attempts:
     """What is left to try of a request that has no token yet."""
 
-    def __init__(self, request: Request, renew: Renew) -> None:
+    def __init__(self, request: Request, record: AdapterRecord | None, renew: Renew) -> None:
         self.request = request
+        self.record = record
         # A replica that just failed it; the router tries it last.
         self.avoid_replica: str | None = None
         self._renew = renew
@@ -105,11 +113,12 @@ class _Attempts:
             raise error
         elif self._is_renewed:
             raise InvalidRequestError(str(error), "model") from error
-        elif self.request.adapter_id is None:
+        elif self.record is None:
             raise error
         else:
             self._is_renewed = True
-            self.request = await self._renew(self.request, error)
+            self.record = await self._renew(self.record, error)
+            self.request = replace(self.request, adapter_id=self.record.adapter_id)
 
 
 def _checked(delta: Delta) -> Delta:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from app.registry.registry import AdapterRecord
+from app.registry.state import AdapterRecord
 from slora_core.errors import InvalidRequestError
 
 

@@ -101,7 +101,7 @@ def parse_body(model: type[Model], body: bytes) -> Model:
     Raises:
         InvalidRequestError: no JSON object, an unknown or unsupported field, a wrong value.
     """
-    fields = _drop_neutral(_parse_json(body), _NEUTRAL[model])
+    fields = _drop_neutral(_parse_json(body), _NEUTRAL.get(model, {}))
     if "messages" in fields:
         fields["messages"] = _drop_neutral_of_messages(fields["messages"])
     if isinstance(fields.get("stream_options"), dict):

@@ -28,7 +28,7 @@ from app.http.schemas import (
     UnloadAdapterRequest,
 )
 from app.http.service import CompletionService
-from app.registry.registry import AdapterRecord
+from app.registry.state import AdapterRecord
 from app.remote_errors import is_cancellation
 from slora_core.errors import AdapterNotFoundError
 

@@ -8,16 +8,15 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 from typing import Protocol
 
 from app.generation.client import Renew
 from app.generation.text_stream import Generation
 from app.http.limits import ModelLimits
 from app.http.responses import Answer
-from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard
+from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
-from app.registry.registry import AdapterRecord
+from app.registry.state import AdapterRecord
 from slora_core.errors import InvalidRequestError
 from slora_core.requests import Delta, Request, SamplingParams
 from slora_core.text.tokenizer import Tokenizer
@@ -29,7 +28,9 @@ DEFAULT_COMPLETION_TOKENS = 16
 class Engine(Protocol):
     """What the service needs of `generation.client.EngineClient`."""
 
-    def generate(self, request: Request, renew: Renew) -> AsyncGenerator[Delta, None]: ...
+    def generate(
+        self, request: Request, record: AdapterRecord | None, renew: Renew
+    ) -> AsyncGenerator[Delta, None]: ...
 
 
 class CompletionService:
@@ -52,49 +53,49 @@ class CompletionService:
         self._engine = engine
         self._started_at = int(time.time())
 
-    async def complete(self, request: CompletionRequest) -> Answer:
+    async def complete(self, body: CompletionRequest) -> Answer:
         """Check and prepare a completion request; nothing runs before the answer is read.
 
         Raises:
             InvalidRequestError: a prompt or limit that the model cannot take.
             AdapterNotFoundError: no model has this name.
         """
-        record = await self._resolve(request.model)
-        self._limits.check_token_ids(request.stop_token_ids, "stop_token_ids")
+        record = await self._resolve(body.model)
+        self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         seed = secrets.randbits(62)
         generations = []
-        for index, prompt in enumerate(request.prompt):
+        for index, prompt in enumerate(body.prompt):
             if isinstance(prompt, str):
                 prompt_ids = await self._tokenizer.encode_async(prompt)
             else:
                 prompt_ids = prompt
-            self._limits.check_context(len(prompt_ids), "prompt", request.max_tokens, "max_tokens")
+            self._limits.check_context(len(prompt_ids), "prompt", body.max_tokens, "max_tokens")
             self._limits.check_token_ids(prompt_ids, "prompt")
-            max_tokens = request.max_tokens
+            max_tokens = body.max_tokens
             if max_tokens is None:
                 room = self._output_room(prompt_ids, record)
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
-            sampling = request.sampling_params(max_tokens, seed + index)
-            request_id = f"{answer_id}-{index}"
-            generations.append(self._generation(index, request_id, prompt_ids, sampling, record))
-        return Answer(request, generations, answer_id)
+            sampling = body.sampling_params(max_tokens, seed + index)
+            request = _request(body, f"{answer_id}-{index}", prompt_ids, sampling, record)
+            generations.append(self._generation(index, request, record))
+        return Answer(body, generations, answer_id)
 
-    async def chat(self, request: ChatCompletionRequest) -> Answer:
+    async def chat(self, body: ChatCompletionRequest) -> Answer:
         """Check and prepare a chat request; raises as `complete`."""
-        record = await self._resolve(request.model)
-        self._limits.check_token_ids(request.stop_token_ids, "stop_token_ids")
-        messages = [message.as_template_input() for message in request.messages]
+        record = await self._resolve(body.model)
+        self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
+        messages = [message.as_template_input() for message in body.messages]
         prompt_ids = await self._tokenizer.encode_chat(messages)
-        limit = request.token_limit
-        self._limits.check_context(len(prompt_ids), "messages", limit, request.limit_name)
+        limit = body.token_limit
+        self._limits.check_context(len(prompt_ids), "messages", limit, body.limit_name)
         if limit is None:
             limit = self._output_room(prompt_ids, record)
-        sampling = request.sampling_params(limit, secrets.randbits(62))
+        sampling = body.sampling_params(limit, secrets.randbits(62))
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        generation = self._generation(0, answer_id, prompt_ids, sampling, record)
-        return Answer(request, [generation], answer_id)
+        request = _request(body, answer_id, prompt_ids, sampling, record)
+        return Answer(body, [self._generation(0, request, record)], answer_id)
 
     def model_cards(self) -> list[ModelCard]:
         """The base model first, then the adapters by name."""
@@ -131,31 +132,33 @@ class CompletionService:
     def _output_room(self, prompt_ids: list[int], record: AdapterRecord | None) -> int:
         return self._limits.output_room(len(prompt_ids), record, self.registry.num_pool_pages)
 
-    def _generation(
-        self,
-        index: int,
-        request_id: str,
-        prompt_ids: list[int],
-        sampling: SamplingParams,
-        record: AdapterRecord | None,
-    ) -> Generation:
-        async def renew(request: Request, error: Exception) -> Request:
-            """The request for what its adapter's name means now."""
-            assert record is not None, "a request of the base model names no adapter"
-            await self.registry.refresh()
-            newer = await self.registry.find(record.name)
-            if newer.adapter_id == request.adapter_id:
-                # Its files are gone or changed, and nobody has loaded them anew.
-                raise InvalidRequestError(str(error), "model") from error
-            return replace(request, adapter_id=newer.adapter_id)
-
-        request = Request(
-            prompt_ids,
-            sampling,
-            None if record is None else record.adapter_id,
-            request_id=request_id,
-            arrived_at=time.time(),
-        )
-        deltas = self._engine.generate(request, renew)
+    def _generation(self, index: int, request: Request, record: AdapterRecord | None) -> Generation:
+        deltas = self._engine.generate(request, record, self._renewed)
         is_end = self._limits.eos_token_ids.__contains__
         return Generation(index, request, deltas, self._tokenizer.decode, is_end)
+
+    async def _renewed(self, record: AdapterRecord, error: Exception) -> AdapterRecord:
+        """What an adapter's name means now that the adapter is gone."""
+        await self.registry.refresh()
+        newer = await self.registry.find(record.name)
+        if newer.adapter_id == record.adapter_id:
+            # Its files are gone or changed, and nobody has loaded them anew.
+            raise InvalidRequestError(str(error), "model") from error
+        return newer
+
+
+def _request(
+    body: SamplingFields,
+    request_id: str,
+    prompt_ids: list[int],
+    sampling: SamplingParams,
+    record: AdapterRecord | None,
+) -> Request:
+    """What of a body is no sampling is put into the request here."""
+    return Request(
+        prompt_ids,
+        sampling,
+        None if record is None else record.adapter_id,
+        request_id=request_id,
+        arrived_at=time.time(),
+    )

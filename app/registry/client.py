@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from app.registry.registry import AdapterRecord, RegistrySnapshot
+from app.registry.registry import RegistrySnapshot
+from app.registry.state import AdapterRecord
 from app.remote_errors import result_of
 
 # Of this project's names in Ray: the state here, the store actors.

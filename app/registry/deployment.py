@@ -17,8 +17,8 @@ from app import ray_private
 from app.args import SLoRAArgs
 from app.models.geometry import adapter_geometry
 from app.registry.client import NAMESPACE
-from app.registry.registry import AdapterRecord, AdapterRegistry, RegistrySnapshot
-from app.registry.state import StateFile
+from app.registry.registry import AdapterRegistry, RegistrySnapshot
+from app.registry.state import AdapterRecord, StateFile
 from app.remote_errors import returns_errors
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NoReturn, Protocol
 
-from app.registry.registry import AdapterRecord, RegistrySnapshot
+from app.registry.registry import RegistrySnapshot
+from app.registry.state import AdapterRecord
 from slora_core.errors import AdapterNotFoundError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class RegistryView:
         self.num_pool_pages: int | None = None
         self._revision = -1
         self._records: Mapping[str, AdapterRecord] = {}
-        self._by_id: Mapping[str, AdapterRecord] = {}
+        self._adapter_ids: frozenset[str] = frozenset()
         self._refreshing = asyncio.Lock()
         # When the last refresh that has ended began.
         self._refreshed_at = -1.0
@@ -84,7 +85,7 @@ class RegistryView:
 
     def has_id(self, adapter_id: str) -> bool:
         """Whether any name means the adapter."""
-        return adapter_id in self._by_id
+        return adapter_id in self._adapter_ids
 
     async def find(self, name: str) -> AdapterRecord:
         """The adapter a name means; a name unknown here is looked up in the registry.
@@ -97,18 +98,6 @@ class RegistryView:
         if name not in self._records:
             raise AdapterNotFoundError(f"the model {name!r} does not exist")
         return self._records[name]
-
-    async def find_id(self, adapter_id: str) -> AdapterRecord:
-        """The registration of a content; one unknown here is looked up in the registry.
-
-        Raises:
-            AdapterNotFoundError: no name means it, any more or at all.
-        """
-        if adapter_id not in self._by_id:
-            await self.refresh()
-        if adapter_id not in self._by_id:
-            raise AdapterNotFoundError(f"no adapter with the content {adapter_id} is loaded")
-        return self._by_id[adapter_id]
 
     async def refresh(self) -> None:
         """Take a snapshot no older than this call; calls made at once share one."""
@@ -127,12 +116,12 @@ class RegistryView:
         if snapshot.revision < self._revision:
             # A refresh and the long poll at once; the other one's answer was newer.
             return
-        old_ids = self._by_id.keys()
+        old_ids = self._adapter_ids
         self._records = snapshot.records
-        self._by_id = {record.adapter_id: record for record in self._records.values()}
+        self._adapter_ids = frozenset(record.adapter_id for record in self._records.values())
         self._revision = snapshot.revision
         self.num_pool_pages = snapshot.num_pool_pages
-        gone = frozenset(old_ids - self._by_id.keys())
+        gone = old_ids - self._adapter_ids
         if gone and self._on_gone is not None:
             self._on_gone(gone)
         if self._on_snapshot is not None:

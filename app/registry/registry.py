@@ -33,8 +33,6 @@ from slora_core.errors import (
     SLoRAError,
 )
 
-__all__ = ["AdapterRegistry", "AdapterRecord", "RegistrySnapshot"]
-
 logger = logging.getLogger(__name__)
 
 _MIB = 1 << 20

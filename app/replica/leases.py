@@ -7,12 +7,12 @@ where the adapter was unloaded; then the store gets its lease back. It knows no 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from app.registry.registry import AdapterRecord
+from app.registry.state import AdapterRecord
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.errors import EngineDeadError, StoreGoneError
 
@@ -25,14 +25,6 @@ class Store(Protocol):
     async def lease(self, record: AdapterRecord, holder_pid: int) -> AdapterLocation: ...
 
     async def release(self, adapter_id: str, holder_pid: int) -> None: ...
-
-
-class Registry(Protocol):
-    """What leases need of `registry.follower.RegistryView`."""
-
-    def has_id(self, adapter_id: str) -> bool: ...
-
-    async def find_id(self, adapter_id: str) -> AdapterRecord: ...
 
 
 class AdapterReader(Protocol):
@@ -55,57 +47,62 @@ class _Entry:
 
 
 class AdapterLeases:
-    """Leases in the name of `holder_pid`, the engine process that maps the store's memory."""
+    """Leases in the name of `holder_pid`, the engine process that maps the store's memory.
+
+    `is_registered` tells whether any name means an adapter (still).
+    """
 
     def __init__(
-        self, store: Store, engine: AdapterReader, registry: Registry, holder_pid: int
+        self,
+        store: Store,
+        engine: AdapterReader,
+        holder_pid: int,
+        is_registered: Callable[[str], bool],
     ) -> None:
         self._store = store
         self._engine = engine
-        self._registry = registry
         self._holder_pid = holder_pid
+        self._is_registered = is_registered
         self._entries: dict[str, _Entry] = {}
         self._releases: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def hold(self, adapter_id: str) -> AsyncIterator[None]:
+    async def hold(self, record: AdapterRecord) -> AsyncIterator[None]:
         """Keep the adapter leased, and known to the engine, for one request.
 
         A StoreGoneError of the caller has the lease replaced for those that come after it.
 
         Raises:
-            AdapterNotFoundError: no name means the adapter any more.
             InvalidAdapterError, StoreFullError, StoreGoneError: as the store has it.
         """
-        entry = self._entries.setdefault(adapter_id, _Entry())
+        entry = self._entries.setdefault(record.adapter_id, _Entry())
         entry.num_users += 1
         if entry.lease is None or _has_failed(entry.lease):
-            entry.lease = asyncio.create_task(self._acquire(entry, adapter_id))
+            entry.lease = asyncio.create_task(self._acquire(entry, record))
         lease = entry.lease
         try:
             await asyncio.shield(lease)
             yield
         except StoreGoneError:
             if entry.lease is lease and not _has_failed(lease):
-                entry.lease = asyncio.create_task(self._replace(entry, adapter_id))
+                entry.lease = asyncio.create_task(self._replace(entry, record))
             raise
         finally:
             entry.num_users -= 1
             if entry.num_users == 0:
-                self._start(self._release(adapter_id, entry))
+                self._start(self._release(record.adapter_id, entry))
 
-    async def _acquire(self, entry: _Entry, adapter_id: str) -> None:
+    async def _acquire(self, entry: _Entry, record: AdapterRecord) -> None:
         async with entry.lock:
-            await self._lease(adapter_id)
+            await self._lease(record)
 
-    async def _replace(self, entry: _Entry, adapter_id: str) -> None:
+    async def _replace(self, entry: _Entry, record: AdapterRecord) -> None:
         """A new lease instead of one whose store ended before the engine had opened it."""
         async with entry.lock:
-            await self._end_lease(adapter_id)
-            await self._lease(adapter_id)
+            await self._end_lease(record.adapter_id)
+            await self._lease(record)
 
-    async def _lease(self, adapter_id: str) -> None:
-        record = await self._registry.find_id(adapter_id)
+    async def _lease(self, record: AdapterRecord) -> None:
         # On one connection with the requests that wait for it, and before them.
         self._engine.add_adapter(await self._store.lease(record, self._holder_pid))
 
@@ -130,7 +127,7 @@ class AdapterLeases:
             await self._engine.release_adapter_source(adapter_id)
         except EngineDeadError:
             logger.debug("the engine is dead and reads nothing any more")
-        if not self._registry.has_id(adapter_id):
+        if not self._is_registered(adapter_id):
             # When it was unloaded, the engine may have had none of it yet: its requests waited.
             self._engine.drop_adapter(adapter_id)
         await self._end_lease(adapter_id)

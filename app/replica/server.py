@@ -20,6 +20,7 @@ from app.models.source import resolve_model
 from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
 from app.registry.registry import RegistrySnapshot
+from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
 from app.store.client import StoreClient
@@ -56,19 +57,22 @@ class EngineServer:
         await view.refresh()
         # No request should wait for the store's start.
         await store.stats()
-        self._leases = AdapterLeases(store, self._engine, view, info.pid)
+        self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
 
     async def generate(
-        self, request: Request, avoid_replica: str | None = None
+        self,
+        request: Request,
+        record: AdapterRecord | None = None,
+        avoid_replica: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of one request; every error that is somebody's input is in the last one.
 
-        `avoid_replica` is for the router, which has read it.
+        `record` is of the request's adapter, also where it was unloaded since. `avoid_replica` is
+        for the router, which has read it.
         """
         try:
-            adapter_id = request.adapter_id
-            holding = nullcontext() if adapter_id is None else self._leases.hold(adapter_id)
+            holding = nullcontext() if record is None else self._leases.hold(record)
             async with holding:
                 with self._engine.generate(request) as stream:
                     async for delta in stream:

@@ -16,7 +16,7 @@ from app import ray_private
 from app.args import SLoRAArgs
 from app.models.geometry import adapter_geometry
 from app.registry.client import REGISTRY_DEPLOYMENT, RegistryClient
-from app.registry.registry import AdapterRecord
+from app.registry.state import AdapterRecord
 from app.remote_errors import returns_errors
 from app.store.memory import HostStore, StoreStats
 from app.store.packer import NodeStore

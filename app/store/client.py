@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from app.args import SLoRAArgs
 from app.registry.client import NAMESPACE
-from app.registry.registry import AdapterRecord
+from app.registry.state import AdapterRecord
 from app.remote_errors import result_of
 from app.store.actor import AdapterStoreActor, StoreSpec
 from app.store.memory import StoreStats

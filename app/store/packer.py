@@ -9,7 +9,8 @@ import logging
 from collections.abc import Callable, Mapping
 
 from app.registry.follower import RegistryReader, follow_registry
-from app.registry.registry import AdapterRecord, RegistrySnapshot
+from app.registry.registry import RegistrySnapshot
+from app.registry.state import AdapterRecord
 from app.store.memory import HostStore, StoreStats
 from app.store.process_watch import ProcessWatch
 from slora_core.adapters.peft_weights import read_peft_adapter

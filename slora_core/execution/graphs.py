@@ -53,7 +53,7 @@ class StepGraphs:
         inputs = torch.empty(len(fields), dtype=torch.int32, device=self._device)
         fields.copy_to(inputs)
         # Sets up libraries, and compiles kernels that the start did not, which cannot be done while
-        # capturing; all layers have the same ones.
+        # capturing; the first layers have them all.
         forward(inputs, 1)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()

@@ -107,7 +107,7 @@ class ModelRunner:
         self._graphs.capture(shape, fields, forward)
 
     @torch.inference_mode()
-    def run_first_layer(self, inputs: StepInputs) -> None:
+    def launch_kernels(self, inputs: StepInputs) -> None:
         """Launch every kernel that the step launches, each once."""
         self._forward(inputs.fields.to(self._device), inputs.shape, num_layers=1)
 

@@ -49,10 +49,10 @@ def run_every_kernel(
             # With LoRA an empty slot: its kernels find that it has no weights.
             chunks = prompt_step(model, engine, num_tokens, -1 if lora is None else 0).chunks
             shape = replace(shapes.of(chunks), lora=lora)
-            runner.run_first_layer(builder.build_as(chunks, shape))
+            runner.launch_kernels(builder.build_as(chunks, shape))
     for block_rows in () if planner is None else planner.prefill_tiles:
         chunks = prompt_step(model, engine, sizes[0]).chunks
         shape = replace(shapes.of(chunks), prefill_block_rows=block_rows)
-        runner.run_first_layer(builder.build_as(chunks, shape))
+        runner.launch_kernels(builder.build_as(chunks, shape))
     for shape in shapes.graphs():
-        runner.run_first_layer(builder.build_as([], shape))
+        runner.launch_kernels(builder.build_as([], shape))

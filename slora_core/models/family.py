@@ -57,10 +57,11 @@ def attention_spec(config: HFConfig, turns_part_of_heads: bool = False) -> Atten
 
 def mlp_spec(config: HFConfig) -> MLPSpec:
     """With biases by `mlp_bias`."""
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModelError(f"hidden_act is {activation!r}; only 'silu' is supported")
-    return MLPSpec(config["intermediate_size"], bool(config.get("mlp_bias", False)), activation)
+    for name in ("hidden_act", "hidden_activation"):
+        activation = config.get(name) or "silu"
+        if activation != "silu":
+            raise UnsupportedModelError(f"{name} is {activation!r}; only 'silu' is supported")
+    return MLPSpec(config["intermediate_size"], bool(config.get("mlp_bias", False)))
 
 
 def rotary_spec(config: HFConfig, head_dim: int, turns_part_of_heads: bool) -> RotarySpec:

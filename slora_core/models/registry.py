@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slora_core.errors import UnsupportedModelError
-from slora_core.models.config import ModelConfig
+from slora_core.models.config import LayerSpec, ModelConfig
 from slora_core.models.family import HFConfig, rms_norm_eps
 from slora_core.models.llama import LLAMA
 from slora_core.models.mistral import MISTRAL
@@ -62,6 +62,7 @@ def _model_config(config: HFConfig, generation: HFConfig) -> ModelConfig:
     _refuse_quantized(config)
     config = {**family.defaults, **config}
     layers = family.layers(config)
+    _refuse_unlike_the_decoder(layers)
     windows = [layer.attention.window for layer in layers if layer.attention.window]
     return ModelConfig(
         vocab_size=config["vocab_size"],
@@ -81,6 +82,15 @@ def _refuse_quantized(config: HFConfig) -> None:
         raise UnsupportedModelError(
             f"quantization_config has quant_method {method!r}; only unquantized bases are supported"
         )
+
+
+def _refuse_unlike_the_decoder(layers: tuple[LayerSpec, ...]) -> None:
+    """What a specification can say and the one decoder does not compute."""
+    for index, layer in enumerate(layers):
+        if layer.mlp.activation != "silu":
+            raise UnsupportedModelError(
+                f"layer {index} has the activation {layer.mlp.activation!r}; the decoder has 'silu'"
+            )
 
 
 def _eos_token_ids(config: HFConfig, generation: HFConfig) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 import asyncio
 
 from app.registry.names_and_paths import check_name
-from app.registry.registry import AdapterRecord, RegistrySnapshot
+from app.registry.registry import RegistrySnapshot
+from app.registry.state import AdapterRecord
 from slora_core.errors import AdapterExistsError, AdapterNotFoundError
 from slora_core.requests import Delta, FinishReason
 from tests.tiny_tokenizer import byte_ids
@@ -78,7 +79,7 @@ class FakeEngine:
         # Seconds before each delta.
         self.delay_s = 0.0
 
-    async def generate(self, request, renew):
+    async def generate(self, request, record, renew):
         self.requests.append(request)
         ids = byte_ids(self.text.encode())
         starts = range(0, len(ids), self.num_bytes)

@@ -1,5 +1,4 @@
 import asyncio
-from dataclasses import replace
 
 import pytest
 from grpc import StatusCode
@@ -16,6 +15,7 @@ from slora_core.errors import (
     OverloadedError,
 )
 from slora_core.requests import Delta, FinishReason, Request, SamplingParams
+from tests.app.fakes import make_record
 
 
 class FakeHandle:
@@ -36,7 +36,8 @@ class FakeHandle:
     def generate(self):
         return self
 
-    def remote(self, request, avoid_replica):
+    def remote(self, request, record, avoid_replica):
+        assert request.adapter_id == record.adapter_id
         self.requests.append(request)
         self.avoided.append(avoid_replica)
         return FakeResponses(self, self.scripts.pop(0))
@@ -76,13 +77,16 @@ def grpc_error(status):
 CANCELLED = grpc_error(StatusCode.CANCELLED)
 
 
-async def no_newer(request, error):
+RECORD = make_record("a")
+
+
+async def no_newer(record, error):
     raise AssertionError("nobody should ask for a newer adapter")
 
 
-def generate(handle, num=None, renew=no_newer, request=REQUEST):
+def generate(handle, num=None, renew=no_newer):
     async def run():
-        deltas = EngineClient(handle).generate(request, renew)
+        deltas = EngineClient(handle).generate(REQUEST, RECORD, renew)
         seen = []
         async for delta in deltas:
             seen.append(delta)
@@ -123,7 +127,7 @@ def test_attempts_of_one_request_never_share_an_id():
     async def run():
         client = EngineClient(handle)
         for _ in range(2):
-            assert [d async for d in client.generate(REQUEST, no_newer)] == [LAST]
+            assert [d async for d in client.generate(REQUEST, RECORD, no_newer)] == [LAST]
 
     asyncio.run(run())
     assert len({request.request_id for request in handle.requests}) == 2
@@ -166,7 +170,7 @@ def test_tokens_that_came_with_an_error_are_handed_over_before_it():
     seen = []
 
     async def run():
-        async for delta in EngineClient(handle).generate(REQUEST, no_newer):
+        async for delta in EngineClient(handle).generate(REQUEST, RECORD, no_newer):
             seen.append(delta)
 
     with pytest.raises(EngineDeadError):
@@ -181,9 +185,9 @@ def test_a_request_that_the_engine_gave_up_is_an_error():
 
 @pytest.mark.parametrize("error", [AdapterNotFoundError("gone"), InvalidAdapterError("changed")])
 def test_a_request_whose_adapter_was_replaced_goes_to_the_new_version(error):
-    async def renew(request, cause):
-        assert cause is error
-        return replace(request, adapter_id="a-v2")
+    async def renew(record, cause):
+        assert (record, cause) == (RECORD, error)
+        return make_record("a", version=2)
 
     handle = FakeHandle([Delta("r", [], error=error)], [LAST])
     assert generate(handle, renew=renew) == [LAST]

@@ -2,6 +2,7 @@ import asyncio
 import json
 import threading
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 
 import httpx
 import openai
@@ -365,10 +366,11 @@ def test_one_failed_prompt_ends_the_others(server):
 class RenewingEngine(FakeEngine):
     """Its replicas no longer have the first adapter that they are asked for."""
 
-    async def generate(self, request, renew):
+    async def generate(self, request, record, renew):
         self.requests.append(request)
-        renewed = await renew(request, InvalidAdapterError("the files have changed"))
-        async for delta in super().generate(renewed, renew):
+        newer = await renew(record, InvalidAdapterError("the files have changed"))
+        renewed = replace(request, adapter_id=newer.adapter_id)
+        async for delta in super().generate(renewed, newer, renew):
             yield delta
 
 

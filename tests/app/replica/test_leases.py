@@ -4,7 +4,7 @@ import random
 import pytest
 
 from app.replica.leases import AdapterLeases
-from slora_core.errors import AdapterNotFoundError, EngineDeadError, StoreFullError, StoreGoneError
+from slora_core.errors import EngineDeadError, StoreFullError, StoreGoneError
 from tests.app.fakes import make_record
 
 PID = 77
@@ -48,13 +48,8 @@ class FakeStoreAndEngine:
     def drop_adapter(self, adapter_id):
         self.log.append("drop")
 
-    def has_id(self, adapter_id):
+    def is_registered(self, adapter_id):
         return adapter_id not in self.unloaded
-
-    async def find_id(self, adapter_id):
-        if not self.has_id(adapter_id):
-            raise AdapterNotFoundError(adapter_id)
-        return make_record(adapter_id.removesuffix("-v1"))
 
     async def release(self, adapter_id, holder_pid):
         assert holder_pid == PID
@@ -66,7 +61,7 @@ class FakeStoreAndEngine:
 def run(work, **fake):
     async def main():
         both = FakeStoreAndEngine(**fake)
-        leases = AdapterLeases(both, both, both, PID)
+        leases = AdapterLeases(both, both, PID, both.is_registered)
         await work(both, leases)
         while leases._releases:
             await asyncio.gather(*leases._releases)
@@ -78,11 +73,11 @@ def run(work, **fake):
 
 
 async def use(leases, name="a", hold_s=0.0, error=None):
-    adapter_id = f"{name}-v1"
-    async with leases.hold(adapter_id):
-        assert adapter_id in leases._engine.known
+    record = make_record(name)
+    async with leases.hold(record):
+        assert record.adapter_id in leases._engine.known
         await asyncio.sleep(hold_s)
-        assert adapter_id in leases._engine.known
+        assert record.adapter_id in leases._engine.known
         if error is not None:
             raise error
 
@@ -127,7 +122,7 @@ def test_a_refused_lease_fails_its_requests_and_is_asked_again():
 
 def test_a_location_that_leads_nowhere_is_replaced():
     async def work(both, leases):
-        async with leases.hold("a-v1"):
+        async with leases.hold(make_record("a")):
             results = await asyncio.gather(
                 *(use(leases, error=StoreGoneError("gone")) for _ in range(2)),
                 return_exceptions=True,
@@ -140,7 +135,7 @@ def test_a_location_that_leads_nowhere_is_replaced():
 
 def test_an_adapter_unloaded_while_requests_hold_it_is_dropped_after_the_last():
     async def work(both, leases):
-        async with leases.hold("a-v1"):
+        async with leases.hold(make_record("a")):
             waiting = asyncio.create_task(use(leases, hold_s=0.02))
             await asyncio.sleep(0.01)
             both.unloaded.add("a-v1")
@@ -148,15 +143,6 @@ def test_an_adapter_unloaded_while_requests_hold_it_is_dropped_after_the_last():
         await waiting
 
     assert run(work) == ["lease", "let go", "drop", "release"]
-
-
-def test_an_adapter_that_no_name_means_any_more():
-    async def work(both, leases):
-        both.unloaded.add("a-v1")
-        with pytest.raises(AdapterNotFoundError):
-            await use(leases)
-
-    assert run(work) == []
 
 
 def test_a_dead_engine_does_not_keep_the_lease():

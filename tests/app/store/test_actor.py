@@ -244,7 +244,7 @@ def test_a_killed_store_comes_back_and_leases_go_on(registry, args, root) -> Non
 def test_a_store_that_does_not_come_back(args, monkeypatch) -> None:
     from ray.exceptions import ActorDiedError
 
-    from app.store import actor as adapter_store
+    from app.store import client as store_client
 
     class Method:
         def __init__(self, error=None):
@@ -261,14 +261,14 @@ def test_a_store_that_does_not_come_back(args, monkeypatch) -> None:
         attach = Method()
         lease = Method(ActorDiedError())
 
-    monkeypatch.setattr(adapter_store, "get_or_create_store", lambda spec: DeadStore)
-    monkeypatch.setattr(adapter_store, "RETRY_S", 0.001)
+    monkeypatch.setattr(store_client, "get_or_create_store", lambda spec: DeadStore)
+    monkeypatch.setattr(store_client, "RETRY_S", 0.001)
 
     async def scenario():
-        store = adapter_store.StoreClient(args, APP)
+        store = store_client.StoreClient(args, APP)
         with pytest.raises(StoreGoneError, match="does not come back"):
             await store.lease(make_record("a"), ME)
-        assert DeadStore.lease.num_calls == adapter_store.MAX_CALL_ATTEMPTS
+        assert DeadStore.lease.num_calls == store_client.MAX_CALL_ATTEMPTS
         await store.close()
 
     asyncio.run(scenario())
