@@ -6,19 +6,23 @@ The model's name says what it does: see `FakeServer`.
 import asyncio
 import json
 
+# Requests that "together" waits for.
+NUM_TOGETHER = 6
+
 
 class FakeServer:
     """`async with FakeServer() as server`: requests go to `server.url`.
 
     Models: "ok" answers `max_tokens` tokens, one an event; "pairs" two an event; "slow" waits
-    0.3 s before the first; "stuck" never ends; "busy" is 503; "unknown" 404; "cut" closes the
-    connection after two tokens, "short" ends its stream there; "sick" streams an error;
-    "garbage" streams no JSON; "mute" tells no usage.
+    0.3 s before the first, "together" until so many requests are open; "stuck" never ends; "busy"
+    is 503; "unknown" 404; "cut" closes the connection after two tokens, "short" ends its stream
+    there; "sick" streams an error; "garbage" streams no JSON; "mute" tells no usage.
     """
 
     def __init__(self):
         self.bodies = []
         self.num_open = self.max_open = 0
+        self._are_together = asyncio.Event()
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -32,6 +36,8 @@ class FakeServer:
     async def _serve(self, reader, writer):
         self.num_open += 1
         self.max_open = max(self.max_open, self.num_open)
+        if self.num_open == NUM_TOGETHER:
+            self._are_together.set()
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
             length = int(head.split("content-length:")[1].split()[0])
@@ -56,6 +62,8 @@ class FakeServer:
         )
         if model == "slow":
             await asyncio.sleep(0.3)
+        elif model == "together":
+            await self._are_together.wait()
         step = 2 if model == "pairs" else 1
         for start in range(0, num_tokens, step):
             if start == 2 and model in ("cut", "short", "sick", "garbage", "stuck"):
