@@ -67,19 +67,22 @@ def _make_engine(directory: Path, budget: int, pool_tokens: int) -> Engine:
 def _serve(engine: Engine, rng: random.Random) -> None:
     """Requests of all lengths, one at a time and many at once."""
     short, any_length = (1, 3, 7), (1, 3, 20, 100, 400)
-    for num, lengths in (
-        *[(1, any_length)] * 3,
-        (2, any_length),
-        (5, any_length),
-        (40, any_length),
-        (64, any_length),
-        (64, short),
+    kinds = None, *map(str, RANKS)
+    for num, lengths, adapter_ids in (
+        # Steps without LoRA.
+        (1, any_length, (None,)),
+        (5, any_length, (None,)),
+        *[(1, any_length, kinds)] * 3,
+        (2, any_length, kinds),
+        (5, any_length, kinds),
+        (40, any_length, kinds),
+        (64, any_length, kinds),
+        (64, short, kinds),
     ):
         for _ in range(num):
             prompt = [3] * rng.choice(lengths)
             params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-            adapter_id = rng.choice((None, *map(str, RANKS)))
-            engine.add_request(Request(prompt, params, adapter_id))
+            engine.add_request(Request(prompt, params, rng.choice(adapter_ids)))
         while engine.has_work:
             engine.step()
 
@@ -89,28 +92,40 @@ def _zeros(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return x.new_zeros(*x.shape[:-1], weight.shape[0])
 
 
-def main() -> None:
-    """Write "warm" or "missing" for each kernel: launched by the warm-up, or by requests first."""
-    pretend_gpu()
-    F.linear = _zeros
+def _launches(directory: Path, budget: int, pool_tokens: int) -> set[str]:
+    """Who launches each kernel: "warm-up:_norm_kernel", "requests:_norm_kernel".
+
+    "requests-first" are launches that the warm-up did not have.
+    """
+    engine = _make_engine(directory, budget, pool_tokens)
     keys: set[tuple[str, str]] = set()
-    word = ""
+    launches: set[str] = set()
+    is_warm = False
 
     def record(*, key: str, fn: Any, **_: Any) -> bool:
-        if (fn.name, key) not in keys:
+        if not is_warm:
             keys.add((fn.name, key))
-            sys.stdout.write(f"{word}:{fn.name}\n")
+            who = "warm-up"
+        else:
+            who = "requests" if (fn.name, key) in keys else "requests-first"
+        launches.add(f"{who}:{fn.name}")
         return True
 
     knobs.runtime.jit_cache_hook = record
-    for budget, pool_tokens in SETTINGS:
+    run_every_kernel(engine.model, engine.config, engine.builder, engine.runner)
+    is_warm = True
+    _serve(engine, random.Random(budget))
+    return launches
+
+
+def main() -> None:
+    """Write the launches of each engine, with its number before them."""
+    pretend_gpu()
+    F.linear = _zeros
+    for number, (budget, pool_tokens) in enumerate(SETTINGS):
         with tempfile.TemporaryDirectory() as directory:
-            engine = _make_engine(Path(directory), budget, pool_tokens)
-        keys.clear()
-        word = "warm"
-        run_every_kernel(engine.model, engine.config, engine.builder, engine.runner)
-        word = "missing"
-        _serve(engine, random.Random(budget))
+            for launch in sorted(_launches(Path(directory), budget, pool_tokens)):
+                sys.stdout.write(f"{number}:{launch}\n")
 
 
 if __name__ == "__main__":

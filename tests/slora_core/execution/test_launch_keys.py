@@ -3,10 +3,16 @@
 from pathlib import Path
 
 from tests.absent_gpu import run_program
+from tests.kernel_names import kernel_names
+from tests.slora_core.execution.launch_keys import SETTINGS
 
 
 def test_requests_launch_what_the_warm_up_did(tmp_path: Path) -> None:
-    words = run_program("tests.slora_core.execution.launch_keys", tmp_path)
-    assert [word for word in words if not word.startswith("warm:")] == []
-    # Of each of three engines.
-    assert len(set(words)) == 9 and len(words) > 3 * 30
+    launches = run_program("tests.slora_core.execution.launch_keys", tmp_path)
+    # Requests launch every kernel, and none before the warm-up.
+    assert set(launches) == {
+        f"{engine}:{who}:{name}"
+        for engine in range(len(SETTINGS))
+        for who in ("warm-up", "requests")
+        for name in kernel_names()
+    }
