@@ -142,9 +142,12 @@ def test_an_adapter_keeps_its_replica(app):
 
 
 def test_adapters_spread_over_the_replicas(app):
+    before = app.finished()
     for name in ADAPTERS:
-        app.complete(name, max_tokens=1)
-    assert all(stats["num_finished"] > 0 for stats in app.stats())
+        assert app.complete(name, max_tokens=1).status_code == 200
+    counts = app.finished() - before
+    assert sum(counts.values()) == len(ADAPTERS)
+    assert len(counts) == NUM_REPLICAS
 
 
 def test_a_hot_adapter_spills_over(app):

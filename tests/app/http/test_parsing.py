@@ -196,8 +196,7 @@ def test_unsupported_parameter_is_named(kind, name, value):
     ("kind", "fields"),
     [
         ("both", {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}),
-        ("both", {"user": "me", "seed": 5, "top_k": -1, "stop": None, "metadata": {"a": "b"}}),
-        ("both", {"stream": True, "stream_options": {"include_usage": True}}),
+        ("both", {"user": "me", "stop": None, "metadata": {"a": "b"}}),
         ("completion", {"best_of": 1, "echo": False, "suffix": None, "logprobs": None}),
         ("chat", {"logprobs": False, "tools": None, "response_format": {"type": "text"}}),
         ("chat", {"tools": [], "tool_choice": "none", "parallel_tool_calls": True}),
@@ -205,7 +204,14 @@ def test_unsupported_parameter_is_named(kind, name, value):
 )
 def test_parameters_that_change_nothing(kind, fields):
     for each in ("chat", "completion") if kind == "both" else (kind,):
-        parse(each, **fields)
+        assert parse(each, **fields) == parse(each)
+
+
+def test_parameters_that_are_kept():
+    for kind in ("chat", "completion"):
+        request = parse(kind, seed=5, top_k=-1, stream=True, stream_options={"include_usage": True})
+        assert (request.seed, request.top_k, request.stream) == (5, -1, True)
+        assert request.stream_options.include_usage is True
 
 
 def test_stream_options_without_stream():
