@@ -67,6 +67,8 @@ def registry_handle(ray_cluster, args):
         name=REGISTRY_DEPLOYMENT,
         max_ongoing_requests=100,
         graceful_shutdown_timeout_s=0.5,
+        # By which a killed registry is missed.
+        health_check_period_s=0.5,
         ray_actor_options={"num_cpus": 0.1},
     )
     serve.run(deployment.bind(args), name=APP, route_prefix=None)
@@ -308,7 +310,7 @@ def test_the_store_ends_itself_when_nobody_uses_it(registry, args) -> None:
     store = get_or_create_store(spec)
     attached = store.attach.remote(client.pid)
     pid = ray.get(store.pid.remote(), timeout=30)
-    time.sleep(1.5)
+    time.sleep(3 * spec.grace_s)
     assert ray.get(store.pid.remote(), timeout=5) == pid, "a client keeps it"
     client.kill()
     client.wait()
