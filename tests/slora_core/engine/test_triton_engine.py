@@ -94,7 +94,7 @@ def test_mixed_adapters_in_chunks_beside_decodes(files, oracle: GreedyOracle) ->
     rng = random.Random(0)
     entries = [
         _entry(rng.choices(range(3, 256), k=length), kind)
-        for length, kind in zip((40, 1, 17, 9, 30), (*ADAPTERS, None, "rank4-qv"), strict=True)
+        for length, kind in zip((30, 1, 17, 9, 14), (*ADAPTERS, None, "rank4-qv"), strict=True)
     ]
     _check(oracle, engine, entries)
 
@@ -109,10 +109,10 @@ def test_fused_modules_and_heads_turned_in_part(tmp_path: Path) -> None:
     _check(GreedyOracle(*files, ignore_eos=True), _engine(files), entries)
 
 
-def test_a_shared_prefix_and_a_small_pool(files, oracle: GreedyOracle) -> None:
+def test_a_shared_prefix(files, oracle: GreedyOracle) -> None:
     engine = _engine(files, num_pool_tokens=640)
     prefix = random.Random(1).choices(range(3, 256), k=36)
-    kinds = [None, "rank20-all", None, "rank20-all"]
+    kinds = [None, "rank4-qv", None, "rank4-qv"]
     _check(oracle, engine, [_entry([*prefix, 3 + i], kind) for i, kind in enumerate(kinds)])
     assert engine.stats().num_cached_prompt_tokens >= 2 * 32
 
