@@ -4,7 +4,7 @@ import socket
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slora_core.engine.protocol import MessageCutter, packed, receive_message, send_message
@@ -23,6 +23,7 @@ def _same(actual: list[object]) -> None:
     assert [repr(message) for message in actual] == [repr(message) for message in MESSAGES]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60_000), max_size=20))
 def test_messages_are_cut_from_pieces_of_any_size(sizes: list[int]) -> None:
     data = b"".join(map(packed, MESSAGES))
