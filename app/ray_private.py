@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def stream_by_value(
-    handle: DeploymentHandle, method_name: str, session_id: str, *args: Any
+    handle: DeploymentHandle, method_name: str, session_id: str, *args: Any, **kwargs: Any
 ) -> DeploymentResponseGenerator:
     """Call a generator method of a replica; its items come over gRPC.
 
@@ -29,7 +29,7 @@ def stream_by_value(
     process of the cluster before it starts. Tested in Ray 2.60.
     """
     by_value = handle.options(stream=True, session_id=session_id, _by_reference=False)
-    return as_own_request(getattr(by_value, method_name).remote, *args)
+    return as_own_request(getattr(by_value, method_name).remote, *args, **kwargs)
 
 
 def as_own_request(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -36,7 +36,7 @@ def rotary_kv_write(
     positions: torch.Tensor,
     kv_cache: torch.Tensor,
     layer: int,
-    slot_mapping: torch.Tensor,
+    kv_places: torch.Tensor,
 ) -> None:
     """Rotate q and k by their positions (in place) and write k and v to their pages.
 
@@ -52,7 +52,7 @@ def rotary_kv_write(
             head, what lies beyond rotary_dim is not turned.
         positions: int32 or int64 [rows].
         kv_cache: mutated at `layer`.
-        slot_mapping: int32 or int64 [rows], page_id * page_tokens + offset of each row's token;
+        kv_places: int32 or int64 [rows], page_id * page_tokens + offset of each row's token;
             -1 is a row that pads the batch, of which nothing is read or written.
     """
     rows, num_heads, head_dim = q.shape
@@ -60,7 +60,7 @@ def rotary_kv_write(
     if not rows:
         return
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1, "head_dim is contiguous"
-    assert cos_sin.is_contiguous() and positions.is_contiguous() and slot_mapping.is_contiguous()
+    assert cos_sin.is_contiguous() and positions.is_contiguous() and kv_places.is_contiguous()
     # A view of the layer, because a layer index among the arguments is compiled for 1 and for 16.
     kv_layer = kv_cache[:, layer]
     page_stride, value_stride, token_stride, head_stride, _ = kv_layer.stride()
@@ -74,7 +74,7 @@ def rotary_kv_write(
         cos_sin,
         positions,
         kv_layer,
-        slot_mapping,
+        kv_places,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -99,7 +99,7 @@ def rotary_kv_write(
     )
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "kv_places_ptr"])
 def _rotary_kv_write_kernel(
     q_ptr,
     k_ptr,
@@ -107,7 +107,7 @@ def _rotary_kv_write_kernel(
     cos_sin_ptr,
     positions_ptr,
     kv_ptr,
-    slot_mapping_ptr,
+    kv_places_ptr,
     q_row_stride,
     q_head_stride,
     k_row_stride,
@@ -132,9 +132,9 @@ def _rotary_kv_write_kernel(
     """BLOCK_HEADS heads of a row: of q in its first NUM_Q_BLOCKS programs, then of k and v."""
     row = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     block = tl.program_id(0) % NUM_BLOCKS
-    slot = tl.load(slot_mapping_ptr + row).to(tl.int64)
+    place = tl.load(kv_places_ptr + row).to(tl.int64)
     position = tl.load(positions_ptr + row)
-    if slot < 0:
+    if place < 0:
         return
     dims = tl.arange(0, BLOCK_HALF)[None, :]
     cos_ptrs = cos_sin_ptr + position * (2 * HALF) + dims
@@ -159,7 +159,7 @@ def _rotary_kv_write_kernel(
         tl.store(k_ptrs, first, mask=mask)
         tl.store(k_ptrs + HALF, second, mask=mask)
         # Pools are larger than 2^31 elements, so addresses are int64.
-        token_offset = slot // PAGE_TOKENS * page_stride + slot % PAGE_TOKENS * token_stride
+        token_offset = place // PAGE_TOKENS * page_stride + place % PAGE_TOKENS * token_stride
         key_ptrs = kv_ptr + token_offset + heads * head_stride + dims
         tl.store(key_ptrs, first, mask=mask)
         tl.store(key_ptrs + HALF, second, mask=mask)

@@ -1,6 +1,6 @@
 """Arguments that the LoRA ops share: which rows use which adapter, and where its weights lie.
 
-The batch builder makes one `LoraSegments` a step; kernels only read it.
+The model runner makes one `LoraSegments` a step; kernels only read it.
 """
 
 from collections.abc import Sequence

@@ -121,7 +121,7 @@ class RequestState:
     num_pending: int = 0
     # Steps in flight with a chunk of it.
     num_inflight: int = 0
-    # Finished, refused or aborted while it ran; what a step in flight still samples is discarded.
+    # Finished, refused or aborted; what a step in flight still samples for it is discarded.
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -232,7 +232,7 @@ class Delta(NamedTuple):
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
-    # The tokens beside it came before it. Data rather than raised: see `app.remote_errors`.
+    # Without tokens. A value rather than raised, since it comes from another process.
     error: SLoRAError | None = None
 
     @classmethod

@@ -20,7 +20,7 @@ from slora_core.errors import (
     InvalidAdapterError,
     InvalidRequestError,
 )
-from slora_core.requests import Delta, FinishReason, Request
+from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +57,17 @@ class EngineClient:
             try:
                 async for delta in responses:
                     has_ended, has_started = delta.is_last, has_started or bool(delta.token_ids)
-                    if delta.error is None:
-                        yield _checked(delta)
-                    elif delta.token_ids:
-                        yield delta._replace(error=None)
                     if delta.error is not None:
                         raise delta.error
+                    yield delta
                 if not has_ended:
                     raise EngineDeadError("the engine replica stopped before the request ended")
                 return
             except Exception as error:
                 typed = typed_call_error(error)
-                has_ended = has_ended or typed is not error
+                if typed is not error:
+                    has_ended = True
+                    logger.warning("request %s lost its replica: %r", request.request_id, error)
                 if has_started:
                     raise typed from (None if typed is error else error)
                 await attempts.after(typed)
@@ -87,7 +86,7 @@ class EngineClient:
             request.adapter_id or "",
             replace(request, request_id=attempt_id),
             attempts.record,
-            attempts.avoid_replica,
+            avoid_replica=attempts.avoid_replica,
         )
 
 
@@ -119,9 +118,3 @@ class _Attempts:
             self._is_renewed = True
             self.record = await self._renew(self.record, error)
             self.request = replace(self.request, adapter_id=self.record.adapter_id)
-
-
-def _checked(delta: Delta) -> Delta:
-    if delta.finish_reason is FinishReason.ABORT:
-        raise EngineDeadError("the engine gave the request up")
-    return delta

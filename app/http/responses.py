@@ -46,14 +46,12 @@ class Answer:
     async def start(self) -> Self:
         """Wait for the first piece, so that an early error can have a status of its own.
 
+        Whoever starts an answer closes it.
+
         Raises:
             SLoRAError: what the answer failed with.
         """
-        try:
-            self._first = await self._source.next_piece()
-        except BaseException:
-            await self.close()
-            raise
+        self._first = await self._source.next_piece()
         return self
 
     async def close(self) -> None:
@@ -101,9 +99,8 @@ class Answer:
                 yield format.usage(self._usage())
             yield b"data: [DONE]\n\n"
         except Exception as error:
-            yield f"data: {json.dumps(api_error(error, self.id).body)}\n\n".encode()
-        finally:
             await self.close()
+            yield f"data: {json.dumps(api_error(error, self.id).body)}\n\n".encode()
 
     def _usage(self) -> Usage:
         num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)

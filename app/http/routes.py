@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from app.http.errors import ApiError, BodyTooLargeError, api_error
 from app.http.parsing import Model, parse_body
@@ -120,11 +121,30 @@ class Ingress:
         if not stream:
             return await _unless_client_leaves(request, _collect(answer)) or CLIENT_LEFT
         # Before the status line is written, so that an early error has a status of its own.
-        started = await _unless_client_leaves(request, answer.start())
+        try:
+            started = await _unless_client_leaves(request, answer.start())
+        except BaseException:
+            await answer.close()
+            raise
         if started is None:
+            await answer.close()
             return CLIENT_LEFT
+        return EventStream(started)
+
+
+class EventStream(StreamingResponse):
+    """An answer that was started, as server-sent events; closed however the sending ends."""
+
+    def __init__(self, answer: Answer) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(answer.events(), media_type="text/event-stream", headers=headers)
+        super().__init__(answer.events(), media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answer.close()
 
 
 def api_app(ingress: Ingress, lifespan: Lifespan) -> Starlette:

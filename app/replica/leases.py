@@ -118,8 +118,10 @@ class AdapterLeases:
                 if lease is not None and not _has_failed(lease):
                     await self._give_back(adapter_id)
             finally:
-                # A request that came meanwhile waits for the lock in its own `_acquire`.
-                if entry.num_users == 0 and self._entries.get(adapter_id) is entry:
+                # Where a request came meanwhile, and be it gone again, its own lease waits for the
+                # lock: that one's release forgets the entry.
+                is_over = entry.num_users == 0 and entry.lease is None
+                if is_over and self._entries.get(adapter_id) is entry:
                     del self._entries[adapter_id]
 
     async def _give_back(self, adapter_id: str) -> None:

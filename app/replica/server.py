@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineServer:
-    """One replica; Serve calls the methods that end in nothing but its own names."""
+    """One replica, in an actor that Serve makes and asks for its health and load."""
 
     async def __init__(self, args: SLoRAArgs, registry: Any) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
@@ -78,8 +78,6 @@ class EngineServer:
                     async for delta in stream:
                         if delta.error is not None:
                             # Also for the lease, which may have to be replaced.
-                            if delta.token_ids:
-                                yield delta._replace(error=None)
                             raise delta.error
                         yield delta
         except EngineDeadError as error:

@@ -51,5 +51,5 @@ class AffinityRouter(RequestRouter):
 
 def _replica_to_avoid(pending_request: PendingRequest) -> str | None:
     """The replica that just failed this request: what `EngineServer.generate` is called with."""
-    arguments: list[Any] = pending_request.args
-    return arguments[2] if len(arguments) > 2 else None
+    arguments: dict[str, Any] = pending_request.kwargs
+    return arguments.get("avoid_replica")

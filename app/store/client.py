@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A store that was killed is restarted by Ray, or made anew by its clients, in about 2 s.
-MAX_CALL_ATTEMPTS = 5
+# A store that was killed is restarted by Ray, or made anew by its clients, in about 2 s; on a busy
+# node it takes several times that.
+MAX_CALL_ATTEMPTS = 8
 RETRY_S = 0.5
 
 

@@ -121,7 +121,7 @@ def _attention(
     slots = block_tables[:, tokens // page_tokens] * page_tokens + tokens % page_tokens
     bounds = torch.arange(0, num_prompts * prompt_len + 1, prompt_len, dtype=torch.int32)
     return AttentionBatch(
-        slot_mapping=slots.flatten().int().to(device),
+        kv_places=slots.flatten().int().to(device),
         num_decodes=0,
         decode_block_tables=torch.empty(0, 1, dtype=torch.int32, device=device),
         decode_context_lens=torch.empty(0, dtype=torch.int32, device=device),

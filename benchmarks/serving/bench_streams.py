@@ -146,7 +146,7 @@ class StubHandle:
     def options(self, **_: object) -> "StubHandle":
         return self
 
-    def remote(self, request: Request, *_: object) -> AsyncIterator[Delta]:
+    def remote(self, request: Request, *_: object, **__: object) -> AsyncIterator[Delta]:
         return self._stream(self.deltas.pop())
 
     async def _stream(self, deltas: list[Delta]) -> AsyncIterator[Delta]:

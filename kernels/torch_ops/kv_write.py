@@ -11,7 +11,7 @@ def rotary_kv_write(
     positions: torch.Tensor,
     kv_cache: torch.Tensor,
     layer: int,
-    slot_mapping: torch.Tensor,
+    kv_places: torch.Tensor,
 ) -> None:
     """Rotate q and k by their positions (in place) and write k and v to their pages.
 
@@ -23,11 +23,11 @@ def rotary_kv_write(
             head, what lies beyond rotary_dim is not turned.
         positions: int32 or int64 [rows].
         kv_cache: mutated at `layer`.
-        slot_mapping: int32 or int64 [rows], page_id * page_tokens + offset of each row's token;
+        kv_places: int32 or int64 [rows], page_id * page_tokens + offset of each row's token;
             -1 is a row that pads the batch, of which nothing is read or written.
     """
-    if (slot_mapping < 0).any():
-        rows = (slot_mapping >= 0).nonzero().squeeze(1)
+    if (kv_places < 0).any():
+        rows = (kv_places >= 0).nonzero().squeeze(1)
         turned_q, turned_k = q[rows], k[rows]
         rotary_kv_write(
             turned_q,
@@ -37,7 +37,7 @@ def rotary_kv_write(
             positions[rows],
             kv_cache,
             layer,
-            slot_mapping[rows],
+            kv_places[rows],
         )
         q[rows], k[rows] = turned_q, turned_k
         return
@@ -49,8 +49,8 @@ def rotary_kv_write(
         first.copy_(rotated_first)
         second.copy_(rotated_second)
     page_tokens = kv_cache.shape[3]
-    page_ids = slot_mapping // page_tokens
-    offsets = slot_mapping % page_tokens
+    page_ids = kv_places // page_tokens
+    offsets = kv_places % page_tokens
     kv_layer = kv_cache[:, layer]
     kv_layer[page_ids, 0, offsets] = k
     kv_layer[page_ids, 1, offsets] = v

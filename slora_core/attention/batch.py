@@ -19,7 +19,7 @@ class AttentionBatch:
     """
 
     # int32 [T]: page_id * page_tokens + offset of each row's own token; -1 for a padding row.
-    slot_mapping: torch.Tensor
+    kv_places: torch.Tensor
     num_decodes: int
     # int32 [num_decodes, max_pages], int32 [num_decodes]
     decode_block_tables: torch.Tensor

@@ -53,7 +53,7 @@ class PagedAttention:
         assert batch is not None, "plan() comes before run()"
         kv_cache, cos_sin, sm_scale = self._layers[layer]
         self._ops.rotary_kv_write(
-            q, k, v, cos_sin, self._positions, kv_cache, layer, batch.slot_mapping
+            q, k, v, cos_sin, self._positions, kv_cache, layer, batch.kv_places
         )
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         num_decodes = batch.num_decodes

@@ -52,7 +52,7 @@ class EngineLoop:
         on_map = pin_in_background if engine.config.device == "cuda" else None
         self._slabs = SlabReader(engine.geometry, on_map)
         # Why adapters that requests may name could not be added.
-        self._unusable: dict[str, SLoRAError] = {}
+        self._unusable: dict[str | None, SLoRAError] = {}
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="engine-inbox", daemon=True).start()
 
@@ -119,12 +119,14 @@ class EngineLoop:
                 self._unusable[adapter_id] = error
 
     def _add_request(self, request: Request) -> None:
-        try:
-            if request.adapter_id in self._unusable:
-                raise self._unusable[request.adapter_id]
-            self._engine.add_request(request)
-        except SLoRAError as error:
-            self._send(StepOutput(endings={request.request_id: error}))
+        refusal = self._unusable.get(request.adapter_id)
+        if refusal is None:
+            try:
+                self._engine.add_request(request)
+                return
+            except SLoRAError as error:
+                refusal = error
+        self._send(StepOutput(endings={request.request_id: refusal}))
 
     def _answer(self, call: Call) -> Reply:
         try:

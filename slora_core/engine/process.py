@@ -168,7 +168,9 @@ class AsyncEngine:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._die("the engine was closed")
+        # Where the loop is closed nobody waits any more.
+        with contextlib.suppress(RuntimeError):
+            self._die("the engine was closed")
 
     async def _call(self, action: Action, argument: str = "") -> object:
         self._check_alive()
@@ -211,6 +213,9 @@ class AsyncEngine:
         if self._death is not None:
             return
         self._death = reason
+        if self._transport is not None:
+            # Nothing more is read: after a message that could not be, nothing makes sense.
+            self._transport.abort()
         self._streams.fail(EngineDeadError(reason))
         for future in (*self._calls.values(), self._started):
             if future is not None and not future.done():

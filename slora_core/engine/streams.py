@@ -48,6 +48,9 @@ class DeltaStream:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         token_ids, self._token_ids = self._token_ids, []
+        if token_ids and isinstance(self._ending, SLoRAError):
+            # The error is a delta of its own, due at once.
+            return Delta(self.request_id, token_ids)
         self._is_due = False
         self.has_ended = self._ending is not None
         return Delta.of(self.request_id, token_ids, self._ending)
@@ -89,6 +92,8 @@ class DeltaStreams:
         # Those with tokens that wait for the timer.
         self._gathering: list[DeltaStream] = []
         self._timer: asyncio.TimerHandle | None = None
+        # When the timer last went off, the loop's time.
+        self._flushed_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -110,8 +115,13 @@ class DeltaStreams:
             if stream is not None:
                 stream.end(ending)
         if self._gathering and self._timer is None:
-            delay_s = self._interval_s(len(streams))
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._flush)
+            # From the last time on: where a step takes longer than that, nothing waits.
+            loop = asyncio.get_running_loop()
+            due_at = self._flushed_at + self._interval_s(len(streams))
+            if due_at <= loop.time():
+                self._flush()
+            else:
+                self._timer = loop.call_at(due_at, self._flush)
 
     def fail(self, error: SLoRAError) -> None:
         """End every stream with an error, after the tokens that came."""
@@ -120,6 +130,7 @@ class DeltaStreams:
 
     def _flush(self) -> None:
         self._timer = None
+        self._flushed_at = asyncio.get_running_loop().time()
         gathering, self._gathering = self._gathering, []
         for stream in gathering:
             stream.wake()

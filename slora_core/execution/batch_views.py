@@ -29,7 +29,7 @@ def forward_batch(
     if shape.num_decodes:
         # A token that the host has not read yet is the last one sampled for its request.
         known = input_ids[: shape.num_decodes]
-        last = requests.last_tokens.index_select(0, views["decode_requests"])
+        last = requests.last_tokens.index_select(0, views["decode_table_idxs"])
         known.copy_(torch.where(known < 0, last, known))
     return ForwardBatch(
         input_ids=input_ids,
@@ -42,12 +42,12 @@ def forward_batch(
 
 def _attention(views: Views, shape: StepShape, requests: RequestTables) -> AttentionBatch:
     return AttentionBatch(
-        slot_mapping=views["slot_mapping"],
+        kv_places=views["kv_places"],
         num_decodes=shape.num_decodes,
-        decode_block_tables=requests.block_tables(views["decode_requests"]),
+        decode_block_tables=requests.block_tables(views["decode_table_idxs"]),
         decode_context_lens=views["decode_context_lens"],
         query_indptr=views["query_indptr"],
-        prefill_block_tables=requests.block_tables(views["prefill_requests"]),
+        prefill_block_tables=requests.block_tables(views["prefill_table_idxs"]),
         prefill_context_lens=views["prefill_context_lens"],
         decode_plan=_decode_plan(views),
         prefill_plan=_prefill_plan(views, shape.prefill_block_rows),

@@ -1,7 +1,7 @@
 """CUDA graphs of small steps: captured once for each padded shape, then replayed.
 
-Padding rows of a step have no context, no cache slot and no adapter. Knows no requests: it is given
-a step's fields.
+Padding rows of a step have no context, no place in the KV and no adapter. Knows no requests: it
+is given a step's fields.
 """
 
 import gc

@@ -56,7 +56,7 @@ class ModelRunner:
         num_modules = len(model.names.projections)
         self.tables = AdapterTables(self.pool, num_modules, max_slots, max_pages)
         context_len = engine.context_len(model)
-        self._requests = RequestTables(
+        self._request_tables = RequestTables(
             engine.max_running_requests, pages_for(context_len, engine.page_tokens), self._device
         )
         self._attention = PagedAttention(ops, model, self.pool, engine.page_tokens, context_len)
@@ -86,7 +86,7 @@ class ModelRunner:
         if inputs.sampling is not None:
             sampling = SamplingBatch.of(inputs.sampling, self._device)
         tokens = sample(logits, sampling).int()
-        self._requests.write_last_tokens(requests, tokens)
+        self._request_tables.write_last_tokens(requests, tokens)
         return StepHandle(tokens)
 
     @torch.inference_mode()
@@ -117,13 +117,14 @@ class ModelRunner:
     def _logits(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits as `logits`, and the table index of each of their requests, int32."""
         if inputs.pages is not None:
-            self._requests.write_pages(*inputs.pages.to(self._device).values())
+            pages = inputs.pages.to(self._device)
+            self._request_tables.write_pages(pages["table_entries"], pages["table_pages"])
         if inputs.shape.is_padded and self._graphs is not None:
             return self._replay(inputs, self._graphs)
         views = inputs.fields.to(self._device)
         num_samples = inputs.num_samples
         logits = self._forward(views, inputs.shape)[:num_samples].float()
-        return logits, views["sample_requests"][:num_samples]
+        return logits, views["sample_table_idxs"][:num_samples]
 
     def _replay(self, inputs: StepInputs, graphs: StepGraphs) -> tuple[torch.Tensor, torch.Tensor]:
         """What `_logits` returns, by a CUDA graph."""
@@ -131,7 +132,7 @@ class ModelRunner:
             logger.warning("capturing a graph that was not captured at start: %s", inputs.shape)
             self.capture(inputs)
         buffer = graphs.replay(inputs.shape, inputs.fields)
-        requests = inputs.fields.views(buffer)["sample_requests"]
+        requests = inputs.fields.views(buffer)["sample_table_idxs"]
         num_samples = inputs.num_samples
         return self._graph_logits[:num_samples], requests[:num_samples]
 
@@ -142,7 +143,7 @@ class ModelRunner:
 
         All of it may be captured in a CUDA graph.
         """
-        batch = forward_batch(views, shape, self._requests, self.tables)
+        batch = forward_batch(views, shape, self._request_tables, self.tables)
         return self._decoder.forward(batch, self._attention, num_layers)
 
 

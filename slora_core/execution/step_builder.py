@@ -77,22 +77,22 @@ class StepBuilder:
         num_rows = shape.padded(shape.num_rows)
         input_ids: list[int] = []
         positions: list[int] = []
-        cache_slots: list[int] = []
+        kv_places: list[int] = []
         for chunk in chunks:
             if chunk.input_pending:
                 input_ids.append(-1)
             else:
                 input_ids += chunk.request.token_ids(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
-            cache_slots += self._cache_slots(chunk)
+            kv_places += self._kv_places(chunk)
         fields.add("input_ids", input_ids, num_rows)
         fields.add("positions", positions, num_rows)
-        fields.add("slot_mapping", cache_slots, num_rows, fill=-1)
+        fields.add("kv_places", kv_places, num_rows, fill=-1)
         entries, page_ids = self._sent.new_pages(chunks)
         fields.add("table_entries", entries, num_rows, fill=self._sent.padding_entry)
         fields.add("table_pages", page_ids, num_rows)
 
-    def _cache_slots(self, chunk: ScheduledChunk) -> list[int]:
+    def _kv_places(self, chunk: ScheduledChunk) -> list[int]:
         """page_id * page_tokens + offset of each token of the chunk."""
         page_ids, page_tokens = chunk.request.page_ids, self._page_tokens
         slots: list[int] = []
@@ -112,7 +112,7 @@ class StepBuilder:
         prefills = chunks[len(decodes) :]
         decode_lens = [chunk.end for chunk in decodes]
         num_decodes = shape.padded(shape.num_decodes)
-        fields.add("decode_requests", [chunk.request.table_idx for chunk in decodes], num_decodes)
+        fields.add("decode_table_idxs", [chunk.request.table_idx for chunk in decodes], num_decodes)
         fields.add("decode_context_lens", decode_lens, num_decodes)
         if self._planner is not None and shape.num_decodes:
             plan = self._planner.decode(decode_lens + [0] * (shape.num_decodes - len(decodes)))
@@ -126,7 +126,7 @@ class StepBuilder:
         context_lens = [chunk.end for chunk in prefills]
         query_indptr = [*itertools.accumulate(chunk_lens, initial=len(decodes))]
         requests = [chunk.request.table_idx for chunk in prefills]
-        fields.add("prefill_requests", requests, num_prefills)
+        fields.add("prefill_table_idxs", requests, num_prefills)
         size = shape.padded(shape.num_prefills + 1)
         fields.add("query_indptr", query_indptr, size, query_indptr[-1])
         fields.add("prefill_context_lens", context_lens, num_prefills)
@@ -160,7 +160,7 @@ class StepBuilder:
         """Rows of the batch whose logits are wanted, and the place of each of their requests."""
         size = shape.padded(shape.num_samples)
         sampling = [chunk.request.table_idx for chunk in chunks if chunk.samples]
-        fields.add("sample_requests", sampling, size)
+        fields.add("sample_table_idxs", sampling, size)
         if shape.is_padded:
             every_row = not shape.num_prefills
         else:

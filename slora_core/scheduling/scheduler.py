@@ -108,6 +108,7 @@ class Scheduler:
             self._running.end(request)
         else:
             self._waiting.remove(request)
+            request.ended = True
         return True
 
     def refuse(self, request_id: str, error: SLoRAError) -> bool:

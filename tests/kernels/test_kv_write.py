@@ -36,7 +36,7 @@ class RotaryCase:
     cos_sin: torch.Tensor
     positions: torch.Tensor
     kv_cache: torch.Tensor
-    slot_mapping: torch.Tensor
+    kv_places: torch.Tensor
 
     def qkv(self, fused: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Views of `fused`, of [rows, heads, head_dim] each."""
@@ -47,7 +47,7 @@ class RotaryCase:
 
     def run(self, ops: ModuleType) -> None:
         ops.rotary_kv_write(
-            *self.qkv(), self.cos_sin, self.positions, self.kv_cache, LAYER, self.slot_mapping
+            *self.qkv(), self.cos_sin, self.positions, self.kv_cache, LAYER, self.kv_places
         )
 
 
@@ -68,11 +68,11 @@ def _make_case(
     half = (rotary_dim or head_dim) // 2
     angles = torch.rand(NUM_POSITIONS, half, generator=generator) * 6
     positions = torch.tensor(POSITIONS)
-    slot_mapping = torch.randperm(num_pages * page_tokens, generator=generator)[:rows]
+    kv_places = torch.randperm(num_pages * page_tokens, generator=generator)[:rows]
     for row in padding_rows:
         fused[row] = torch.nan
         positions[row] = 2**40
-        slot_mapping[row] = -1
+        kv_places[row] = -1
     return RotaryCase(
         fused,
         num_heads,
@@ -80,7 +80,7 @@ def _make_case(
         torch.cat((angles.cos(), angles.sin()), -1).to(DEVICE, dtype),
         positions.to(DEVICE),
         poisoned(num_pages, 3, 2, page_tokens, num_kv_heads, head_dim, dtype=dtype).to(DEVICE),
-        slot_mapping.to(DEVICE),
+        kv_places.to(DEVICE),
     )
 
 
@@ -90,7 +90,7 @@ def _check(ops: ModuleType, case: RotaryCase) -> None:
     q, k, v = case.qkv()
     page_tokens = case.kv_cache.shape[3]
     cos, sin = case.cos_sin.double().chunk(2, dim=-1)
-    for row, slot in enumerate(case.slot_mapping.tolist()):
+    for row, slot in enumerate(case.kv_places.tolist()):
         if slot < 0:
             assert torch.equal(bits(case.fused[row]), bits(before[row])), "touched a padding row"
             continue
@@ -164,7 +164,7 @@ def test_no_rows(ops: ModuleType) -> None:
     case = _make_case(2, 1, 16)
     before = bits(case.kv_cache)
     case.fused, case.positions = case.fused[:0], case.positions[:0]
-    case.slot_mapping = case.slot_mapping[:0]
+    case.kv_places = case.kv_places[:0]
     case.run(ops)
     assert torch.equal(bits(case.kv_cache), before)
 
@@ -181,9 +181,7 @@ def test_tensors_of_their_own(ops: ModuleType) -> None:
     fused_case, case = (_make_case(4, 2, 16) for _ in range(2))
     fused_case.run(ops)
     q, k, v = (x.contiguous() for x in case.qkv())
-    ops.rotary_kv_write(
-        q, k, v, case.cos_sin, case.positions, case.kv_cache, LAYER, case.slot_mapping
-    )
+    ops.rotary_kv_write(q, k, v, case.cos_sin, case.positions, case.kv_cache, LAYER, case.kv_places)
     for actual, expected in zip((q, k, v), fused_case.qkv(), strict=True):
         assert torch.equal(actual, expected)
     assert torch.equal(bits(case.kv_cache), bits(fused_case.kv_cache))
@@ -214,7 +212,7 @@ def test_graph_replay_equals_eager() -> None:
         triton_ops.rotary_kv_write(q, k, v, cases[0].cos_sin, positions, kv_cache, LAYER, slots)
 
     assert_replay_equals_eager(
-        run, [(case.fused, case.positions, case.kv_cache, case.slot_mapping) for case in cases]
+        run, [(case.fused, case.positions, case.kv_cache, case.kv_places) for case in cases]
     )
 
 
@@ -223,12 +221,12 @@ def test_pages_beyond_what_an_int32_counts() -> None:
     case = _make_case(4, 2, 64, 64, torch.bfloat16)
     page_elems = 3 * 2 * 64 * 2 * 64
     num_pages = 2**31 // page_elems + 8
-    case.slot_mapping += (num_pages - 7) * 64
+    case.kv_places += (num_pages - 7) * 64
     case.kv_cache = torch.zeros(
         num_pages, *case.kv_cache.shape[1:], dtype=torch.bfloat16, device=DEVICE
     )
     case.run(triton_ops)
-    pages, offsets = case.slot_mapping // 64, case.slot_mapping % 64
+    pages, offsets = case.kv_places // 64, case.kv_places % 64
     _, k, v = case.qkv()
     assert torch.equal(case.kv_cache[pages, LAYER, 0, offsets], k)
     assert torch.equal(case.kv_cache[pages, LAYER, 1, offsets], v)

@@ -421,6 +421,17 @@ def test_health(server):
     error_of(server.get("/health"), 503)
 
 
+# What an HTTP server says of a completion.
+SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/completions",
+    "raw_path": b"/v1/completions",
+    "query_string": b"",
+    "headers": [],
+}
+
+
 def statuses_when_leaving(server, body, is_whole=True, error=None):
     """Send a body and leave, which may raise; the statuses of what is answered nevertheless."""
     incoming = [
@@ -440,15 +451,7 @@ def statuses_when_leaving(server, body, is_whole=True, error=None):
         if message["type"] == "http.response.start":
             statuses.append(message["status"])
 
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/completions",
-        "raw_path": b"/v1/completions",
-        "query_string": b"",
-        "headers": [],
-    }
-    asyncio.run(asyncio.wait_for(server.make_app()(scope, receive, send), timeout=2))
+    asyncio.run(asyncio.wait_for(server.make_app()(SCOPE, receive, send), timeout=2))
     return statuses
 
 
@@ -458,6 +461,52 @@ def test_a_client_that_leaves_before_the_first_token(server, stream):
     body = json.dumps({"model": "base", "prompt": "hi", "stream": stream}).encode()
     assert statuses_when_leaving(server, body) == [499]
     assert server.engine.num_closed_early == 1
+
+
+@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+@pytest.mark.parametrize("num_turns", range(8))
+def test_a_stream_cancelled_just_after_its_first_token_is_closed(server, prompt, num_turns):
+    engine, tasks = server.engine, []
+    engine.text, engine.delay_s = "x" * 90, 0.01
+    generate = engine.generate
+
+    def leave_soon(turns):
+        if turns:
+            asyncio.get_running_loop().call_soon(leave_soon, turns - 1)
+        else:
+            tasks[0].cancel()
+
+    async def generate_and_leave(request, *arguments):
+        deltas = generate(request, *arguments)
+        try:
+            async for delta in deltas:
+                if len(tasks) == 1:
+                    tasks.append(asyncio.current_task())
+                    leave_soon(num_turns)
+                yield delta
+        finally:
+            await deltas.aclose()
+
+    engine.generate = generate_and_leave
+    body = json.dumps({"model": "base", "prompt": prompt, "stream": True, "max_tokens": 90})
+    incoming = [{"type": "http.request", "body": body.encode(), "more_body": False}]
+
+    async def receive():
+        return incoming.pop(0) if incoming else await asyncio.sleep(100)
+
+    async def send(message):
+        pass
+
+    async def main():
+        scope = {**SCOPE, "asgi": {"version": "3.0", "spec_version": "2.4"}}
+        tasks.append(asyncio.create_task(server.make_app()(scope, receive, send)))
+        await asyncio.gather(tasks[0], return_exceptions=True)
+        assert tasks[0].cancelled()
+        # No reader of a prompt runs on.
+        assert asyncio.all_tasks() - {asyncio.current_task()} == set()
+        assert engine.num_closed_early == len(engine.requests) > 0
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("error", [None, TaskCancelledError()])

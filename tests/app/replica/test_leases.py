@@ -109,6 +109,22 @@ def test_a_request_that_leaves_while_it_waits_loses_no_lease():
     assert run(work) == ["lease", "let go", "release"]
 
 
+def test_a_request_that_leaves_while_another_lease_goes_back():
+    async def work(both, leases):
+        await use(leases)
+        # The engine is letting go; the next waits for that, and leaves.
+        await asyncio.sleep(0.002)
+        left = asyncio.create_task(use(leases))
+        await asyncio.sleep(0.001)
+        left.cancel()
+        while "release" not in both.log:
+            await asyncio.sleep(0)
+        # The lease of the one that left is under way, and serves this one.
+        await use(leases, hold_s=0.03)
+
+    assert run(work) == ["lease", "let go", "release"] * 2
+
+
 def test_a_refused_lease_fails_its_requests_and_is_asked_again():
     async def work(both, leases):
         both.error = StoreFullError("full")

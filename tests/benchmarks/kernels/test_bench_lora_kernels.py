@@ -46,7 +46,7 @@ def test_calls_are_compared_with_the_twins(adapters, slots, monkeypatch):
 
 def test_a_layer_over_prompts_is_compared_with_the_twins(monkeypatch):
     inputs = make_prefill(SHAPES["tiny"], 3, 24, 16, DEVICE, torch.float32)
-    assert inputs.attention.slot_mapping.unique().numel() == inputs.delta.shape[0] == 72
+    assert inputs.attention.kv_places.unique().numel() == inputs.delta.shape[0] == 72
     assert inputs.lora.modules == set(range(7))
     check_prefill(inputs, (triton_ops, torch_ops), 1e-4)
     base, lora = (inputs.calls(torch_ops, with_lora)[0]() for with_lora in (False, True))

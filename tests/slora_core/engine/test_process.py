@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
 from slora_core.engine.process import AsyncEngine
-from slora_core.engine.protocol import EngineSpec
+from slora_core.engine.protocol import EngineSpec, packed, receive_message
 from slora_core.errors import (
     AdapterNotFoundError,
     EngineDeadError,
@@ -28,7 +29,7 @@ from slora_core.errors import (
     SLoRAError,
     StoreGoneError,
 )
-from slora_core.requests import FinishReason, Request, SamplingParams
+from slora_core.requests import FinishReason, Request, SamplingParams, StepOutput
 from tests.factories import make_adapter, make_geometry, make_model, make_random_adapter
 
 CONFIG = EngineConfig(num_pool_tokens=1024, page_tokens=8, max_batched_tokens=64)
@@ -119,9 +120,10 @@ def test_an_interval_gathers_tokens_and_loses_none(model_dir: Path, in_process: 
         finally:
             engine.close()
 
-    # What the engine did before the first was read, and all the rest when the request ended.
-    first, rest = asyncio.run(main())
-    assert first and first + rest == expected
+    # The first at once, those after it as none had gone out yet, and all the rest at the end.
+    deltas = asyncio.run(main())
+    assert all(deltas) and sum(deltas, []) == expected
+    assert 2 <= len(deltas) <= 3 < len(expected)
     assert set(asked) <= {1}
 
 
@@ -271,6 +273,27 @@ def test_killed_engine_fails_its_requests_and_later_ones(model_dir: Path) -> Non
     asyncio.run(main())
 
 
+def test_after_a_message_that_cannot_be_read_nothing_more_is(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(EngineSpec(str(tmp_path)))
+        ours, theirs = socket.socketpair()
+        await engine.connect(ours)
+        with engine.generate(Request(PROMPT, GREEDY, request_id="r")) as stream:
+            assert receive_message(theirs).request_id == "r"
+            message = packed(StepOutput(["r"], [7]))
+            length, payload = message[:8], message[8:]
+            theirs.sendall(length + b"x" * len(payload) + message)
+            [delta] = [delta async for delta in stream]
+        assert delta.token_ids == [] and isinstance(delta.error, EngineDeadError)
+        assert not engine.is_alive()
+        theirs.settimeout(5)
+        assert theirs.recv(1) == b""
+        theirs.close()
+        engine.close()
+
+    asyncio.run(main())
+
+
 def test_failed_start_says_why(tmp_path: Path) -> None:
     async def main() -> None:
         engine = AsyncEngine(EngineSpec(str(tmp_path), "safetensors", CONFIG))
@@ -286,7 +309,7 @@ def owner(model_dir: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that owns an engine with an endless request and prints the engine's pid."""
     code = f"""
     import asyncio
-    from slora_core.engine.protocol import EngineSpec
+    from slora_core.engine.protocol import EngineSpec, packed, receive_message
     from slora_core.engine.process import AsyncEngine
     from slora_core.requests import Request
     from tests.slora_core.engine.test_process import CONFIG, ENDLESS, PROMPT

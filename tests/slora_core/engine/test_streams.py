@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -14,22 +14,35 @@ LENGTH = FinishReason.LENGTH
 
 
 class World:
-    """Streams whose timer goes off when the test says so."""
+    """Streams whose timer goes off when the test says so, just after it went off."""
 
-    def __init__(self, interval_s: Callable[[int], float] = lambda num_streams: 0.5) -> None:
+    def __init__(self, interval_s: Callable[[int], float]) -> None:
         self.aborted: list[str] = []
         self.streams = DeltaStreams(interval_s, self.aborted.append)
-        # Of timers that are set: after how long, and what they call.
+        self.now = 100.0
+        # Of timers that are set: when, and what they call.
         self.timers: list[tuple[float, Callable[[], object]]] = []
         loop = asyncio.get_running_loop()
-        loop.call_later = self._call_later  # type: ignore[method-assign]
+        loop.time = lambda: self.now  # type: ignore[method-assign]
+        loop.call_at = self._call_at  # type: ignore[method-assign]
 
-    def _call_later(self, delay: float, callback: Callable[[], object], *_: Any, **__: Any) -> Any:
-        self.timers.append((delay, callback))
+    @classmethod
+    async def make(cls, interval_s: Callable[[int], float] = lambda num_streams: 0.5) -> Self:
+        world = cls(interval_s)
+        with world.streams.open("earlier") as stream:
+            world.step({"earlier": 1})
+            await due(stream)
+            world.step({"earlier": 2})
+            await due(stream)
+        world.aborted.clear()
+        return world
+
+    def _call_at(self, when: float, callback: Callable[[], object], *_: Any, **__: Any) -> Any:
+        self.timers.append((when, callback))
         return object()
 
     def ring(self) -> None:
-        [(_, callback)] = self.timers
+        [(self.now, callback)] = self.timers
         self.timers.clear()
         callback()
 
@@ -65,7 +78,7 @@ def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 
 @on_loop
 async def test_the_first_token_comes_at_once_and_the_others_on_the_timer() -> None:
-    world = World()
+    world = await World.make()
     with world.streams.open("r") as stream:
         assert await due(stream) == []
         world.step({"r": 5})
@@ -74,7 +87,7 @@ async def test_the_first_token_comes_at_once_and_the_others_on_the_timer() -> No
         world.step({"r": 6})
         world.step({"r": 7})
         assert await due(stream) == []
-        assert [delay for delay, _ in world.timers] == [0.5]
+        assert [when for when, _ in world.timers] == [world.now + 0.5]
         world.ring()
         assert await due(stream) == [Delta("r", [6, 7])]
         # It is set by what comes, not for ever.
@@ -84,8 +97,23 @@ async def test_the_first_token_comes_at_once_and_the_others_on_the_timer() -> No
 
 
 @on_loop
+async def test_tokens_that_come_no_oftener_than_the_timer_do_not_wait() -> None:
+    world = await World.make()
+    with world.streams.open("r") as stream:
+        for token in range(5):
+            world.now += 0.5
+            world.step({"r": token})
+            assert await due(stream) == [Delta("r", [token])]
+        world.now += 0.2
+        world.step({"r": 5})
+        assert await due(stream) == []
+        # From the last time that any went out, not from when these came.
+        assert [when for when, _ in world.timers] == pytest.approx([world.now + 0.3])
+
+
+@on_loop
 async def test_one_timer_for_all_streams() -> None:
-    world = World()
+    world = await World.make()
     streams = [world.streams.open(name) for name in "abcd"]
     world.step({"a": 1, "b": 1, "c": 1})
     assert [await due(stream) for stream in streams[:3]] == [[Delta(n, [1])] for n in "abc"]
@@ -106,7 +134,7 @@ async def test_one_timer_for_all_streams() -> None:
 
 @on_loop
 async def test_the_interval_follows_the_number_of_streams() -> None:
-    world = World(lambda num_streams: num_streams / 10)
+    world = await World.make(lambda num_streams: num_streams / 10)
     asked = []
     streams = []
     for count, name in enumerate("abc", start=1):
@@ -115,20 +143,20 @@ async def test_the_interval_follows_the_number_of_streams() -> None:
         world.step({name: 1})
         await due(streams[-1])
         world.step({name: 2})
-        asked.append(world.timers[0][0])
+        asked.append(world.timers[0][0] - world.now)
         world.ring()
     world.streams.take(StepOutput(endings={"a": LENGTH}))
     for stream in streams[:2]:
         await due(stream)
     streams[0].__exit__()
     world.step({"b": 3})
-    asked.append(world.timers[0][0])
-    assert asked == [0.1, 0.2, 0.3, 0.2]
+    asked.append(world.timers[0][0] - world.now)
+    assert asked == pytest.approx([0.1, 0.2, 0.3, 0.2])
 
 
 @on_loop
 async def test_the_end_comes_at_once_with_the_tokens_before_it() -> None:
-    world = World()
+    world = await World.make()
     with world.streams.open("r") as stream:
         world.step({"r": 5})
         await due(stream)
@@ -173,7 +201,7 @@ def test_nothing_is_lost_and_only_the_last_finishes(
 
 @on_loop
 async def test_an_error_comes_after_the_tokens_before_it_and_is_not_raised() -> None:
-    world = World()
+    world = await World.make()
     error = InvalidRequestError("no", "prompt")
     with world.streams.open("r") as stream, world.streams.open("refused") as refused:
         world.step({"r": 5})
@@ -182,13 +210,13 @@ async def test_an_error_comes_after_the_tokens_before_it_and_is_not_raised() -> 
         assert await due(refused) == [Delta("refused", [], None, error)]
         assert await due(stream) == []
         world.step({}, r=error)
-        assert await due(stream) == [Delta("r", [6], None, error)]
+        assert await due(stream) == [Delta("r", [6]), Delta("r", [], None, error)]
     assert world.aborted == []
 
 
 @on_loop
 async def test_a_slow_reader_gets_everything_in_one_piece() -> None:
-    world = World()
+    world = await World.make()
     with world.streams.open("r") as slow, world.streams.open("fast") as fast:
         read = []
         for token in range(100):
@@ -202,7 +230,7 @@ async def test_a_slow_reader_gets_everything_in_one_piece() -> None:
 
 @on_loop
 async def test_a_reader_that_waits_is_woken() -> None:
-    world = World()
+    world = await World.make()
     with world.streams.open("r") as stream:
         read: list[Delta] = []
 
@@ -227,7 +255,7 @@ async def test_a_reader_that_waits_is_woken() -> None:
 
 @on_loop
 async def test_a_reader_that_was_cancelled_may_come_again() -> None:
-    world = World()
+    world = await World.make()
     with world.streams.open("r") as stream:
         assert await due(stream) == []
         world.step({"r": 1})
@@ -263,7 +291,7 @@ async def _leave_by_cancelling(stream: DeltaStream) -> None:
 @pytest.mark.parametrize("leave", [_leave_by_break, _leave_by_error, _leave_by_cancelling])
 def test_closing_early_aborts(leave: Callable[[DeltaStream], Awaitable[None]]) -> None:
     async def main() -> None:
-        world = World()
+        world = await World.make()
         stream = world.streams.open("r")
         world.step({"r": 1})
         await leave(stream)
@@ -282,7 +310,7 @@ def test_closing_early_aborts(leave: Callable[[DeltaStream], Awaitable[None]]) -
 
 @on_loop
 async def test_a_stream_closed_while_its_tokens_wait_for_the_timer() -> None:
-    world = World()
+    world = await World.make()
     with world.streams.open("other") as other:
         with world.streams.open("r") as stream:
             world.step({"r": 1, "other": 1})
@@ -294,7 +322,7 @@ async def test_a_stream_closed_while_its_tokens_wait_for_the_timer() -> None:
 
 @on_loop
 async def test_an_abort_by_id_ends_a_stream_that_is_read_on() -> None:
-    world = World()
+    world = await World.make()
     with world.streams.open("r") as stream:
         world.step({"r": 1})
         world.step({}, r=FinishReason.ABORT)
@@ -304,7 +332,7 @@ async def test_an_abort_by_id_ends_a_stream_that_is_read_on() -> None:
 
 @on_loop
 async def test_fail_ends_every_stream_after_its_tokens() -> None:
-    world = World()
+    world = await World.make()
     error = EngineDeadError("killed")
     streams = {name: world.streams.open(name) for name in ("new", "gathers", "done", "ended")}
     world.step({"gathers": 1, "done": 1, "ended": 1}, ended=LENGTH)
@@ -317,7 +345,7 @@ async def test_fail_ends_every_stream_after_its_tokens() -> None:
     told = {name: await due(stream) for name, stream in streams.items()}
     assert told == {
         "new": [Delta("new", [], None, error)],
-        "gathers": [Delta("gathers", [2], None, error)],
+        "gathers": [Delta("gathers", [2]), Delta("gathers", [], None, error)],
         "done": [Delta("done", [2], LENGTH)],
         "ended": [],
     }
@@ -328,6 +356,6 @@ async def test_fail_ends_every_stream_after_its_tokens() -> None:
 
 @on_loop
 async def test_no_two_streams_of_one_id() -> None:
-    world = World()
+    world = await World.make()
     with world.streams.open("r"), pytest.raises(AssertionError, match="r is running already"):
         world.streams.open("r")

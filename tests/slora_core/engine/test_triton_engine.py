@@ -189,9 +189,9 @@ def test_steps_padded_as_for_graphs_have_the_logits_of_exact_ones(tmp_path: Path
         expected = runner.logits(builder.build_as(plan.chunks, builder.shapes.of(plan.chunks)))
         torch.testing.assert_close(padded, expected)
         sampling = [chunk.request.table_idx for chunk in plan.chunks if chunk.samples]
-        sample_requests = inputs.fields.to(DEVICE)["sample_requests"]
-        assert sample_requests[: len(sampling)].tolist() == sampling
-        assert inputs.num_samples == len(sampling) <= len(sample_requests) == shape.num_samples
+        sample_table_idxs = inputs.fields.to(DEVICE)["sample_table_idxs"]
+        assert sample_table_idxs[: len(sampling)].tolist() == sampling
+        assert inputs.num_samples == len(sampling) <= len(sample_table_idxs) == shape.num_samples
         kinds.add((shape.num_prefills > 0, shape.num_rows))
         engine.scheduler.commit(plan, expected.argmax(-1).tolist())
     assert {(True, 24), (False, 6)} <= kinds

@@ -148,7 +148,7 @@ def test_mixed_step(steps: Steps) -> None:
     assert batch.logit_rows.tolist() == [0, 1, 7]
 
     attention = batch.attention
-    assert attention.slot_mapping.tolist() == [
+    assert attention.kv_places.tolist() == [
         7 * 4 + 3,
         3 * 4 + 2,
         *[4, 5, 6, 7, 0, 1],
@@ -176,7 +176,7 @@ def test_mixed_step(steps: Steps) -> None:
         batch.input_ids,
         batch.positions,
         batch.logit_rows,
-        attention.slot_mapping,
+        attention.kv_places,
         attention.decode_block_tables,
         attention.decode_context_lens,
         attention.query_indptr,
@@ -299,7 +299,7 @@ def test_steps_of_one_size_have_one_layout_and_harmless_padding(planned_steps: S
         assert view.shape == views[name].shape
         assert one.size(name) == nothing.size(name) == len(view)
     batch = planned_steps.batch_of(inputs)
-    assert batch.attention.slot_mapping.tolist() == [6 * 4 + 2, -1, -1, -1]
+    assert batch.attention.kv_places.tolist() == [6 * 4 + 2, -1, -1, -1]
     assert batch.attention.decode_context_lens.tolist() == [3, 0, 0, 0]
     assert batch.logit_rows is None
     assert batch.lora is not None and batch.lora.tiles is not None
@@ -327,7 +327,7 @@ def test_decodes_and_prompts_padded_to_a_size(planned_steps: Steps) -> None:
 
     batch = planned_steps.batch_of(inputs)
     attention = batch.attention
-    assert attention.slot_mapping.tolist() == [14, 6, 7, 0, 28, 29, 30, *[-1] * 9]
+    assert attention.kv_places.tolist() == [14, 6, 7, 0, 28, 29, 30, *[-1] * 9]
     assert attention.decode_context_lens.tolist() == [7, *[0] * 7]
     assert attention.query_indptr.tolist() == [1, 4, 7, 7, 7]
     assert attention.prefill_context_lens.tolist() == [5, 3, 0, 0]
@@ -342,7 +342,7 @@ def test_decodes_and_prompts_padded_to_a_size(planned_steps: Steps) -> None:
     # The chunk's rows are sampled by no request.
     assert batch.logit_rows is not None
     assert batch.logit_rows.tolist() == [0, 6, *[0] * (NUM_REQUESTS - 2)]
-    assert views["sample_requests"].tolist()[:2] == [decode.table_idx, whole.table_idx]
+    assert views["sample_table_idxs"].tolist()[:2] == [decode.table_idx, whole.table_idx]
 
 
 def test_chunks_of_any_lengths_have_room_in_a_padded_step(planned_steps: Steps) -> None:
