@@ -7,6 +7,7 @@ Triton promises neither the hook's arguments nor `preload`: `tests/kernels/trito
 says what is relied on, and nobody else uses them.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,9 +47,15 @@ def compile_together() -> Iterator[None]:
     if not missing:
         return
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(
-        threads, "triton", torch.cuda.set_device, (torch.cuda.current_device(),)
-    ) as pool:
-        compiled = [pool.submit(kernel.preload, data) for (kernel, _), data in missing.items()]
+    # The compiler leaves much to search for garbage: what was there before is not searched again
+    # and again, with Python's lock held.
+    gc.freeze()
+    try:
+        with ThreadPoolExecutor(
+            threads, "triton", torch.cuda.set_device, (torch.cuda.current_device(),)
+        ) as pool:
+            compiled = [pool.submit(kernel.preload, data) for (kernel, _), data in missing.items()]
+    finally:
+        gc.unfreeze()
     for future in compiled:
         future.result()

@@ -59,7 +59,11 @@ def row_delta(
 def shrunk_tile(
     v, first_rank, rank, BLOCK_R: tl.constexpr, NUM_SPLITS: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """[BLOCK_ROWS, BLOCK_R] of v from `first_rank` on; 0 from `rank` on."""
+    """[BLOCK_ROWS, BLOCK_R] of v from `first_rank` on; 0 from `rank` on.
+
+    Args:
+        first_rank: a tensor: for a constant, Triton would go through all this once more.
+    """
     ranks = (first_rank + tl.arange(0, BLOCK_R))[None, :]
     mask = v.mask & (ranks < rank)
     shrunk = tl.load(v.ptrs + ranks, mask=mask, other=0.0)

@@ -210,7 +210,8 @@ def _expand_kernel(
         step = tl.load(tile_num_shares_ptr + tile) * DOT_BLOCK_N
         b_tile = load_weights(from_column(weights, start), TILE)  # [R, N]
         wait_for_previous(DEPENDENT)
-        shrunk = shrunk_tile(v, 0, rank, DOT_BLOCK_R, NUM_SPLITS, b_tile.dtype)
+        first_rank = tl.cast(0, tl.int32)
+        shrunk = shrunk_tile(v, first_rank, rank, DOT_BLOCK_R, NUM_SPLITS, b_tile.dtype)
         for n in range(start, BLOCK_N, step):
             columns = (n + tl.arange(0, DOT_BLOCK_N))[None, :]
             y_mask = row_mask & (columns < num_columns)

@@ -221,8 +221,9 @@ def _lora_silu_mul_kernel(
         up_tile = load_weights(from_column(up_weights, start), TILE)
         wait_for_previous(DEPENDENT)
         dtype = gate_tile.dtype
-        gate_shrunk = shrunk_tile(gate_v, 0, gate_rank, DOT_BLOCK_R, NUM_SPLITS, dtype)
-        up_shrunk = shrunk_tile(up_v, 0, up_rank, DOT_BLOCK_R, NUM_SPLITS, dtype)
+        first_rank = tl.cast(0, tl.int32)
+        gate_shrunk = shrunk_tile(gate_v, first_rank, gate_rank, DOT_BLOCK_R, NUM_SPLITS, dtype)
+        up_shrunk = shrunk_tile(up_v, first_rank, up_rank, DOT_BLOCK_R, NUM_SPLITS, dtype)
         for n in range(start, BLOCK_N, step):
             columns = (n + tl.arange(0, DOT_BLOCK_N))[None, :]
             mask = row_mask & (columns < num_columns)

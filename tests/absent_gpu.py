@@ -35,7 +35,7 @@ def pretend_gpu() -> None:
     # Threads that compile take the device of the thread that started them.
     torch.cuda.current_device = lambda: 0
     torch.cuda.set_device = lambda device: None
-    dependent_launch.launch_options = lambda x: {"DEPENDENT": True, "launch_pdl": True}
+    dependent_launch.launch_options = lambda x: dependent_launch.DEPENDENT_OPTIONS
 
 
 def run_program(module: str, directory: Path) -> list[str]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton import JITFunction, knobs
 
+from kernels.dependent_launch import DEPENDENT_OPTIONS
 from tests.absent_gpu import pretend_gpu
 
 
@@ -78,8 +79,11 @@ def check_launches_find_what_preload_compiled() -> None:
 def check_a_dependent_launch_waits_where_it_is_told() -> None:
     for name in ("gdc_launch_dependents", "gdc_wait"):
         assert hasattr(tl.extra.cuda, name), f"triton.language.extra.cuda.{name} is gone"
-    compiled = _fill_dependent.warmup(torch.zeros(1), grid=(1,), launch_pdl=True)
-    assert compiled.metadata.launch_pdl is True, "launch_pdl is an option of a launch"
+    options = {**DEPENDENT_OPTIONS}
+    del options["DEPENDENT"]
+    compiled = _fill_dependent.warmup(torch.zeros(1), grid=(1,), **options)
+    for name, value in options.items():
+        assert getattr(compiled.metadata, name) is value, f"{name} is an option of a launch"
     words = "griddepcontrol.launch_dependents", "griddepcontrol.wait", "st.global"
     places = [compiled.asm["ptx"].find(word) for word in words]
     assert -1 < places[0] < places[1] < places[2], f"order of {words}: {places}"
