@@ -232,7 +232,8 @@ class Delta(NamedTuple):
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
-    # Without tokens. A value rather than raised, since it comes from another process.
+    # A value rather than raised, since it comes from another process. `DeltaStream` gives the
+    # tokens before it as a delta of their own; `StepOutput.deltas` makes one of both.
     error: SLoRAError | None = None
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Which lease holders are alive, by pidfd: a lease ends with its process, not by a timer.
+"""Which processes are alive, by pidfd, so that what they hold ends with them, not by a timer.
 
-Knows no leases; `HostStore` asks it. A pidfd stands for one process for good, so a pid that the
-system gives to another process later is not mistaken for the holder.
+`HostStore` watches those that hold leases, `NodeStore` those that use the store. A pidfd stands for
+one process for good, so a pid that the system gives to another one later is not mistaken for it.
 """
 
 import os

@@ -78,7 +78,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, inputs: StepInputs) -> StepHandle:
         """Start a step; the adapters that it uses were loaded by `load_adapter`."""
-        logits, requests = self._logits(inputs)
+        logits, table_idxs = self._logits(inputs)
         if not inputs.num_samples:
             # On the device: the step is waited for like any other.
             return StepHandle(torch.empty(0, dtype=torch.int32, device=self._device))
@@ -86,7 +86,7 @@ class ModelRunner:
         if inputs.sampling is not None:
             sampling = SamplingBatch.of(inputs.sampling, self._device)
         tokens = sample(logits, sampling).int()
-        self._request_tables.write_last_tokens(requests, tokens)
+        self._request_tables.write_last_tokens(table_idxs, tokens)
         return StepHandle(tokens)
 
     @torch.inference_mode()
@@ -132,9 +132,9 @@ class ModelRunner:
             logger.warning("capturing a graph that was not captured at start: %s", inputs.shape)
             self.capture(inputs)
         buffer = graphs.replay(inputs.shape, inputs.fields)
-        requests = inputs.fields.views(buffer)["sample_table_idxs"]
+        table_idxs = inputs.fields.views(buffer)["sample_table_idxs"]
         num_samples = inputs.num_samples
-        return self._graph_logits[:num_samples], requests[:num_samples]
+        return self._graph_logits[:num_samples], table_idxs[:num_samples]
 
     def _forward(
         self, views: Mapping[str, torch.Tensor], shape: StepShape, num_layers: int | None = None

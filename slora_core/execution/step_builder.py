@@ -95,15 +95,15 @@ class StepBuilder:
     def _kv_places(self, chunk: ScheduledChunk) -> list[int]:
         """page_id * page_tokens + offset of each token of the chunk."""
         page_ids, page_tokens = chunk.request.page_ids, self._page_tokens
-        slots: list[int] = []
+        places: list[int] = []
         position = chunk.start
         while position < chunk.end:
             page, offset = divmod(position, page_tokens)
             count = min(page_tokens - offset, chunk.end - position)
             first = page_ids[page] * page_tokens + offset
-            slots += range(first, first + count)
+            places += range(first, first + count)
             position += count
-        return slots
+        return places
 
     def _add_attention(
         self, fields: IntFields, chunks: Sequence[ScheduledChunk], shape: StepShape
@@ -125,8 +125,8 @@ class StepBuilder:
         chunk_lens = [chunk.end - chunk.start for chunk in prefills]
         context_lens = [chunk.end for chunk in prefills]
         query_indptr = [*itertools.accumulate(chunk_lens, initial=len(decodes))]
-        requests = [chunk.request.table_idx for chunk in prefills]
-        fields.add("prefill_table_idxs", requests, num_prefills)
+        table_idxs = [chunk.request.table_idx for chunk in prefills]
+        fields.add("prefill_table_idxs", table_idxs, num_prefills)
         size = shape.padded(shape.num_prefills + 1)
         fields.add("query_indptr", query_indptr, size, query_indptr[-1])
         fields.add("prefill_context_lens", context_lens, num_prefills)
@@ -159,8 +159,8 @@ class StepBuilder:
     ) -> None:
         """Rows of the batch whose logits are wanted, and the place of each of their requests."""
         size = shape.padded(shape.num_samples)
-        sampling = [chunk.request.table_idx for chunk in chunks if chunk.samples]
-        fields.add("sample_table_idxs", sampling, size)
+        table_idxs = [chunk.request.table_idx for chunk in chunks if chunk.samples]
+        fields.add("sample_table_idxs", table_idxs, size)
         if shape.is_padded:
             every_row = not shape.num_prefills
         else:
