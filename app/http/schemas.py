@@ -246,6 +246,8 @@ class ModelCard(BaseModel):
     # The base model of an adapter.
     parent: str | None = None
     max_model_len: int | None = None
+    # What to know of an adapter that is served all the same.
+    warnings: list[str] = []
 
 
 class ModelList(BaseModel):

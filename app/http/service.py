@@ -115,6 +115,7 @@ class CompletionService:
             root=record.path,
             parent=self.base_model_name,
             max_model_len=self._limits.context_len,
+            warnings=list(record.warnings),
         )
 
     async def model_card(self, name: str) -> ModelCard:

@@ -197,6 +197,7 @@ class AdapterRegistry:
             num_pages=summary.num_pages,
             nbytes=summary.nbytes,
             loaded_at=time.time(),
+            warnings=summary.warnings,
         )
 
     def _register(self, record: AdapterRecord, stamp: FilesStamp) -> AdapterRecord:

@@ -11,11 +11,12 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_config import CONFIG_FILE
 from slora_core.adapters.peft_weights import WEIGHTS_FILE
+from slora_core.text.adapter_text import AdapterText
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,23 @@ class AdapterRecord:
     nbytes: int
     # Seconds since the epoch.
     loaded_at: float
+    # What whoever loads or uses it should know; it is served all the same.
+    warnings: tuple[str, ...] = ()
+    # What its folder says of text beside the base model's files.
+    text: AdapterText = AdapterText()
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """The record that `asdict` made these fields of, JSON in between."""
+        text = fields.get("text", {})
+        ends = tuple(text.get("eos_token_ids", ()))
+        return cls(
+            **{
+                **fields,
+                "warnings": tuple(fields.get("warnings", ())),
+                "text": AdapterText(**{**text, "eos_token_ids": ends}),
+            }
+        )
 
 
 @dataclass
@@ -134,7 +152,7 @@ def decode_state(data: bytes, geometry: AdapterGeometry) -> RegistryState | None
         content = json.loads(data)
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}, not {_FORMAT}")
-        records = [AdapterRecord(**record) for record in content["records"]]
+        records = [AdapterRecord.from_fields(record) for record in content["records"]]
         same = content["geometry"] == geometry_key(geometry)
         return RegistryState(
             revision=int(content["revision"]),

@@ -52,6 +52,8 @@ class AdapterSummary:
     layout: AdapterLayout
     # Bytes in page order.
     nbytes: int
+    # What of its files is unusual and changes nothing in what is served.
+    warnings: tuple[str, ...] = ()
 
     @property
     def max_rank(self) -> int:
