@@ -21,8 +21,9 @@ from slora_core.models.weights import DecoderWeights
 
 logger = logging.getLogger(__name__)
 
-# fp32 copies of the logits of all running requests, held for good: what graphs write.
-_GRAPH_COPIES = 1
+# fp32 copies of the logits of all running requests, at most, that graphs hold: what they write,
+# and what they write it from.
+_GRAPH_COPIES = 2
 
 
 def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> int:

@@ -86,8 +86,10 @@ def sample(logits: torch.Tensor, sampling: SamplingBatch | None) -> torch.Tensor
     drawn = []
     for index, filtered_rows in enumerate(sampling.filtered_rows):
         block = slice(index * BLOCK_ROWS, (index + 1) * BLOCK_ROWS)
-        probs = _probabilities(logits[block], sampling, block, filtered_rows)
-        drawn.append(_draw(probs, random[block]))
+        # Not in a variable, which would outlive its block.
+        drawn.append(
+            _draw(_probabilities(logits[block], sampling, block, filtered_rows), random[block])
+        )
     return torch.where(sampling.temperature == 0, greedy, torch.cat(drawn))
 
 
