@@ -67,7 +67,7 @@ class StoreClient:
         """Pin an adapter for a process of this node until `release` or the process's end.
 
         Raises:
-            InvalidAdapterError: the adapter's files changed since it was registered.
+            AdapterUnavailableError: nothing has the adapter's bytes any more.
             StoreFullError: no room beside what is leased.
             StoreGoneError: the store ended and does not come back.
         """

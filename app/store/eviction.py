@@ -33,10 +33,12 @@ class StoreEntry(CacheEntry):
     # Removed: freed with its last lease.
     draining: bool = False
     leases: Counter[int] = field(default_factory=Counter)
+    # Who reads it in the store itself.
+    num_pins: int = 0
 
     @property
     def evictable(self) -> bool:
-        return self.ready and not self.leases
+        return self.ready and not self.leases and not self.num_pins
 
     @property
     def loss(self) -> float:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import app.store.packer as node_store
+import app.store.adapter_sources as adapter_sources
 from app.registry.registry import AdapterRegistry
 from app.store.memory import HostStore
+from app.store.packed_files import PackedFiles
 from app.store.packer import NodeStore
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.adapters.slab_reader import SlabReader
-from slora_core.errors import InvalidAdapterError, StoreFullError
+from slora_core.errors import AdapterUnavailableError, StoreFullError
 from tests.factories import make_geometry, make_model, make_random_adapter
 
 ME = os.getpid()
@@ -42,14 +43,22 @@ class LocalRegistry:
 class World:
     """One store with its registry and a directory of adapters; use on a running loop."""
 
-    def __init__(self, tmp_path: Path, model: Path, capacity: int = 2**24, grace_s: float = 60):
+    def __init__(
+        self,
+        tmp_path: Path,
+        model: Path,
+        capacity: int = 2**24,
+        grace_s: float = 60,
+        packed_bytes: int = 0,
+    ):
         self.root = tmp_path
         self.model = model
         self.geometry = make_geometry(model)
         self.registry = LocalRegistry(self.geometry, tmp_path)
         self.host = HostStore(self.geometry, capacity, capacity)
         self.unused = asyncio.Event()
-        self.store = NodeStore(self.host, self.registry, grace_s, self.unused.set)
+        self.files = PackedFiles(tmp_path / "packed", self.geometry, packed_bytes)
+        self.store = NodeStore(self.host, self.files, self.registry, grace_s, self.unused.set)
 
     def add(self, name, replace=False, **options):
         path = make_random_adapter(self.root / name, self.model, **options)
@@ -93,14 +102,14 @@ def num_reads(monkeypatch):
     """Paths read, in order."""
     reads: list[str] = []
     lock = threading.Lock()
-    original = node_store.read_peft_adapter
+    original = adapter_sources.read_peft_adapter
 
     def read(path, geometry):
         with lock:
             reads.append(Path(path).name)
         return original(path, geometry)
 
-    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+    monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
     return reads
 
 
@@ -137,7 +146,7 @@ def test_concurrent_misses_read_once(run, num_reads) -> None:
 
 
 def test_a_slow_read_holds_up_nobody_else(run, monkeypatch) -> None:
-    original = node_store.read_peft_adapter
+    original = adapter_sources.read_peft_adapter
     may_go_on = threading.Event()
 
     def read(path, geometry):
@@ -145,7 +154,7 @@ def test_a_slow_read_holds_up_nobody_else(run, monkeypatch) -> None:
             assert may_go_on.wait(30)
         return original(path, geometry)
 
-    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+    monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
 
     async def scenario(world):
         slow, quick = world.add("slow"), world.add("quick", seed=2)
@@ -167,10 +176,10 @@ def test_files_that_changed_are_refused_until_loaded_again(run) -> None:
         await world.until(lambda: old.adapter_id in world.host)
         new = world.add("a", replace=True, seed=5)
         await world.until(lambda: world.host.adapter_ids() == [new.adapter_id])
-        with pytest.raises(InvalidAdapterError, match="changed since version 1 was loaded"):
+        with pytest.raises(AdapterUnavailableError, match="changed since version 1 was loaded"):
             await world.store.lease(old, ME)
         shutil.rmtree(world.root / "a")
-        with pytest.raises(InvalidAdapterError, match="not a directory"):
+        with pytest.raises(AdapterUnavailableError, match="not a directory"):
             await world.store.lease(old, ME)
         await world.store.lease(new, ME)
 
@@ -208,14 +217,14 @@ def test_a_broken_adapter_does_not_stop_the_others(run) -> None:
 
 @pytest.mark.parametrize("error", [OSError("I/O error"), MemoryError()])
 def test_an_adapter_that_cannot_be_read_does_not_stop_the_others(run, monkeypatch, error) -> None:
-    original = node_store.read_peft_adapter
+    original = adapter_sources.read_peft_adapter
 
     def read(path, geometry):
         if Path(path).name == "broken":
             raise error
         return original(path, geometry)
 
-    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+    monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
 
     async def scenario(world):
         world.add("broken")
