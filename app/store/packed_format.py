@@ -1,9 +1,9 @@
 """What a packed adapter's file holds: a header that says what it is, then its pages.
 
-Owns the bytes and how damage is seen, by checksums of the header and of the pages. Which files there
-are is `packed_files`'s. The checksum is CRC-32, which finds what disks and half-done writes do; who
-may write to the directory is trusted. It runs at memory speed on any processor (7.2 GB/s where
-SHA-256 makes 2.2, and that only by instructions of its own), and is checked at every read.
+Owns the bytes and how damage is seen, by checksums of the header and of the pages. Which files
+there are is `packed_files`'s. The checksum is CRC-32, which finds what disks and half-done writes
+do; who may write to the directory is trusted. It runs at memory speed on any processor (7.2 GB/s
+where SHA-256 makes 2.2, and that only by instructions of its own) and is checked at every read.
 """
 
 import json
