@@ -77,7 +77,7 @@ class Keeper:
         """An adapter was leased, and had to be packed from its own files for that."""
         if record.adapter_id in self.registered:
             self._used_at[record.adapter_id] = time.time()
-            if is_from_files:
+            if is_from_files and self._files.is_on:
                 self._disk_is_full = False
                 self._ask_for(record)
 
@@ -90,12 +90,18 @@ class Keeper:
         while True:
             await self._news.wait()
             self._news.clear()
+            try:
+                await self._look_after_all()
+            except Exception:
+                logger.exception("registered adapters are not looked after; trying on")
+
+    async def _look_after_all(self) -> None:
+        await self._keep_pending()
+        await asyncio.to_thread(self._delete_files_of_the_gone)
+        if time.monotonic() >= self._recheck_at:
+            self._recheck_at = time.monotonic() + RECHECK_S
+            await self._look_for_missing()
             await self._keep_pending()
-            await asyncio.to_thread(self._delete_files_of_the_gone)
-            if time.monotonic() >= self._recheck_at:
-                self._recheck_at = time.monotonic() + RECHECK_S
-                await self._look_for_missing()
-                await self._keep_pending()
 
     def _ask_for(self, record: AdapterRecord) -> None:
         # Taken out first, or it would keep its old place.

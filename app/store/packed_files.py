@@ -49,6 +49,7 @@ class PackedFiles:
         self._partial_numbers = itertools.count()
         self._lock = threading.Lock()
         self._failed_at: float | None = None
+        # Since the last file that was written.
         self._has_warned = False
 
     @property
@@ -148,6 +149,7 @@ class PackedFiles:
                     self._space.remove(victim.path)
                 self._publish(adapter_id, (memoryview(start), pages), used_at)
                 self._space.added(nbytes)
+            self._has_warned = False
             return True
         return False
 

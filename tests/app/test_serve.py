@@ -346,6 +346,32 @@ def test_a_busy_adapter_outlives_its_store(app):
     assert statuses == {200}
 
 
+def test_registered_means_served(app):
+    """Also without the folder, after the store has died; only what nothing has is a 503."""
+
+    def packed():
+        return set((app.extra_dir.parent / "packed").glob("*/*.packed"))
+
+    path = make_random_adapter(app.extra_dir / "kept", app.model, seed=104, scale=0.4)
+    before = packed()
+    assert app.load("kept", path).status_code == 200
+    text = app.complete("kept").json()["choices"][0]["text"]
+    wait_until(lambda: packed() - before, timeout_s=30)
+    moved = path.rename(path.with_name("elsewhere"))
+    kill_named_actor("adapter-store:slora:")
+    answer = app.complete("kept")
+    assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, text)
+
+    [file] = packed() - before
+    file.unlink()
+    kill_named_actor("adapter-store:slora:")
+    answer = app.complete("kept")
+    assert "'kept'" in error_of(answer, 503)["message"] and answer.headers["Retry-After"]
+    moved.rename(path)
+    assert app.complete("kept").json()["choices"][0]["text"] == text
+    assert app.unload("kept").status_code == 200
+
+
 def test_load_while_serving(app):
     """Adapters come and go while others are asked; nobody sees an error."""
     paths = [
