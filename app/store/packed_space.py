@@ -29,7 +29,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 class FoundFile:
     """A packed adapter in the directory, of whatever geometry."""
 
-    path: Path
+    path: str
     nbytes: int
     # Whole seconds since the epoch, finer than which not every file system remembers; being loaded
     # counts as a use.
@@ -37,7 +37,7 @@ class FoundFile:
 
     @property
     def adapter_id(self) -> str:
-        return self.path.name.removesuffix(SUFFIX)
+        return self.path.rpartition("/")[2].removesuffix(SUFFIX)
 
 
 class PackedSpace:
@@ -152,11 +152,11 @@ class PackedSpace:
         self.num_files += 1
         self.nbytes += nbytes
 
-    def remove(self, path: Path) -> None:
+    def remove(self, path: str | Path) -> None:
         """Delete a file, which may have vanished."""
         with contextlib.suppress(FileNotFoundError):
-            nbytes = path.stat().st_size
-            path.unlink()
+            nbytes = os.stat(path).st_size
+            os.unlink(path)
             self.num_files -= 1
             self.nbytes -= nbytes
 
@@ -184,4 +184,4 @@ def _packed_files(directory: str) -> Iterator[FoundFile]:
         if entry.name.endswith(SUFFIX):
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat(follow_symlinks=False)
-                yield FoundFile(Path(entry.path), status.st_size, int(status.st_mtime))
+                yield FoundFile(entry.path, status.st_size, int(status.st_mtime))

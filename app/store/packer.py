@@ -169,10 +169,15 @@ class NodeStore:
         records = {record.adapter_id: record for record in snapshot.records.values()}
         for adapter_id in self._keeper.registered.keys() - records.keys():
             self._keeper.remove(adapter_id)
-        # In the order of loading. The same content may be registered by another path now.
-        for record in sorted(records.values(), key=lambda record: record.loaded_at):
-            if self._keeper.registered.get(record.adapter_id) != record:
-                self._keeper.add(record)
+        known = self._keeper.registered
+        # The same content may be registered by another path now.
+        news = [
+            record
+            for record in records.values()
+            if (old := known.get(record.adapter_id)) is None or old.path != record.path
+        ]
+        for record in sorted(news, key=lambda record: record.loaded_at):
+            self._keeper.add(record)
         self._is_following = True
         # At every answer, since a late lease may have brought what was unloaded before it.
         for adapter_id in set(self._store.adapter_ids()) - records.keys():
