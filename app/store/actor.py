@@ -22,9 +22,10 @@ from app.models.geometry import adapter_geometry
 from app.registry.client import REGISTRY_DEPLOYMENT, RegistryClient
 from app.registry.state import AdapterRecord
 from app.remote_errors import returns_errors
-from app.store.memory import HostStore, StoreStats
+from app.store.memory import HostStore
 from app.store.packed_files import PackedFiles
 from app.store.packer import NodeStore
+from app.store.stats import StoreStats
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.slab_format import AdapterLocation
 

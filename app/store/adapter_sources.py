@@ -6,6 +6,7 @@ a thread.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -31,6 +32,7 @@ class AdapterSources:
         self._files = files
         # Files that hold another content than the adapter's: not read again until they change.
         self._other_contents: dict[str, FilesStamp] = {}
+        self._lock = threading.Lock()
         self.num_disk_reads = 0
 
     def from_packed_file(self, adapter_id: str, evict: bool) -> bool:
@@ -43,11 +45,17 @@ class AdapterSources:
             with self._files.open(adapter_id) as file:
                 if file is None:
                     return False
-                if self._host.fill(adapter_id, file.layout, file.read_into, evict):
-                    self.num_disk_reads += 1
-                return True
-        except DamagedFileError:
+                is_filled = self._host.fill(adapter_id, file.layout, file.read_into, evict)
+        except DamagedFileError as error:
+            logger.warning("the packed file of adapter %s was damaged: %s", adapter_id, error)
             return False
+        except OSError as error:
+            # It stays: what a disk does not give now it may give later.
+            logger.warning("the packed file of adapter %s is not read: %s", adapter_id, error)
+            return False
+        with self._lock:
+            self.num_disk_reads += is_filled
+        return True
 
     def read_files(
         self, record: AdapterRecord

@@ -16,7 +16,7 @@ from app.registry.client import NAMESPACE
 from app.registry.state import AdapterRecord
 from app.remote_errors import result_of
 from app.store.actor import AdapterStoreActor, StoreSpec
-from app.store.memory import StoreStats
+from app.store.stats import StoreStats
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.errors import StoreGoneError
 

@@ -56,6 +56,7 @@ class Keeper:
         self._recheck_at = time.monotonic() + RECHECK_S
         self._slab_is_full = False
         self._disk_is_full = False
+        self._has_told_of_limit = False
 
     def add(self, record: AdapterRecord) -> None:
         """An adapter is registered, or its record is another one now."""
@@ -192,6 +193,14 @@ class Keeper:
             self._disk_is_full = not self._files.has_room(
                 record.nbytes, self._last_use(record), self.registered
             )
+            if self._disk_is_full and self._files.is_on and not self._has_told_of_limit:
+                self._has_told_of_limit = True
+                logger.warning(
+                    "adapter %s and maybe others are not kept on disk, beside %.1f GiB of packed "
+                    "adapters that were used later: they are lost with their own files",
+                    record.name,
+                    self._files.nbytes / 2**30,
+                )
         return not self._disk_is_full
 
     def _write(self, record: AdapterRecord, layout: AdapterLayout, pages: memoryview) -> None:

@@ -8,11 +8,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from app.store.eviction import EvictionPolicy, StoreEntry
 from app.store.process_watch import ProcessWatch
 from app.store.slab import Slab, SlabRange, align
+from app.store.stats import StoreStats
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     AdapterLayout,
@@ -24,31 +24,6 @@ from slora_core.adapters.slab_format import AdapterLocation, view_pages
 from slora_core.errors import AdapterNotFoundError, StoreFullError
 
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """One moment of a store; bytes are whole memory pages."""
-
-    capacity_bytes: int
-    # All extents, which freed ranges do not shrink.
-    extent_bytes: int
-    used_bytes: int
-    leased_bytes: int
-    num_adapters: int
-    num_leases: int
-    num_holders: int
-    # Removed adapters that a lease still keeps.
-    num_draining: int
-    # Since the start; packs are of adapters' own files.
-    num_packs: int
-    num_evictions: int
-    # Packed adapters on the node's disk, of all its stores.
-    num_packed_files: int = 0
-    packed_file_bytes: int = 0
-    # Since the start: adapters read from there, and leases refused since nothing had the bytes.
-    num_disk_reads: int = 0
-    num_unavailable: int = 0
 
 
 class HostStore:

@@ -7,8 +7,6 @@ who shares it, is `packed_space`'s. It knows no registry and no slab; `adapter_s
 it and `keeper` writes. Every method may be called from any thread.
 """
 
-import errno
-import itertools
 import logging
 import os
 import threading
@@ -46,7 +44,6 @@ class PackedFiles:
         self._page_bytes = geometry.page_bytes
         # Other versions of this program may share the directory.
         self._directory = Path(root) / f"{self._geometry_key}-{FORMAT}"
-        self._partial_numbers = itertools.count()
         self._lock = threading.Lock()
         self._failed_at: float | None = None
         # Since the last file that was written.
@@ -80,34 +77,26 @@ class PackedFiles:
 
     @contextmanager
     def open(self, adapter_id: str) -> Iterator[PackedFile | None]:
-        """The file of an adapter, None where there is none that is whole.
-
-        One that turns out to be damaged, here or in `PackedFile.read_into`, is deleted.
+        """The file of an adapter, None where there is none.
 
         Raises:
-            DamagedFileError: from the body, after the deletion.
+            DamagedFileError: it is damaged, be it that the body finds out; it was deleted.
+            OSError: the disk does not give it.
         """
         path = self._path(adapter_id)
         try:
             file = FileIO(path) if self.is_on else None
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                logger.warning("the packed adapter %s is not read: %s", path, error)
+        except (FileNotFoundError, NotADirectoryError):
             file = None
         if file is None:
             yield None
             return
         with file:
             try:
-                packed = PackedFile(file, adapter_id, self._geometry_key, self._page_bytes)
-            except DamagedFileError as error:
-                self._discard(path, error)
-                yield None
-                return
-            try:
-                yield packed
-            except DamagedFileError as error:
-                self._discard(path, error)
+                yield PackedFile(file, adapter_id, self._geometry_key, self._page_bytes)
+            except DamagedFileError:
+                with self._lock, self._failing_softly():
+                    self._space.remove(path)
                 raise
 
     def has_room(self, nbytes: int, used_at: float, registered: Container[str]) -> bool:
@@ -181,10 +170,10 @@ class PackedFiles:
         It is not synced: what a power failure leaves half-written its checksum gives away.
         """
         self._directory.mkdir(mode=0o700, exist_ok=True)
-        number = f"{os.getpid()}-{next(self._partial_numbers)}"
-        partial = self._directory / f"{PARTIAL_PREFIX}{number}"
+        # Whoever left one of this name is dead, or it would hold the lock.
+        partial = self._directory / f"{PARTIAL_PREFIX}{adapter_id}"
         try:
-            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 for piece in pieces:
                     write_all(fd, piece)
@@ -196,11 +185,6 @@ class PackedFiles:
             with suppress(OSError):
                 partial.unlink()
             raise
-
-    def _discard(self, path: Path, error: DamagedFileError) -> None:
-        logger.warning("the packed adapter %s is deleted: %s", path, error)
-        with self._lock, self._failing_softly():
-            self._space.remove(path)
 
     def _is_writable(self) -> bool:
         return self.is_on and (

@@ -78,6 +78,7 @@ class PackedFile:
 
         Raises:
             DamagedFileError: it is no whole header, or one of another adapter or geometry.
+            OSError: the disk does not give it.
         """
         self._file = file
         try:
@@ -100,7 +101,8 @@ class PackedFile:
         """Read the pages to where they are to be, and check them.
 
         Raises:
-            DamagedFileError: they are not what was written; what is in `pages` then is worthless.
+            DamagedFileError: they are not what was written.
+            OSError: the disk does not give them. What is in `pages` is worthless with either.
         """
         assert len(pages) == self._header.nbytes
         self._file.seek(self._pages_offset)
@@ -147,13 +149,10 @@ def _read_all(file: FileIO, piece: memoryview) -> None:
     """Fill `piece`.
 
     Raises:
-        DamagedFileError: the file ends before, or the disk does not give its bytes.
+        DamagedFileError: the file ends before.
     """
-    try:
-        while piece:
-            count = file.readinto(piece)
-            if not count:
-                raise DamagedFileError("it ends too early")
-            piece = piece[count:]
-    except OSError as error:
-        raise DamagedFileError(f"it cannot be read: {error.strerror}") from error
+    while piece:
+        count = file.readinto(piece)
+        if not count:
+            raise DamagedFileError("it ends too early")
+        piece = piece[count:]

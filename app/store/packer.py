@@ -15,9 +15,10 @@ from app.registry.state import AdapterRecord
 from app.store.adapter_sources import AdapterSources, UnavailableLog
 from app.store.byte_budget import ByteBudget
 from app.store.keeper import Keeper
-from app.store.memory import HostStore, StoreStats
+from app.store.memory import HostStore
 from app.store.packed_files import PackedFiles
 from app.store.process_watch import ProcessWatch
+from app.store.stats import StoreStats
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.errors import AdapterNotFoundError, AdapterUnavailableError, StoreFullError
 

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,26 @@ def test_files_that_come_back_are_packed(run, monkeypatch) -> None:
         world.store._keeper.wake()
         await world.until(in_files(world, record))
         assert record.adapter_id in world.host
+
+    run(scenario)
+
+
+def test_a_disk_that_does_not_give_a_file_is_no_error_while_the_adapters_own_are_there(
+    run, monkeypatch
+) -> None:
+    async def scenario(world):
+        record = world.add("a")
+        await world.until(in_files(world, record))
+        world.host.remove(record.adapter_id)
+
+        class Failing(FileIO):
+            def readinto(self, piece):
+                raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("app.store.packed_files.FileIO", Failing)
+        location = await world.store.lease(record, ME)
+        assert torch.equal(pages_of(world, location), expected_pages(world, record))
+        assert record.adapter_id in world.files
 
     run(scenario)
 

@@ -129,14 +129,14 @@ def _flip(data: bytearray, at: int) -> bytes:
         lambda data: data[:PAGE] + bytes(len(data) - PAGE),
     ],
 )
-def test_a_damaged_file_is_deleted_and_told(make, caplog, damage) -> None:
+def test_a_damaged_file_is_deleted(make, damage) -> None:
     files = make()
     write(files, "a", num_pages=3)
     path = path_of(files, "a")
     path.write_bytes(damage(bytearray(path.read_bytes())))
-    with caplog.at_level(logging.WARNING):
-        assert read(files, "a") is None
-    assert not path.exists() and f"{path} is deleted" in caplog.text
+    with pytest.raises(DamagedFileError), files.open("a") as file:
+        file.read_into(memoryview(bytearray(3 * PAGE)))
+    assert not path.exists() and files.num_files == 0
     assert write(files, "a") and read(files, "a") == packed()[1]
 
 
@@ -151,8 +151,8 @@ def test_a_file_of_another_adapter_or_geometry_is_damaged(make) -> None:
     assert "a" not in other
     other._directory.mkdir()
     path.rename(other._directory / path.name)
-    with other.open("a") as file:
-        assert file is None
+    with pytest.raises(DamagedFileError, match="in geometry"), other.open("a"):
+        pass
     assert "a" not in other
 
 
@@ -161,6 +161,21 @@ def test_a_header_that_makes_no_sense_is_damage(make, monkeypatch) -> None:
     monkeypatch.setattr(packed_format.json, "dumps", lambda *_, **__: '{"adapter_id": 5}')
     write(files, "a")
     assert read(files, "a") is None and "a" not in files
+
+
+def test_a_file_that_the_disk_does_not_give_stays(make, monkeypatch) -> None:
+    files = make()
+    write(files, "a")
+
+    class Failing(packed_files.FileIO):
+        def readinto(self, piece):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_files, "FileIO", Failing)
+        with pytest.raises(OSError, match="Input/output"), files.open("a"):
+            pass
+    assert read(files, "a") == packed()[1]
 
 
 _WRITER = """
