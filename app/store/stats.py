@@ -1,4 +1,4 @@
-"""What a node's store tells of itself: `memory` counts what is in the slab, `packer` adds the rest."""
+"""What a node's store tells of itself; `memory` counts the slab, `packer` adds the rest."""
 
 from dataclasses import dataclass
 
