@@ -99,5 +99,6 @@ def with_absolute_paths(args: SLoRAArgs) -> SLoRAArgs:
             "adapters_dir": absolute(args.adapters_dir),
             "allowed_adapter_roots": args.adapter_roots,
             "registry_state_path": absolute(args.registry_state_path),
+            "packed_cache_dir": absolute(args.packed_cache_dir),
         }
     )

@@ -73,6 +73,7 @@ def server_args(args: argparse.Namespace, scratch: Path) -> SLoRAArgs:
         "served_model_name": setting.served_name(args.dummy),
         "adapters_dir": str(scratch / "adapters"),
         "registry_state_path": str(scratch / "registry.json"),
+        "packed_cache_dir": str(scratch / "packed"),
         "num_replicas": args.num_replicas,
         "num_ingress_replicas": args.num_ingress_replicas,
         **_device_args(args.device or setting.device),

@@ -43,6 +43,10 @@ class AdapterPathError(SLoRAError):
     """An adapter path outside the allowed roots."""
 
 
+class AdapterUnavailableError(SLoRAError):
+    """A registered adapter whose bytes nothing has any more: no files, no packed copy."""
+
+
 class StoreFullError(SLoRAError):
     """The host store has no room for an adapter beside those under a lease, or none at all."""
 

@@ -16,6 +16,7 @@ from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
 from slora_core.errors import (
     AdapterNotFoundError,
+    AdapterUnavailableError,
     EngineDeadError,
     InvalidAdapterError,
     InvalidRequestError,
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 # On replicas that die.
 MAX_ATTEMPTS = 2
+
+# What a replica without the adapter says, be it that its name means another version by now.
+_ADAPTER_IS_GONE = (AdapterNotFoundError, AdapterUnavailableError, InvalidAdapterError)
 
 # Given an adapter that is gone, and why, what its name means now.
 Renew = Callable[[AdapterRecord, Exception], Awaitable[AdapterRecord]]
@@ -108,11 +112,11 @@ class _Attempts:
             self._num_left -= 1
             self.avoid_replica = error.replica_id
             logger.warning("request %s is sent again: %s", self.request.request_id, error)
-        elif not isinstance(error, AdapterNotFoundError | InvalidAdapterError):
+        elif not isinstance(error, _ADAPTER_IS_GONE):
             raise error
-        elif self._is_renewed:
+        elif self._is_renewed and not isinstance(error, AdapterUnavailableError):
             raise InvalidRequestError(str(error), "model") from error
-        elif self.record is None:
+        elif self._is_renewed or self.record is None:
             raise error
         else:
             self._is_renewed = True

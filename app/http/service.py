@@ -17,7 +17,7 @@ from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
 from app.registry.state import AdapterRecord
-from slora_core.errors import InvalidRequestError
+from slora_core.errors import AdapterUnavailableError, InvalidRequestError
 from slora_core.requests import Delta, Request, SamplingParams
 from slora_core.text.tokenizer import Tokenizer
 
@@ -143,7 +143,9 @@ class CompletionService:
         await self.registry.refresh()
         newer = await self.registry.find(record.name)
         if newer.adapter_id == record.adapter_id:
-            # Its files are gone or changed, and nobody has loaded them anew.
+            # Nobody has loaded it anew.
+            if isinstance(error, AdapterUnavailableError):
+                raise error
             raise InvalidRequestError(str(error), "model") from error
         return newer
 

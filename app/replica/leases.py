@@ -73,7 +73,7 @@ class AdapterLeases:
         A StoreGoneError of the caller has the lease replaced for those that come after it.
 
         Raises:
-            InvalidAdapterError, StoreFullError, StoreGoneError: as the store has it.
+            AdapterUnavailableError, StoreFullError, StoreGoneError: as the store has it.
         """
         entry = self._entries.setdefault(record.adapter_id, _Entry())
         entry.num_users += 1

@@ -8,18 +8,24 @@ replica on its node has lived for a while: nothing is left after `serve shutdown
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
+from ray.util.metrics import Counter
 
 from app import ray_private
 from app.args import SLoRAArgs
+from app.models.demo import default_cache_dir
 from app.models.geometry import adapter_geometry
 from app.registry.client import REGISTRY_DEPLOYMENT, RegistryClient
 from app.registry.state import AdapterRecord
 from app.remote_errors import returns_errors
-from app.store.memory import HostStore, StoreStats
+from app.store.memory import HostStore
+from app.store.packed_files import PackedFiles
 from app.store.packer import NodeStore
+from app.store.stats import StoreStats
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.slab_format import AdapterLocation
 
@@ -37,6 +43,9 @@ class StoreSpec:
     extent_bytes: int
     # See `slab.Slab`.
     punch_holes: bool
+    # Where packed adapters are kept on this node's disk, and how many bytes of them.
+    packed_dir: str
+    packed_bytes: int
     grace_s: float = GRACE_S
 
     @classmethod
@@ -47,6 +56,8 @@ class StoreSpec:
             args.store_capacity_bytes,
             args.store_extent_bytes,
             punch_holes=args.device == "cpu",
+            packed_dir=args.packed_cache_dir or str(default_cache_dir() / "packed"),
+            packed_bytes=args.packed_cache_bytes,
         )
 
     def actor_name(self, node_id: str) -> str:
@@ -92,12 +103,27 @@ class AdapterStoreActor:
             logging.basicConfig(level=logging.INFO)
             # By name, so that a registry that was deployed again is found too.
             registry = ray_private.handle_by_name(REGISTRY_DEPLOYMENT, spec.app_name)
-            store = HostStore(
-                spec.geometry, spec.capacity_bytes, spec.extent_bytes, spec.punch_holes
+            self._store = NodeStore(
+                HostStore(spec.geometry, spec.capacity_bytes, spec.extent_bytes, spec.punch_holes),
+                PackedFiles(Path(spec.packed_dir), spec.geometry, spec.packed_bytes),
+                RegistryClient(registry),
+                spec.grace_s,
+                _end_this_actor,
+                _unavailable_counter(spec.app_name),
             )
-            self._store = NodeStore(store, RegistryClient(registry), spec.grace_s, _end_this_actor)
             self._store.start()
         return self._store
+
+
+def _unavailable_counter(app_name: str) -> Callable[[], None]:
+    """Prometheus has it as `ray_slora_unavailable_adapter_requests_total`."""
+    counter = Counter(
+        "slora_unavailable_adapter_requests",
+        "Requests refused since nothing has the bytes of their registered adapter.",
+        ("application",),
+    )
+    counter.set_default_tags({"application": app_name})
+    return counter.inc
 
 
 def _end_this_actor() -> None:

@@ -16,7 +16,7 @@ from app.registry.client import NAMESPACE
 from app.registry.state import AdapterRecord
 from app.remote_errors import result_of
 from app.store.actor import AdapterStoreActor, StoreSpec
-from app.store.memory import StoreStats
+from app.store.stats import StoreStats
 from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.errors import StoreGoneError
 
@@ -67,7 +67,7 @@ class StoreClient:
         """Pin an adapter for a process of this node until `release` or the process's end.
 
         Raises:
-            InvalidAdapterError: the adapter's files changed since it was registered.
+            AdapterUnavailableError: nothing has the adapter's bytes any more.
             StoreFullError: no room beside what is leased.
             StoreGoneError: the store ended and does not come back.
         """

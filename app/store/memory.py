@@ -6,12 +6,13 @@ Ray: `app.store.actor` wraps it in an actor, and `slab_reader` maps what a lease
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from app.store.eviction import EvictionPolicy, StoreEntry
 from app.store.process_watch import ProcessWatch
 from app.store.slab import Slab, SlabRange, align
+from app.store.stats import StoreStats
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     AdapterLayout,
@@ -23,25 +24,6 @@ from slora_core.adapters.slab_format import AdapterLocation, view_pages
 from slora_core.errors import AdapterNotFoundError, StoreFullError
 
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """One moment of a store; bytes are whole memory pages."""
-
-    capacity_bytes: int
-    # All extents, which freed ranges do not shrink.
-    extent_bytes: int
-    used_bytes: int
-    leased_bytes: int
-    num_adapters: int
-    num_leases: int
-    num_holders: int
-    # Removed adapters that a lease still keeps.
-    num_draining: int
-    # Since the start.
-    num_packs: int
-    num_evictions: int
 
 
 class HostStore:
@@ -91,26 +73,42 @@ class HostStore:
     ) -> bool:
         """Pack an adapter unless it is there; true if this call packed it.
 
-        An adapter that is draining is taken back. With `evict` off it only takes free room.
+        Raises:
+            StoreFullError: as `fill`.
+        """
+
+        def pack(memory: memoryview) -> None:
+            pages = view_pages(self.geometry, layout, memory)
+            pack_adapter(self.geometry, layout, weights, out=pages)
+
+        is_packed = self.fill(adapter_id, layout, pack, evict)
+        with self._changed:
+            self._num_packs += is_packed
+        return is_packed
+
+    def fill(
+        self,
+        adapter_id: str,
+        layout: AdapterLayout,
+        write: Callable[[memoryview], None],
+        evict: bool = True,
+    ) -> bool:
+        """Bring an adapter in unless it is there; true if this call did.
+
+        `write` is given its place and writes the pages, every byte of them; nobody sees them
+        before it has returned, and where it raises nothing stays. An adapter that is draining is
+        taken back. With `evict` off it only takes free room.
 
         Raises:
             StoreFullError: no room beside what is leased (or, with `evict` off, stored).
         """
         with self._changed:
-            # Another thread that packs the same adapter either finishes or fails.
-            self._changed.wait_for(
-                lambda: (entry := self._entries.get(adapter_id)) is None or entry.ready
-            )
-            found = self._entries.get(adapter_id)
-            if found is not None:
-                found.draining = False
+            entry = self._new_entry(adapter_id, layout, evict)
+            if entry is None:
                 return False
-            entry = StoreEntry(adapter_id, layout, self._allocate(layout.num_pages, evict))
-            self._entries[adapter_id] = entry
-            memory = self._slab.extent(entry.range.token).memory
+            memory = self._view(entry)
         try:
-            pages = view_pages(self.geometry, layout, memory, entry.range.offset)
-            pack_adapter(self.geometry, layout, weights, out=pages)
+            write(memory)
         except BaseException:
             with self._changed:
                 self._drop(entry)
@@ -118,9 +116,28 @@ class HostStore:
         with self._changed:
             entry.ready = True
             self._eviction.used(entry)
-            self._num_packs += 1
             self._changed.notify_all()
         return True
+
+    @contextmanager
+    def pinned(self, adapter_id: str) -> Iterator[tuple[AdapterLayout, memoryview] | None]:
+        """Layout and pages of an adapter, which stays for the while; None where it is not here."""
+        with self._changed:
+            entry = self._entries.get(adapter_id)
+            if entry is not None and entry.ready:
+                entry.num_pins += 1
+            else:
+                entry = None
+        if entry is None:
+            yield None
+            return
+        try:
+            yield entry.layout, self._view(entry)
+        finally:
+            with self._changed:
+                entry.num_pins -= 1
+                self._drop_if_drained(entry)
+                self._changed.notify_all()
 
     def lease(self, adapter_id: str, holder_pid: int) -> AdapterLocation:
         """Pin an adapter for a process until it releases it or ends; leases are counted.
@@ -207,7 +224,8 @@ class HostStore:
             holders: Counter[int] = Counter()
             for entry in self._entries.values():
                 assert all(count > 0 for count in entry.leases.values())
-                assert entry.leases or not (entry.draining and entry.ready), "drained but kept"
+                is_held = entry.leases or entry.num_pins
+                assert is_held or not (entry.draining and entry.ready), "drained but kept"
                 holders.update(entry.leases)
             assert holders == self._holders
 
@@ -219,6 +237,28 @@ class HostStore:
             self._slab.close()
             self._watch.close()
 
+    def _new_entry(self, adapter_id: str, layout: AdapterLayout, evict: bool) -> StoreEntry | None:
+        """An entry to be filled; None where the adapter is there, be it draining until now."""
+        while True:
+            # Another thread that brings the same adapter either finishes or fails.
+            self._changed.wait_for(
+                lambda: (entry := self._entries.get(adapter_id)) is None or entry.ready
+            )
+            found = self._entries.get(adapter_id)
+            if found is not None:
+                found.draining = False
+                return None
+            try:
+                entry = StoreEntry(adapter_id, layout, self._allocate(layout.num_pages, evict))
+            except StoreFullError:
+                # Pins last for moments, and what has one may be all that could go.
+                if not evict or not any(e.num_pins for e in self._entries.values()):
+                    raise
+                self._changed.wait()
+            else:
+                self._entries[adapter_id] = entry
+                return entry
+
     def _allocate(self, num_pages: int, evict: bool) -> SlabRange:
         nbytes = align(num_pages * self.geometry.page_bytes)
         if nbytes > self._slab.max_range_bytes:
@@ -226,13 +266,7 @@ class HostStore:
                 f"the adapter takes {nbytes / _MIB:.1f} MiB of host memory and the store holds "
                 f"{self._slab.max_range_bytes / _MIB:.1f} MiB in all"
             )
-        taken = self._slab.allocate(nbytes)
-        if taken is None and evict:
-            for entry in self._eviction.victims(self._slab, self._entries.values(), nbytes):
-                self._eviction.evicted(entry)
-                self._num_evictions += 1
-                self._drop(entry)
-            taken = self._slab.allocate(nbytes)
+        taken = self._slab.allocate(nbytes) or (self._evict_for(nbytes) if evict else None)
         if taken is None:
             used = sum(e.range.nbytes for e in self._entries.values())
             kept = sum(e.range.nbytes for e in self._entries.values() if not e.evictable)
@@ -242,6 +276,20 @@ class HostStore:
                 f"and {kept / _MIB:.1f} MiB of that under leases"
             )
         return taken
+
+    def _evict_for(self, nbytes: int) -> SlabRange | None:
+        """A range in place of the entries whose loss is smallest; None where none can be made."""
+        for entry in self._eviction.victims(self._slab, self._entries.values(), nbytes):
+            self._eviction.evicted(entry)
+            self._num_evictions += 1
+            self._drop(entry)
+        return self._slab.allocate(nbytes)
+
+    def _view(self, entry: StoreEntry) -> memoryview:
+        """The memory of an entry's pages."""
+        memory = memoryview(self._slab.extent(entry.range.token).memory)
+        offset = entry.range.offset
+        return memory[offset : offset + entry.layout.num_pages * self.geometry.page_bytes]
 
     def _drop_holder(self, pid: int) -> int:
         ended = 0
@@ -262,7 +310,7 @@ class HostStore:
         self._drop_if_drained(entry)
 
     def _drop_if_drained(self, entry: StoreEntry) -> None:
-        if entry.draining and not entry.leases:
+        if entry.draining and not entry.leases and not entry.num_pins:
             self._drop(entry)
 
     def _drop(self, entry: StoreEntry) -> None:

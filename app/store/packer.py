@@ -1,52 +1,69 @@
-"""The host store of one node at work: packs what is asked for or registered, ends what is over.
+"""The host store of one node at work: brings what is asked for, ends what is over.
 
-Owns when adapters are read, packed and removed, and when the store has no more users. It wraps
-`HostStore` in asyncio and knows no Ray: `store.actor` makes an actor of it.
+Owns leases and when the store has no more users; what is brought ahead of them is `keeper`'s. It
+wraps `HostStore` in asyncio and knows no Ray: `store.actor` makes an actor of it.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 
 from app.registry.follower import RegistryReader, follow_registry
 from app.registry.registry import RegistrySnapshot
 from app.registry.state import AdapterRecord
-from app.store.memory import HostStore, StoreStats
+from app.store.adapter_sources import AdapterSources, UnavailableLog
+from app.store.byte_budget import ByteBudget
+from app.store.keeper import Keeper
+from app.store.memory import HostStore
+from app.store.packed_files import PackedFiles
 from app.store.process_watch import ProcessWatch
-from slora_core.adapters.peft_weights import read_peft_adapter
+from app.store.stats import StoreStats
 from slora_core.adapters.slab_format import AdapterLocation
-from slora_core.errors import AdapterNotFoundError, InvalidAdapterError, SLoRAError, StoreFullError
+from slora_core.errors import AdapterNotFoundError, AdapterUnavailableError, StoreFullError
 
 logger = logging.getLogger(__name__)
 
 # How often a lease may find its adapter evicted again by others before it gives up.
 MAX_LEASE_ATTEMPTS = 5
+# Of packed adapters that are made of their own files at one time; each takes two to three times
+# its size for that. Half a gigabyte keeps every thread busy with adapters of a 7B model.
+MAX_PACKING_BYTES = 1 << 29
 
 
 class NodeStore:
     """One node's store. Every method must be called on the loop that ran `start`.
 
     Clients are the processes that the store is there for; when none has lived for `grace_s`,
-    `on_unused` is called, once.
+    `on_unused` is called, once. `on_unavailable` is called for every lease of a registered adapter
+    that nothing has the bytes of.
     """
 
     def __init__(
         self,
         store: HostStore,
+        files: PackedFiles,
         registry: RegistryReader,
         grace_s: float,
         on_unused: Callable[[], None],
+        on_unavailable: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
+        self._files = files
+        self._sources = AdapterSources(store, files)
+        self._budget = ByteBudget(MAX_PACKING_BYTES)
+        self._unavailable = UnavailableLog()
+        self._keeper = Keeper(store, files, self._sources, self._budget, self._unavailable)
         self._registry = registry
         self._grace_s = grace_s
         self._on_unused = on_unused
+        self._on_unavailable = on_unavailable
+        self._num_unavailable = 0
         self._clients = ProcessWatch()
         self._client_ended: dict[int, asyncio.Event] = {}
-        self._packing: dict[str, asyncio.Task[None]] = {}
-        self._records: Mapping[str, AdapterRecord] = {}
-        self._revision = -1
-        self._news = asyncio.Event()
+        self._bringing: dict[str, asyncio.Task[bool]] = {}
+        # Whether the registry has ever answered.
+        self._is_following = False
         self._tasks: list[asyncio.Task[None]] = []
         self._end_timer: asyncio.TimerHandle | None = None
 
@@ -56,7 +73,7 @@ class NodeStore:
         loop.add_reader(self._clients.fileno(), self._forget_dead_clients)
         self._tasks = [
             asyncio.create_task(follow_registry(self._registry, self._take_snapshot)),
-            asyncio.create_task(self._pack_registered()),
+            asyncio.create_task(self._keep_registered()),
         ]
         # Nobody may ever attach: whoever made the store may be dead by now.
         self._end_timer = loop.call_later(self._grace_s, self._end)
@@ -66,9 +83,10 @@ class NodeStore:
         loop.remove_reader(self._store.holder_fileno())
         loop.remove_reader(self._clients.fileno())
         self._cancel_end()
-        for task in (*self._tasks, *self._packing.values()):
+        for task in (*self._tasks, *self._bringing.values()):
             task.cancel()
         self._clients.close()
+        self._files.close()
         self._store.close()
 
     async def attach(self, client_pid: int) -> None:
@@ -82,18 +100,22 @@ class NodeStore:
         await self._client_ended.setdefault(client_pid, asyncio.Event()).wait()
 
     async def lease(self, record: AdapterRecord, holder_pid: int) -> AdapterLocation:
-        """Pin an adapter for a process, packing it first where it is not in the store.
+        """Pin an adapter for a process, bringing it first where it is not in the store.
 
         Raises:
-            InvalidAdapterError: its files are not what they were when it was registered.
+            AdapterUnavailableError: neither its own files nor a packed one are there any more.
             StoreFullError: no room beside what is leased.
             ProcessLookupError: there is no such process.
         """
+        is_from_files = False
         for _ in range(MAX_LEASE_ATTEMPTS):
             try:
-                return self._store.lease(record.adapter_id, holder_pid)
+                location = self._store.lease(record.adapter_id, holder_pid)
             except AdapterNotFoundError:
-                await self._pack_once(record)
+                is_from_files = await self._bring_once(record)
+            else:
+                self._keeper.used(record, is_from_files)
+                return location
         raise StoreFullError(
             f"adapter {record.name!r} was evicted {MAX_LEASE_ATTEMPTS} times before it could be "
             "leased; the store is too small for what is asked of it at once"
@@ -104,71 +126,68 @@ class NodeStore:
         return self._store.release(adapter_id, holder_pid, token)
 
     def stats(self) -> StoreStats:
-        return self._store.stats()
+        return replace(
+            self._store.stats(),
+            num_packed_files=self._files.num_files,
+            packed_file_bytes=self._files.nbytes,
+            num_disk_reads=self._sources.num_disk_reads,
+            num_unavailable=self._num_unavailable,
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError if ranges or leases do not add up."""
         self._store.check_integrity()
 
-    async def _pack_once(self, record: AdapterRecord) -> None:
-        """Pack an adapter; calls for the same one share one reading of its files."""
-        task = self._packing.get(record.adapter_id)
+    async def _bring_once(self, record: AdapterRecord) -> bool:
+        """Bring an adapter, by its own files if true; calls for the same one share one reading."""
+        task = self._bringing.get(record.adapter_id)
         if task is None:
-            task = asyncio.create_task(asyncio.to_thread(self._pack, record, True))
-            self._packing[record.adapter_id] = task
-            task.add_done_callback(lambda _: self._packing.pop(record.adapter_id, None))
-        # A caller that leaves must not take the others' task with it.
-        await asyncio.shield(task)
+            task = asyncio.create_task(self._bring(record))
+            self._bringing[record.adapter_id] = task
+            task.add_done_callback(lambda _: self._bringing.pop(record.adapter_id, None))
+        try:
+            # A caller that leaves must not take the others' task with it.
+            return await asyncio.shield(task)
+        except AdapterUnavailableError as error:
+            # A request may be late, and its version replaced meanwhile: no loss to anybody.
+            if not self._is_following or record.adapter_id in self._keeper.registered:
+                self._num_unavailable += 1
+                self._on_unavailable()
+                self._unavailable.tell(record, error)
+            raise
 
-    def _pack(self, record: AdapterRecord, evict: bool) -> None:
-        summary, weights = read_peft_adapter(record.path, self._store.geometry)
-        if summary.adapter_id != record.adapter_id:
-            raise InvalidAdapterError(
-                f"the files of adapter {record.name!r} in {record.path} have changed since "
-                f"version {record.version} was loaded; load it again in place"
-            )
-        self._store.put(record.adapter_id, summary.layout, weights, evict)
+    async def _bring(self, record: AdapterRecord) -> bool:
+        if await asyncio.to_thread(self._sources.from_packed_file, record.adapter_id, True):
+            return False
+        async with self._budget.taken(record.nbytes):
+            await asyncio.to_thread(self._pack, record)
+        return True
+
+    def _pack(self, record: AdapterRecord) -> None:
+        self._store.put(record.adapter_id, *self._sources.read_files(record))
 
     def _take_snapshot(self, snapshot: RegistrySnapshot) -> None:
-        self._records = snapshot.records
-        if snapshot.revision != self._revision:
-            self._revision = snapshot.revision
-            self._news.set()
-        # At every answer, since a late lease may have packed what was unloaded before it.
-        registered = {record.adapter_id for record in self._records.values()}
-        for adapter_id in set(self._store.adapter_ids()) - registered:
+        records = {record.adapter_id: record for record in snapshot.records.values()}
+        for adapter_id in self._keeper.registered.keys() - records.keys():
+            self._keeper.remove(adapter_id)
+        known = self._keeper.registered
+        # The same content may be registered by another path now.
+        news = [
+            record
+            for record in records.values()
+            if (old := known.get(record.adapter_id)) is None or old.path != record.path
+        ]
+        for record in sorted(news, key=lambda record: record.loaded_at):
+            self._keeper.add(record)
+        self._is_following = True
+        # At every answer, since a late lease may have brought what was unloaded before it.
+        for adapter_id in set(self._store.adapter_ids()) - records.keys():
             self._store.remove(adapter_id)
+        self._keeper.wake()
 
-    async def _pack_registered(self) -> None:
-        """Pack registered adapters ahead of requests, while there is free room, until cancelled."""
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            try:
-                await self._pack_missing()
-            except StoreFullError as error:
-                logger.info("not every registered adapter is in the host store: %s", error)
-
-    async def _pack_missing(self) -> None:
-        tried: set[str] = set()
-        # The registrations may change during each packing.
-        while missing := self._next_missing(tried):
-            tried.add(missing.adapter_id)
-            try:
-                await asyncio.to_thread(self._pack, missing, False)
-            except StoreFullError:
-                raise
-            except SLoRAError as error:
-                logger.warning("adapter %s is not packed: %s", missing.name, error)
-            except Exception:
-                # A disk that fails or no memory is no reason to give the others up.
-                logger.exception("adapter %s is not packed", missing.name)
-        logger.info("the host store has %s", self._store.stats())
-
-    def _next_missing(self, tried: set[str]) -> AdapterRecord | None:
-        done = tried.union(self._store.adapter_ids())
-        records = self._records.values()
-        return next((record for record in records if record.adapter_id not in done), None)
+    async def _keep_registered(self) -> None:
+        await asyncio.to_thread(self._files.start)
+        await self._keeper.run()
 
     def _end_leases_of_the_dead(self) -> None:
         for pid in self._store.dead_holders():

@@ -1,7 +1,7 @@
 """Runs the Serve application in a Ray cluster of its own until it is told to stop.
 
 Owns the cluster's life. What is served are the arguments of serve_configs/slora.yaml with the
-caller's changes; `launch_server.py` here and in tests/e2e call it.
+caller's changes; `launch_server.py` here and in tests/e2e call it, and the soak.
 """
 
 import math
@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,25 @@ def serve_until_stopped(args: SLoRAArgs, port: int) -> None:
     Raises:
         ServerError: the port is taken, or not every adapter of `adapters_dir` is served.
     """
+    try:
+        with local_server(args, port) as (url, num_adapters):
+            base = args.base_model_name
+            print(f"ready: {url} serves {base} and {num_adapters} adapters", flush=True)
+            # Until a signal interrupts it.
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        say("stopping")
+
+
+@contextmanager
+def local_server(args: SLoRAArgs, port: int) -> Iterator[tuple[str, int]]:
+    """Serve on `port`; yields the URL and the number of adapters once they are served.
+
+    Signals raise KeyboardInterrupt from here on; all is stopped at the end, however it comes.
+
+    Raises:
+        ServerError: the port is taken, or not every adapter of `adapters_dir` is served.
+    """
     _check_port(port)
     # Ray's workers import the packages from here, installed or not.
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -78,13 +99,7 @@ def serve_until_stopped(args: SLoRAArgs, port: int) -> None:
         say("starting the application")
         _start(args)
         url = f"http://{HOST}:{port}"
-        num_adapters = _wait_ready(url, args)
-        base = args.base_model_name
-        print(f"ready: {url} serves {base} and {num_adapters} adapters", flush=True)
-        # Until a signal interrupts it.
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        say("stopping")
+        yield url, _wait_ready(url, args)
     finally:
         # A second Ctrl-C must not leave half of it running.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -44,7 +44,10 @@ def header(token: str) -> bytes:
 
 
 def view_pages(
-    geometry: AdapterGeometry, layout: AdapterLayout, memory: mmap.mmap, offset: int
+    geometry: AdapterGeometry,
+    layout: AdapterLayout,
+    memory: mmap.mmap | memoryview,
+    offset: int = 0,
 ) -> torch.Tensor:
     """Pages [num_pages, num_layers, page_elems] of mapped memory from byte `offset`, no copy.
 

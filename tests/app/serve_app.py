@@ -56,6 +56,7 @@ def running_app(base_url: str, root: Path, name: str, route_prefix: str, **setti
         num_threads=1,
         store_capacity_bytes=2**26,
         store_extent_bytes=2**24,
+        packed_cache_dir=str(root / "packed"),
         **settings,
     )
     serve.run(build(args), name=name, route_prefix=route_prefix)

@@ -51,10 +51,12 @@ def test_a_model_that_is_not_there(tmp_path):
 def test_relative_paths_start_where_the_user_is(model, monkeypatch):
     monkeypatch.chdir(model.parent)
     args = with_absolute_paths(SLoRAArgs(model="tiny", adapters_dir="a", registry_state_path="s"))
+    cached = with_absolute_paths(SLoRAArgs(model="tiny", packed_cache_dir="p"))
     parent = model.parent
     assert (args.model, args.base_model_name) == (str(model), "tiny")
     assert (args.adapters_dir, args.registry_state_path) == (f"{parent}/a", f"{parent}/s")
     assert args.allowed_adapter_roots == [f"{parent}/a"]
+    assert cached.packed_cache_dir == f"{parent}/p" and args.packed_cache_dir is None
     hub = with_absolute_paths(SLoRAArgs(model="org/name"))
     assert (hub.model, hub.base_model_name) == ("org/name", "name")
 

@@ -1,7 +1,9 @@
 """The application on a real Ray cluster: two replicas of a tiny random model."""
 
 import json
+import os
 import shutil
+import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -346,6 +348,47 @@ def test_a_busy_adapter_outlives_its_store(app):
     assert statuses == {200}
 
 
+def test_registered_means_served(app):
+    """Also without the folder, after the store has died; only what nothing has is a 503."""
+
+    def packed():
+        return set((app.extra_dir.parent / "packed").glob("*/*.packed"))
+
+    path = make_random_adapter(app.extra_dir / "kept", app.model, seed=104, scale=0.4)
+    before = packed()
+    assert app.load("kept", path).status_code == 200
+    text = app.complete("kept").json()["choices"][0]["text"]
+    wait_until(lambda: packed() - before, timeout_s=30)
+    moved = path.rename(path.with_name("elsewhere"))
+    _end_store()
+    answer = app.complete("kept")
+    assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, text)
+
+    _end_store()
+    # Before the next one, which takes a second to start, can read it.
+    [file] = packed() - before
+    file.unlink()
+    answer = app.complete("kept")
+    assert "'kept'" in error_of(answer, 503)["message"] and answer.headers["Retry-After"]
+    moved.rename(path)
+    assert app.complete("kept").json()["choices"][0]["text"] == text
+    assert app.unload("kept").status_code == 200
+
+
+def _end_store():
+    """Kill the node's store for good; the next one starts in a second or two."""
+    import ray
+
+    [actor] = [
+        actor
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"].startswith("adapter-store:slora:")
+    ]
+    pid = ray.get(ray.get_actor(**actor).pid.remote(), timeout=30)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not _is_running(pid), timeout_s=5)
+
+
 def test_load_while_serving(app):
     """Adapters come and go while others are asked; nobody sees an error."""
     paths = [
@@ -374,9 +417,6 @@ def test_load_while_serving(app):
 
 @pytest.mark.parametrize("victim", ["engine_pid", "replica_pid"])
 def test_a_killed_process_fails_its_streams_and_the_service_recovers(app, victim):
-    import os
-    import signal
-
     with app.stream() as response:
         lines = response.iter_lines()
         next(lines)

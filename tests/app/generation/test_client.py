@@ -9,6 +9,7 @@ from ray.serve.exceptions import BackPressureError
 from app.generation.client import EngineClient
 from slora_core.errors import (
     AdapterNotFoundError,
+    AdapterUnavailableError,
     EngineDeadError,
     InvalidAdapterError,
     InvalidRequestError,
@@ -179,8 +180,16 @@ def test_tokens_that_came_before_an_error_are_handed_over():
     assert seen == [FIRST, tokens]
 
 
-@pytest.mark.parametrize("error", [AdapterNotFoundError("gone"), InvalidAdapterError("changed")])
-def test_a_request_whose_adapter_was_replaced_goes_to_the_new_version(error):
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (AdapterNotFoundError("gone"), InvalidRequestError),
+        (InvalidAdapterError("changed"), InvalidRequestError),
+        # For as long as its files are away.
+        (AdapterUnavailableError("nothing has it"), AdapterUnavailableError),
+    ],
+)
+def test_a_request_whose_adapter_was_replaced_goes_to_the_new_version(error, again):
     async def renew(record, cause):
         assert (record, cause) == (RECORD, error)
         return make_record("a", version=2)
@@ -191,10 +200,10 @@ def test_a_request_whose_adapter_was_replaced_goes_to_the_new_version(error):
     sessions = [options["session_id"] for options in handle.options_seen]
     assert sessions == ["a-v1", "a-v2"]
     # Once: what is gone again is the caller's to see.
-    again = FakeHandle([Delta("r", [], error=error)], [Delta("r", [], error=error)])
-    with pytest.raises(InvalidRequestError, match=str(error)) as caught:
-        generate(again, renew=renew)
-    assert caught.value.param == "model"
+    handle = FakeHandle([Delta("r", [], error=error)], [Delta("r", [], error=error)])
+    with pytest.raises(again, match=str(error)) as caught:
+        generate(handle, renew=renew)
+    assert getattr(caught.value, "param", "model") == "model"
 
 
 def test_an_adapter_that_is_gone_in_the_middle_is_an_error():

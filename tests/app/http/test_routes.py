@@ -15,6 +15,7 @@ from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
 from app.registry.follower import RegistryView
 from slora_core.errors import (
+    AdapterUnavailableError,
     EngineDeadError,
     InvalidAdapterError,
     InvalidRequestError,
@@ -366,9 +367,11 @@ def test_one_failed_prompt_ends_the_others(server):
 class RenewingEngine(FakeEngine):
     """Its replicas no longer have the first adapter that they are asked for."""
 
+    error: Exception = InvalidAdapterError("the files have changed")
+
     async def generate(self, request, record, renew):
         self.requests.append(request)
-        newer = await renew(record, InvalidAdapterError("the files have changed"))
+        newer = await renew(record, self.error)
         renewed = replace(request, adapter_id=newer.adapter_id)
         async for delta in super().generate(renewed, newer, renew):
             yield delta
@@ -390,6 +393,14 @@ def test_an_adapter_replaced_on_the_way_is_looked_up_again(renewing):
     assert renewing.call(work).status_code == 200
     adapter_ids = [request.adapter_id for request in renewing.engine.requests]
     assert adapter_ids == ["sql-v1", "sql-v2"]
+
+
+def test_an_adapter_that_nothing_has_is_503_with_a_time_to_try_again(renewing):
+    renewing.engine.error = AdapterUnavailableError("nothing has the bytes of 'sql'")
+    response = renewing.complete(model="sql")
+    error = error_of(response, 503)
+    assert (error["param"], error["message"]) == ("model", "nothing has the bytes of 'sql'")
+    assert int(response.headers["Retry-After"]) > 0
 
 
 def test_an_adapter_unloaded_on_the_way_is_404(renewing):

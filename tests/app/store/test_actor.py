@@ -19,6 +19,7 @@ from slora_core.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
     AdapterPathError,
+    AdapterUnavailableError,
     InvalidAdapterError,
     StoreGoneError,
 )
@@ -53,6 +54,7 @@ def args(root: Path):
         allowed_adapter_roots=[str(root / "extra")],
         store_capacity_bytes=2**24,
         store_extent_bytes=2**22,
+        packed_cache_dir=str(root / "packed"),
     )
 
 
@@ -204,9 +206,9 @@ def test_typed_errors_cross_the_stores_handle(registry, args) -> None:
     async def scenario():
         store = StoreClient(args, APP)
         record = (await registry.snapshot()).records["a0"]
-        with pytest.raises(InvalidAdapterError) as error:
+        with pytest.raises(AdapterUnavailableError) as error:
             await store.lease(replace(record, adapter_id="another"), ME)
-        assert type(error.value) is InvalidAdapterError
+        assert type(error.value) is AdapterUnavailableError
         assert str(error.value).startswith("the files of adapter 'a0' in ")
         await store.close()
 

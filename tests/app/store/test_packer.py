@@ -11,62 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import app.store.packer as node_store
-from app.registry.registry import AdapterRegistry
-from app.store.memory import HostStore
-from app.store.packer import NodeStore
+import app.store.adapter_sources as adapter_sources
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.adapters.slab_reader import SlabReader
-from slora_core.errors import InvalidAdapterError, StoreFullError
-from tests.factories import make_geometry, make_model, make_random_adapter
+from slora_core.errors import AdapterUnavailableError, StoreFullError
+from tests.app.store.world import World, run_world
+from tests.factories import make_model
 
 ME = os.getpid()
-
-
-class LocalRegistry:
-    """The real registry, served by a poll instead of Serve."""
-
-    def __init__(self, geometry, root):
-        self.registry = AdapterRegistry(geometry, 1000, [root])
-        self.is_down = False
-
-    async def wait_for_change(self, revision, timeout_s):
-        async with asyncio.timeout(timeout_s):
-            while self.registry.revision == revision and not self.is_down:
-                await asyncio.sleep(0.005)
-        if self.is_down:
-            raise ConnectionError("down")
-        return self.registry.snapshot()
-
-
-class World:
-    """One store with its registry and a directory of adapters; use on a running loop."""
-
-    def __init__(self, tmp_path: Path, model: Path, capacity: int = 2**24, grace_s: float = 60):
-        self.root = tmp_path
-        self.model = model
-        self.geometry = make_geometry(model)
-        self.registry = LocalRegistry(self.geometry, tmp_path)
-        self.host = HostStore(self.geometry, capacity, capacity)
-        self.unused = asyncio.Event()
-        self.store = NodeStore(self.host, self.registry, grace_s, self.unused.set)
-
-    def add(self, name, replace=False, **options):
-        path = make_random_adapter(self.root / name, self.model, **options)
-        return self.registry.registry.load(name, path, replace)
-
-    async def until(self, condition, timeout_s=10):
-        async with asyncio.timeout(timeout_s):
-            while not condition():
-                await asyncio.sleep(0.005)
-
-    async def __aenter__(self):
-        self.store.start()
-        return self
-
-    async def __aexit__(self, *_):
-        self.host.check_integrity()
-        self.store.close()
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +31,7 @@ def run(tmp_path, model):
     """Run `scenario(world)` on a loop."""
 
     def run_scenario(scenario, **options):
-        async def main():
-            async with World(tmp_path, model, **options) as world:
-                await asyncio.wait_for(scenario(world), 60)
-
-        asyncio.run(main())
+        run_world(scenario, tmp_path, model, **options)
 
     return run_scenario
 
@@ -93,14 +41,14 @@ def num_reads(monkeypatch):
     """Paths read, in order."""
     reads: list[str] = []
     lock = threading.Lock()
-    original = node_store.read_peft_adapter
+    original = adapter_sources.read_peft_adapter
 
     def read(path, geometry):
         with lock:
             reads.append(Path(path).name)
         return original(path, geometry)
 
-    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+    monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
     return reads
 
 
@@ -137,7 +85,7 @@ def test_concurrent_misses_read_once(run, num_reads) -> None:
 
 
 def test_a_slow_read_holds_up_nobody_else(run, monkeypatch) -> None:
-    original = node_store.read_peft_adapter
+    original = adapter_sources.read_peft_adapter
     may_go_on = threading.Event()
 
     def read(path, geometry):
@@ -145,7 +93,7 @@ def test_a_slow_read_holds_up_nobody_else(run, monkeypatch) -> None:
             assert may_go_on.wait(30)
         return original(path, geometry)
 
-    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+    monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
 
     async def scenario(world):
         slow, quick = world.add("slow"), world.add("quick", seed=2)
@@ -167,10 +115,10 @@ def test_files_that_changed_are_refused_until_loaded_again(run) -> None:
         await world.until(lambda: old.adapter_id in world.host)
         new = world.add("a", replace=True, seed=5)
         await world.until(lambda: world.host.adapter_ids() == [new.adapter_id])
-        with pytest.raises(InvalidAdapterError, match="changed since version 1 was loaded"):
+        with pytest.raises(AdapterUnavailableError, match="changed since version 1 was loaded"):
             await world.store.lease(old, ME)
         shutil.rmtree(world.root / "a")
-        with pytest.raises(InvalidAdapterError, match="not a directory"):
+        with pytest.raises(AdapterUnavailableError, match="not a directory"):
             await world.store.lease(old, ME)
         await world.store.lease(new, ME)
 
@@ -208,14 +156,14 @@ def test_a_broken_adapter_does_not_stop_the_others(run) -> None:
 
 @pytest.mark.parametrize("error", [OSError("I/O error"), MemoryError()])
 def test_an_adapter_that_cannot_be_read_does_not_stop_the_others(run, monkeypatch, error) -> None:
-    original = node_store.read_peft_adapter
+    original = adapter_sources.read_peft_adapter
 
     def read(path, geometry):
         if Path(path).name == "broken":
             raise error
         return original(path, geometry)
 
-    monkeypatch.setattr(node_store, "read_peft_adapter", read)
+    monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
 
     async def scenario(world):
         world.add("broken")

@@ -1,0 +1,105 @@
+"""What the processes of a server hold: resident memory and file descriptors, by process.
+
+Reads /proc of this process's descendants, which a server that was started here is. It knows
+nothing of Ray but how its workers call themselves.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one process at one moment."""
+
+    role: str
+    rss_bytes: int
+    num_fds: int
+
+
+def usage_of_descendants(root_pid: int) -> dict[int, Usage]:
+    """Usage of every process under `root_pid`, itself left out, by process id."""
+    found = {}
+    for pid in _descendants(root_pid):
+        try:
+            # The second field: pages in memory.
+            rss_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            num_fds = len(os.listdir(f"/proc/{pid}/fd"))
+            role = role_of(Path(f"/proc/{pid}/cmdline").read_bytes())
+        except OSError:
+            # It has ended meanwhile.
+            continue
+        found[pid] = Usage(role, rss_pages * _PAGE_BYTES, num_fds)
+    return found
+
+
+def role_of(cmdline: bytes) -> str:
+    """A short name of what a process is: its module, script or program, or Ray's own title."""
+    arguments = [argument.decode(errors="replace") for argument in cmdline.split(b"\0") if argument]
+    if not arguments:
+        return "?"
+    # Ray's workers write their title over it.
+    if arguments[0].startswith("ray::"):
+        return arguments[0].removeprefix("ray::").split("(")[0].strip()
+    if "-m" in arguments[:-1]:
+        return arguments[arguments.index("-m") + 1]
+    scripts = [argument for argument in arguments if argument.endswith(".py")]
+    return Path((scripts or arguments)[0]).name
+
+
+def _descendants(root_pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name, in parentheses, may hold anything; the parent is the second field after it.
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found: list[int] = []
+    waiting = [root_pid]
+    while waiting:
+        offspring = children.get(waiting.pop(), [])
+        found += offspring
+        waiting += offspring
+    return found
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One process, or one count, at the beginning of a time and at its end."""
+
+    name: str
+    first: float
+    last: float
+
+    @property
+    def share(self) -> float:
+        """What came to it, as a share of the first; negative where it shrank."""
+        if not self.first:
+            return float(self.last > 0)
+        return self.last / self.first - 1.0
+
+
+def growth_of_processes(
+    first: Iterable[dict[int, Usage]], last: Iterable[dict[int, Usage]]
+) -> tuple[list[Growth], list[Growth]]:
+    """Memory in MiB and descriptors of every process that lives in all samples, by medians."""
+    first, last = list(first), list(last)
+    lasting = set.intersection(*(set(sample) for sample in [*first, *last]))
+    memory, descriptors = [], []
+    for pid in sorted(lasting):
+        name = f"{first[0][pid].role} {pid}"
+        rss = [
+            median(sample[pid].rss_bytes / _MIB for sample in samples) for samples in (first, last)
+        ]
+        fds = [median(sample[pid].num_fds for sample in samples) for samples in (first, last)]
+        memory.append(Growth(name, round(rss[0], 2), round(rss[1], 2)))
+        descriptors.append(Growth(name, *fds))
+    return memory, descriptors
