@@ -86,6 +86,10 @@ class SLoRAArgs(BaseModel):
     # Threads that one engine computes with; None: the node's cores over the replicas on the CPU.
     # Ray sets OMP_NUM_THREADS to 1 in its workers, which would halve a CPU engine's speed.
     num_threads: int | None = Field(default=None, ge=1)
+    # Seconds without a sign of life after which an engine is taken for hung and replaced, its
+    # requests ended with an error. Signs come between steps: longer than the longest step, which
+    # on a CPU is one of `max_batched_tokens` of a large model's prompts.
+    engine_stall_timeout_s: float = Field(default=60.0, ge=1.0)
     # Processes that take HTTP requests; one serves some thousand tokens a second.
     num_ingress_replicas: int = Field(default=1, ge=1)
 

@@ -149,4 +149,5 @@ def engine_spec(args: SLoRAArgs) -> EngineSpec:
         load_format=args.load_format,
         engine=args.engine_config(),
         num_threads=num_threads,
+        stall_s=args.engine_stall_timeout_s,
     )

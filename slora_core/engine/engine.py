@@ -4,6 +4,7 @@ Owns one scheduler, one pool and one model runner. `engine.main` drives it from 
 messages; tests and offline benchmarks call it directly.
 """
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,8 @@ from slora_core.scheduling.scheduler import Scheduler
 from slora_core.scheduling.waiting_queue import FirstComeQueue, WaitingQueue
 from slora_core.stage_timer import StageTimer
 from slora_core.stats import EngineStats
+
+logger = logging.getLogger(__name__)
 
 # Slots are only table rows; more of them than pages could never be in use.
 MAX_ADAPTER_SLOTS = 4096
@@ -127,6 +130,25 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has something to launch or to commit."""
         return bool(self._inflight) or self.scheduler.has_work
+
+    @property
+    def has_late_graphs(self) -> bool:
+        """Whether `capture_late_graph` has something to do."""
+        return len(self.runner.late_graphs) > 0
+
+    def capture_late_graph(self) -> None:
+        """Capture one of the graphs that steps lacked, with nothing in flight; may take seconds.
+
+        Where it fails, steps of its shape go on without one.
+        """
+        assert not self._inflight
+        shape = self.runner.late_graphs.next()
+        try:
+            self.runner.capture(self.builder.build_as([], shape))
+        except Exception:
+            logger.warning("no graph could be captured of %s", shape, exc_info=True)
+        else:
+            logger.info("captured a graph that the start had not: %s", shape)
 
     def add_adapter(self, adapter: PackedAdapter) -> None:
         """Make an adapter's host pages known; they are read until `release_adapter`.

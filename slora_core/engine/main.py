@@ -5,6 +5,7 @@ main thread, answers with one message a step. Ends when the connection does, or 
 """
 
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -25,6 +26,7 @@ from slora_core.engine.engine import Engine
 from slora_core.engine.protocol import (
     AbortRequest,
     AddAdapter,
+    Busy,
     Call,
     DropAdapter,
     EngineInfo,
@@ -38,6 +40,11 @@ from slora_core.errors import SLoRAError
 from slora_core.requests import FinishReason, Request, StepOutput
 
 logger = logging.getLogger(__name__)
+
+# Seconds without messages after which an engine without work does what it put off, and how long
+# each piece of it may take: kernels may have to be compiled.
+IDLE_S = 0.5
+CAPTURE_S = 120.0
 
 # prctl(2): the signal a process receives when the thread that started it ends.
 _PR_SET_PDEATHSIG = 1
@@ -62,11 +69,15 @@ class EngineLoop:
             self.run_once()
 
     def run_once(self) -> None:
-        """Handle the messages that are there, then step."""
+        """Handle the messages that are there, then step, or capture a graph while nothing comes."""
         self._handle_messages(block=not self._engine.has_work)
-        output = self._engine.step()
-        if output:
-            self._send(output)
+        if self._engine.has_work:
+            output = self._engine.step()
+            if output:
+                self._send(output)
+        elif self._engine.has_late_graphs and self._inbox.empty():
+            self._send(Busy(CAPTURE_S, "it captures a CUDA graph"))
+            self._engine.capture_late_graph()
 
     def _read(self) -> None:
         """Queue messages until the owner closes its end or dies, then end the process."""
@@ -84,9 +95,11 @@ class EngineLoop:
         send_message(self._connection, message)
 
     def _handle_messages(self, *, block: bool) -> None:
+        """Handle all that is there; with `block` wait for the first, while nothing is put off."""
+        timeout = IDLE_S if self._engine.has_late_graphs else None
         while True:
             try:
-                message = self._inbox.get(block=block)
+                message = self._inbox.get(block, timeout)
             except queue.Empty:
                 return
             block = False
@@ -131,6 +144,8 @@ class EngineLoop:
     def _answer(self, call: Call) -> Reply:
         try:
             match call.action:
+                case "ping":
+                    pass
                 case "stats":
                     return Reply(call.call_id, self._engine.stats())
                 case "check_integrity":
@@ -145,6 +160,8 @@ class EngineLoop:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    # What the owner asks for where this process hangs.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     _end_with_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
