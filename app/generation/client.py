@@ -7,6 +7,7 @@ the version that its name means now. It knows nothing of text or HTTP.
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from slora_core.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
     EngineDeadError,
+    EngineFaultError,
     InvalidAdapterError,
     InvalidRequestError,
 )
@@ -25,8 +27,11 @@ from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
 
-# On replicas that die.
-MAX_ATTEMPTS = 2
+# Replicas that may die while they compute a request, as far as is known: it is refused then, or it
+# would kill them all.
+MAX_DEATHS_WHILE_RUNNING = 2
+# Replicas that may die while the request only waits in them.
+MAX_DEATHS_WHILE_WAITING = 4
 
 # What a replica without the adapter says, be it that its name means another version by now.
 _ADAPTER_IS_GONE = (AdapterNotFoundError, AdapterUnavailableError, InvalidAdapterError)
@@ -103,15 +108,14 @@ class _Attempts:
         # A replica that just failed it; the router tries it last.
         self.avoid_replica: str | None = None
         self._renew = renew
-        self._num_left = MAX_ATTEMPTS - 1
+        # Deaths that it has seen, by whether it was running.
+        self._num_deaths = Counter[bool | None]()
         self._is_renewed = False
 
     async def after(self, error: Exception) -> None:
         """Prepare the next attempt after one that failed so, or raise its error."""
-        if isinstance(error, EngineDeadError) and self._num_left:
-            self._num_left -= 1
-            self.avoid_replica = error.replica_id
-            logger.warning("request %s is sent again: %s", self.request.request_id, error)
+        if isinstance(error, EngineDeadError):
+            self._after_death(error)
         elif not isinstance(error, _ADAPTER_IS_GONE):
             raise error
         elif self._is_renewed and not isinstance(error, AdapterUnavailableError):
@@ -122,3 +126,19 @@ class _Attempts:
             self._is_renewed = True
             self.record = await self._renew(self.record, error)
             self.request = replace(self.request, adapter_id=self.record.adapter_id)
+
+    def _after_death(self, error: EngineDeadError) -> None:
+        request_id = self.request.request_id
+        deaths = self._num_deaths
+        deaths[error.was_running] += 1
+        if deaths[True] >= MAX_DEATHS_WHILE_RUNNING:
+            logger.error("request %s is refused: engines die of it: %s", request_id, error)
+            raise EngineFaultError(
+                f"{deaths[True]} engines ended while they computed this request; it is not tried "
+                "again"
+            ) from error
+        may_be_the_reason = deaths[True] + deaths[None] >= MAX_DEATHS_WHILE_RUNNING
+        if may_be_the_reason or deaths[False] >= MAX_DEATHS_WHILE_WAITING:
+            raise error
+        self.avoid_replica = error.replica_id
+        logger.warning("request %s is sent again: %s", request_id, error)

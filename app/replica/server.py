@@ -81,7 +81,7 @@ class EngineServer:
                             raise delta.error
                         yield delta
         except EngineDeadError as error:
-            told = EngineDeadError(str(error), self._replica_id)
+            told = EngineDeadError(str(error), self._replica_id, error.was_running)
             yield Delta(request.request_id, [], error=told)
         except SLoRAError as error:
             yield Delta(request.request_id, [], error=error)

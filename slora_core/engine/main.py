@@ -26,6 +26,7 @@ from slora_core.engine.engine import Engine
 from slora_core.engine.protocol import (
     AbortRequest,
     AddAdapter,
+    Begun,
     Busy,
     Call,
     DropAdapter,
@@ -36,7 +37,7 @@ from slora_core.engine.protocol import (
     receive_message,
     send_message,
 )
-from slora_core.errors import SLoRAError
+from slora_core.errors import EngineFaultError, SLoRAError
 from slora_core.requests import FinishReason, Request, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class EngineLoop:
     def __init__(self, connection: socket.socket, engine: Engine) -> None:
         self._connection = connection
         self._engine = engine
+        engine.on_begin = lambda request_ids: self._send(Begun(request_ids))
         on_map = pin_in_background if engine.config.device == "cuda" else None
         self._slabs = SlabReader(engine.geometry, on_map)
         # Why adapters that requests may name could not be added.
@@ -130,6 +132,12 @@ class EngineLoop:
                 self._engine.add_adapter(self._slabs.open(location))
             except SLoRAError as error:
                 self._unusable[adapter_id] = error
+            except Exception as error:
+                # Such as no memory for the mapping: a matter of this adapter's requests alone.
+                logger.exception("adapter %s cannot be used", adapter_id)
+                self._unusable[adapter_id] = EngineFaultError(
+                    f"the engine cannot use the adapter's pages: {error!r}"
+                )
 
     def _add_request(self, request: Request) -> None:
         refusal = self._unusable.get(request.adapter_id)
@@ -139,6 +147,11 @@ class EngineLoop:
                 return
             except SLoRAError as error:
                 refusal = error
+            except Exception as error:
+                logger.exception("request %s cannot be queued", request.request_id)
+                # Wherever it has come to.
+                self._engine.abort(request.request_id)
+                refusal = EngineFaultError(f"the engine cannot queue the request: {error!r}")
         self._send(StepOutput(endings={request.request_id: refusal}))
 
     def _answer(self, call: Call) -> Reply:
@@ -164,6 +177,7 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _end_with_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
+    engine = None
     try:
         spec: EngineSpec = receive_message(connection)
         torch.set_num_threads(spec.num_threads or _default_threads(spec.engine.device))
@@ -194,7 +208,10 @@ def main() -> None:
     except Exception as error:
         logger.exception("the engine process ends")
         reason = str(error) if isinstance(error, SLoRAError) else traceback.format_exc()
-        send_message(connection, Failed(reason))
+        request_ids = () if engine is None else tuple(engine.step_request_ids())
+        if request_ids:
+            logger.error("the requests of its step: %s", ", ".join(request_ids))
+        send_message(connection, Failed(reason, request_ids))
         sys.exit(1)
 
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from slora_core.adapters.slab_format import AdapterLocation
@@ -21,6 +21,7 @@ from slora_core.engine.protocol import (
     AbortRequest,
     Action,
     AddAdapter,
+    Begun,
     Busy,
     Call,
     DropAdapter,
@@ -219,6 +220,8 @@ class AsyncEngine:
         match message:
             case StepOutput():
                 self._streams.take(message)
+            case Begun(request_ids):
+                self._streams.begun(request_ids)
             case Reply(call_id, value, error):
                 if (future := self._calls.get(call_id)) and not future.done():
                     if error is None:
@@ -231,11 +234,15 @@ class AsyncEngine:
             case Busy(seconds, reason):
                 if self._watchdog is not None:
                     self._watchdog.announced(seconds, reason)
-            case Failed(reason):
-                self._die(reason)
+            case Failed(reason, request_ids):
+                self._die(reason, request_ids)
 
-    def _die(self, reason: str) -> None:
-        """Fail everything that waits on the engine; the first reason is kept."""
+    def _die(self, reason: str, request_ids: Collection[str] = ()) -> None:
+        """Fail everything that waits on the engine; the first reason is kept.
+
+        `request_ids` are those of the steps it died in; where it could not say, each that had begun
+        may be one.
+        """
         if self._death is not None:
             return
         self._death = reason
@@ -244,7 +251,9 @@ class AsyncEngine:
         if self._transport is not None:
             # Nothing more is read: after a message that could not be, nothing makes sense.
             self._transport.abort()
-        self._streams.fail(EngineDeadError(reason))
+        for stream in self._streams:
+            was_running = stream.request_id in request_ids if request_ids else stream.has_begun
+            stream.end(EngineDeadError(reason, was_running=was_running))
         for future in (*self._calls.values(), self._started):
             if future is not None and not future.done():
                 future.set_exception(EngineDeadError(reason))

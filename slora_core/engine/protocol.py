@@ -42,6 +42,13 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """The engine is about to compute these requests for the first time."""
+
+    request_ids: list[str]
+
+
+@dataclass(frozen=True)
 class Busy:
     """The engine will not answer for up to so many seconds, and does not hang."""
 
@@ -91,6 +98,8 @@ class Failed:
     """The engine did not start, or died of a defect; the process exits after sending it."""
 
     reason: str
+    # Of the steps that it died in.
+    request_ids: tuple[str, ...] = ()
 
 
 # Before each message: its length in bytes.

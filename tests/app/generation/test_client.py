@@ -11,6 +11,7 @@ from slora_core.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
     EngineDeadError,
+    EngineFaultError,
     InvalidAdapterError,
     InvalidRequestError,
     OverloadedError,
@@ -146,6 +147,26 @@ def test_a_call_that_fails_for_itself_is_no_dead_replica(status):
 def test_two_failures_are_an_error(failure):
     with pytest.raises(EngineDeadError):
         generate(FakeHandle([failure], [failure], [LAST]))
+
+
+def death(was_running):
+    return [Delta("r", [], error=EngineDeadError("dead", "replica-1", was_running))]
+
+
+def test_a_request_that_two_engines_died_of_is_refused():
+    handle = FakeHandle(death(True), death(True), [LAST])
+    with pytest.raises(EngineFaultError, match="2 engines ended while they computed"):
+        generate(handle)
+    assert len(handle.requests) == 2
+
+
+def test_a_request_that_only_waited_is_sent_again_more_often():
+    handle = FakeHandle(death(False), death(False), death(True), death(False), [LAST])
+    assert generate(handle) == [LAST]
+    handle = FakeHandle(*[death(False)] * 4, [LAST])
+    with pytest.raises(EngineDeadError, match="dead"):
+        generate(handle)
+    assert len(handle.requests) == 4
 
 
 @pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE])

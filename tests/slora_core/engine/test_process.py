@@ -21,7 +21,7 @@ from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
 from slora_core.engine.process import AsyncEngine
-from slora_core.engine.protocol import EngineSpec, packed, receive_message
+from slora_core.engine.protocol import Begun, EngineSpec, Failed, packed, receive_message
 from slora_core.errors import (
     AdapterNotFoundError,
     EngineDeadError,
@@ -271,6 +271,29 @@ def test_killed_engine_fails_its_requests_and_later_ones(model_dir: Path) -> Non
         engine.close()
 
     asyncio.run(main())
+
+
+def test_at_a_death_each_request_is_told_whether_it_ran(tmp_path: Path) -> None:
+    async def main(*last: object) -> dict[str, bool | None]:
+        engine = AsyncEngine(EngineSpec(str(tmp_path)))
+        ours, theirs = socket.socketpair()
+        await engine.connect(ours)
+        streams = [engine.generate(Request(PROMPT, GREEDY, request_id=name)) for name in "abc"]
+        for message in (Begun(["a", "b"]), *last):
+            theirs.sendall(packed(message))
+        theirs.close()
+        told = {}
+        for stream in streams:
+            with stream:
+                [delta] = [delta async for delta in stream]
+            assert isinstance(delta.error, EngineDeadError)
+            told[delta.request_id] = delta.error.was_running
+        engine.close()
+        return told
+
+    # Killed, and by a defect that names its step.
+    assert asyncio.run(main()) == {"a": True, "b": True, "c": False}
+    assert asyncio.run(main(Failed("why", ("b",)))) == {"a": False, "b": True, "c": False}
 
 
 def test_a_hung_engine_is_found_and_ended(model_dir: Path) -> None:
