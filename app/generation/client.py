@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from app import ray_private
+from app.generation.text_ends import TextEndedError, TextEnds
 from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
 from slora_core.errors import (
@@ -46,13 +47,15 @@ class EngineClient:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._attempt_ids = itertools.count()
+        self._text_ends = TextEnds(self._tell_replicas)
 
     async def generate(
         self, request: Request, record: AdapterRecord | None, renew: Renew
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of one request, the last with a finish reason; closing it aborts the request.
 
-        `record` is of the adapter that it names.
+        So does a TextEndedError thrown into it, which is no abort to those who count. `record` is
+        of the adapter that it names.
 
         Raises:
             SLoRAError: what the replica reported, or `renew`.
@@ -62,7 +65,10 @@ class EngineClient:
         attempts = _Attempts(request, record, renew)
         while True:
             has_started = has_ended = False
-            responses = self._send(attempts)
+            # The attempt before may still run where the connection broke: its id must not come
+            # again.
+            attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
+            responses = self._send(attempts, attempt_id)
             try:
                 async for delta in responses:
                     has_ended, has_started = delta.is_last, has_started or bool(delta.token_ids)
@@ -71,6 +77,9 @@ class EngineClient:
                     yield delta
                 if not has_ended:
                     raise EngineDeadError("the engine replica stopped before the request ended")
+                return
+            except TextEndedError:
+                self._text_ends.add(attempt_id)
                 return
             except Exception as error:
                 typed = typed_call_error(error)
@@ -84,11 +93,13 @@ class EngineClient:
                 if not has_ended:
                     responses.cancel()
 
-    def _send(self, attempts: "_Attempts") -> Any:
+    async def _tell_replicas(self, request_ids: list[str]) -> None:
+        answers = self._handle.broadcast("ended_by_text", request_ids)
+        await answers.results_async(return_exceptions=True)
+
+    def _send(self, attempts: "_Attempts", attempt_id: str) -> Any:
         """Start the next attempt; Serve's response, an async iterator of deltas."""
         request = attempts.request
-        # The attempt before may still run where the connection broke: its id must not come again.
-        attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
         return ray_private.stream_by_value(
             self._handle,
             "generate",
