@@ -32,6 +32,9 @@ class SLoRAArgs(BaseModel):
     # Directories beside `adapters_dir` from which /v1/load_lora_adapter may read. Nothing else is
     # readable through it, so that a client cannot probe the server's files.
     allowed_adapter_roots: list[str] = []
+    # What becomes of an adapter whose adapter_config.json has a field with a value that no version
+    # of PEFT known here writes: refused, since it may change the output, or served with a warning.
+    unknown_adapter_fields: Literal["refuse", "warn"] = "refuse"
     # File that remembers adapters loaded while serving. None: the Ray cluster itself does, so that
     # a registry that dies takes up where it was, and a new cluster starts afresh.
     registry_state_path: str | None = None

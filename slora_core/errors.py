@@ -43,6 +43,10 @@ class AdapterPathError(SLoRAError):
     """An adapter path outside the allowed roots."""
 
 
+class UnsupportedPathError(InvalidAdapterError):
+    """An adapter path that names something other than a directory, such as an address."""
+
+
 class AdapterUnavailableError(SLoRAError):
     """A registered adapter whose bytes nothing has any more: no files, no packed copy."""
 
