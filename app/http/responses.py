@@ -4,6 +4,7 @@ Owns OpenAI's formats of text, finish reasons and usage. `service` makes answers
 them; reading one runs its generations.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -24,6 +25,9 @@ from app.http.schemas import (
     Usage,
 )
 
+# Seconds between two comments of a stream that waits: less than proxies wait for a sign of life.
+COMMENT_EVERY_S = 5.0
+
 # Stands for a piece's text where an event is written once for many of them.
 _TEXT_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
@@ -41,21 +45,27 @@ class Answer:
         self._source: PieceSource = (
             generations[0] if len(generations) == 1 else MergedGenerations(generations)
         )
-        self._first: TextPiece | None = None
+        self._first: asyncio.Task[TextPiece | None] | None = None
 
-    async def start(self) -> Self:
+    async def start(self, timeout_s: float | None = None) -> Self:
         """Wait for the first piece, so that an early error can have a status of its own.
 
-        Whoever starts an answer closes it.
+        After `timeout_s` the answer goes on without it. Whoever starts an answer closes it.
 
         Raises:
             SLoRAError: what the answer failed with.
         """
-        self._first = await self._source.next_piece()
+        self._first = asyncio.create_task(self._source.next_piece())
+        await asyncio.wait({self._first}, timeout=timeout_s)
+        if self._first.done():
+            self._first.result()
         return self
 
     async def close(self) -> None:
         """Abort what still runs."""
+        if self._first is not None and not self._first.done():
+            self._first.cancel()
+            await asyncio.wait({self._first})
         await self._source.close()
 
     async def collect(self) -> Completion | ChatCompletion:
@@ -86,11 +96,16 @@ class Answer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The body of a stream, begun by `start`: an event a piece, at the end the usage if asked.
 
-        An error becomes an event, and then the end.
+        Comments until the first piece comes. An error becomes an event, and then the end.
         """
         format = EventFormat(self._request, self.id, self._created)
-        piece, is_first = self._first, True
+        assert self._first is not None, "the answer was not started"
+        is_first = True
         try:
+            while not self._first.done():
+                yield b": the request waits\n\n"
+                await asyncio.wait({self._first}, timeout=COMMENT_EVERY_S)
+            piece = self._first.result()
             while piece is not None:
                 yield format.piece(piece, is_first)
                 is_first = False

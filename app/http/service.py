@@ -7,7 +7,8 @@ token ids exist. It knows nothing of HTTP; `routes` reads bodies and sends the a
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from app.generation.client import Renew
@@ -17,7 +18,11 @@ from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
 from app.registry.state import AdapterRecord
-from slora_core.errors import AdapterUnavailableError, InvalidRequestError
+from slora_core.errors import (
+    AdapterUnavailableError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
 from slora_core.requests import Delta, Request, SamplingParams
 from slora_core.text.tokenizer import Tokenizer
 
@@ -67,7 +72,10 @@ class CompletionService:
         generations = []
         for index, prompt in enumerate(body.prompt):
             if isinstance(prompt, str):
-                prompt_ids = await self._tokenizer.encode_async(prompt)
+                with _naming("prompt"):
+                    prompt_ids = await self._tokenizer.encode_async(
+                        prompt, max_tokens=self._limits.max_prompt_len
+                    )
             else:
                 prompt_ids = prompt
             self._limits.check_context(len(prompt_ids), "prompt", body.max_tokens, "max_tokens")
@@ -87,7 +95,8 @@ class CompletionService:
         record = await self._resolve(body.model)
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
         messages = [message.as_template_input() for message in body.messages]
-        prompt_ids = await self._tokenizer.encode_chat(messages)
+        with _naming("messages"):
+            prompt_ids = await self._tokenizer.encode_chat(messages, self._limits.max_prompt_len)
         limit = body.token_limit
         self._limits.check_context(len(prompt_ids), "messages", limit, body.limit_name)
         if limit is None:
@@ -148,6 +157,15 @@ class CompletionService:
                 raise error
             raise InvalidRequestError(str(error), "model") from error
         return newer
+
+
+@contextmanager
+def _naming(param: str) -> Iterator[None]:
+    """Have a prompt that is too long told as this field."""
+    try:
+        yield
+    except PromptTooLongError as error:
+        raise PromptTooLongError(error.max_tokens, param) from error
 
 
 def _request(

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slora_core.errors import UnsupportedModelError
+from slora_core.errors import PromptTooLongError, UnsupportedModelError
+from slora_core.text.bounded_encoding import BoundedEncoder
 from slora_core.text.chat_template import ChatTemplate
 
 # Characters from which a text is encoded on a thread: shorter ones take under about 2 ms.
@@ -40,31 +41,46 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._encoder = BoundedEncoder(backend)
         self.chat_template = ChatTemplate(hf_tokenizer)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        # Unlike encode, encode_batch lets other threads run.
-        [encoding] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
-        return encoding.ids
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of a text.
 
-    async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        Raises:
+            PromptTooLongError: it certainly has more than `max_tokens`.
+        """
+        token_ids = self._encoder.encode(text, max_tokens, add_special_tokens)
+        if token_ids is None:
+            assert max_tokens is not None
+            raise PromptTooLongError(max_tokens)
+        return token_ids
+
+    async def encode_async(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
         """`encode` that leaves the event loop free while a long text is encoded."""
         if len(text) < LONG_TEXT_CHARS:
-            return self.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+            return self.encode(text, add_special_tokens, max_tokens)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens, max_tokens)
 
-    async def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[dict[str, Any]], max_tokens: int | None = None
+    ) -> list[int]:
         """Token ids of a chat, the model's answer about to begin.
 
         Raises:
             InvalidRequestError: as `ChatTemplate.render`.
+            PromptTooLongError: as `encode`.
         """
         num_chars = sum(len(str(message.get("content", ""))) for message in messages)
         if num_chars < LONG_TEXT_CHARS:
             text = self.chat_template.render(messages)
         else:
             text = await asyncio.to_thread(self.chat_template.render, messages)
-        return await self.encode_async(text, add_special_tokens=False)
+        return await self.encode_async(text, False, max_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import threading
+import time
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import openai
 import pytest
 from ray.exceptions import TaskCancelledError
 
+from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
 from app.http.parsing import parse_body
 from app.http.routes import Ingress, api_app
@@ -24,6 +26,7 @@ from slora_core.text.tokenizer import Tokenizer
 from tests.app.api_errors import error_of
 from tests.app.fakes import FakeEngine, FakeRegistry, make_record
 from tests.tiny_tokenizer import VOCAB_SIZE, byte_ids, make_tokenizer
+from tests.virtual_time import run_in_virtual_time
 
 LIMITS = ModelLimits(
     context_len=100,
@@ -45,6 +48,7 @@ class Server:
         self.engine = FakeEngine()
         self.registry = FakeRegistry("sql", "json")
         self.is_ready = True
+        self.max_body_bytes = 10_000
         self.tokenizer = tokenizer
 
     def make_app(self):
@@ -54,7 +58,9 @@ class Server:
         async def is_ready():
             return self.is_ready
 
-        ingress = Ingress(service, self.registry, is_ready, max_body_bytes=10_000)
+        ingress = Ingress(
+            service, self.registry, is_ready, BodyReader(self.max_body_bytes, 5.0, 2**24)
+        )
         return api_app(ingress, lambda app: nullcontext())
 
     def call(self, work):
@@ -565,3 +571,126 @@ def test_lifespan_runs(tokenizer):
     with TestClient(api_app(ingress, lifespan)):
         assert seen == ["start"]
     assert seen == ["start", "stop"]
+
+
+ADMIN = [
+    ("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "p"}),
+    ("/v1/unload_lora_adapter", {"lora_name": "sql"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), ADMIN)
+@pytest.mark.parametrize("content_type", ["text/plain", "", "application/x-www-form-urlencoded"])
+def test_a_web_page_cannot_change_the_server_by_a_form(server, path, body, content_type):
+    async def work(client):
+        headers = {"Content-Type": content_type} if content_type else {}
+        return await client.post(path, content=json.dumps(body).encode(), headers=headers)
+
+    error = error_of(server.call(work), 415)
+    assert error["type"] == "UnsupportedMediaTypeError" and "application/json" in error["message"]
+    assert set(server.registry.records) == {"sql", "json"}
+
+
+@pytest.mark.parametrize(("path", "body"), ADMIN)
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://slora:8001", "https://slora.evil.example"]
+)
+def test_a_page_of_another_site_cannot_change_the_server(server, path, body, origin):
+    answer = server.call(lambda client: client.post(path, json=body, headers={"Origin": origin}))
+    assert "may not change this server, which is slora" in error_of(answer, 403)["message"]
+    assert set(server.registry.records) == {"sql", "json"}
+
+
+@pytest.mark.parametrize("headers", [{}, {"Origin": "http://slora"}, {"Origin": "http://SLORA"}])
+def test_its_own_pages_and_programs_can(server, headers):
+    path, body = ADMIN[1]
+    headers = {**headers, "Content-Type": "Application/JSON; charset=utf-8"}
+    content = json.dumps(body).encode()
+    answer = server.call(lambda client: client.post(path, content=content, headers=headers))
+    assert answer.status_code == 200 and set(server.registry.records) == {"json"}
+
+
+def test_a_prompt_of_megabytes_is_refused_by_its_beginning(tokenizer):
+    server = Server(tokenizer)
+    server.max_body_bytes = 2**24
+    text = "hello world " * (2**23 // 12)
+    started = time.process_time()
+    for answer, param in (
+        (server.complete(prompt=text), "prompt"),
+        (server.chat(messages=[{"role": "user", "content": text}]), "messages"),
+    ):
+        error = error_of(answer, 400)
+        assert error["param"] == param and "has more than 99 tokens" in error["message"]
+    # All of it, the reading of the JSON too; to encode the texts takes more than ten times as long.
+    assert time.process_time() - started < 1.5
+
+
+class TestAStreamThatWaits:
+    """Its first token comes later than somebody on the way may wait for a sign of life."""
+
+    @staticmethod
+    def stream(server, work=None):
+        async def run():
+            transport = httpx.ASGITransport(server.make_app())
+            async with httpx.AsyncClient(transport=transport, base_url="http://slora") as client:
+                body = {"model": "base", "prompt": "hi", "stream": True}
+                answer = await client.post("/v1/completions", json=body, timeout=None)
+                return answer, asyncio.get_running_loop().time()
+
+        return run_in_virtual_time(run())
+
+    def test_has_a_status_and_comments(self, server):
+        server.engine.delay_s = 12.0
+        answer, _ = self.stream(server)
+        assert answer.status_code == 200
+        lines = answer.text.split("\n\n")
+        # After 5 s and 10 s.
+        assert lines[:2] == [": the request waits"] * 2 and lines[2].startswith("data: {")
+        assert not any(line.startswith(":") for line in lines[2:])
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == "hello world"
+
+    def test_that_fails_late_has_an_error_event(self, server):
+        server.engine.delay_s = 7.0
+        server.engine.errors = {0: EngineDeadError("dead")}
+        answer, _ = self.stream(server)
+        assert answer.status_code == 200
+        comment, event, end = answer.text.split("\n\n")
+        assert comment == ": the request waits" and end == ""
+        assert json.loads(event.removeprefix("data: "))["error"]["code"] == 503
+
+    def test_that_fails_early_has_a_status(self, server):
+        server.engine.delay_s = 4.0
+        server.engine.errors = {0: EngineDeadError("dead")}
+        assert self.stream(server)[0].status_code == 503
+
+    def test_is_aborted_as_soon_as_its_client_leaves(self, server):
+        async def run():
+            app = server.make_app()
+            sent = []
+            left = asyncio.Event()
+
+            async def receive():
+                if not sent_body:
+                    sent_body.append(True)
+                    body = json.dumps({"model": "base", "prompt": "hi", "stream": True}).encode()
+                    return {"type": "http.request", "body": body, "more_body": False}
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                sent.append(message)
+
+            sent_body = []
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+            scope |= {"query_string": b"", "raw_path": b"/v1/completions", "root_path": ""}
+            serving = asyncio.create_task(app(scope, receive, send))
+            await asyncio.sleep(8)
+            assert sent[0]["status"] == 200 and server.engine.num_closed_early == 0
+            left.set()
+            await asyncio.sleep(1)
+            assert server.engine.num_closed_early == 1
+            await serving
+
+        server.engine.delay_s = 100.0
+        run_in_virtual_time(run())
