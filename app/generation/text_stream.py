@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 
 from app.generation.text_ends import TextEndedError
 from slora_core.requests import Delta, FinishReason, Request
-from slora_core.text.detokenizer import Decode, Detokenizer
+from slora_core.text.detokenizer import Detokenizer
+from slora_core.text.incremental_decoder import IncrementalDecoder
 
 
 class TextPiece(NamedTuple):
@@ -41,6 +42,7 @@ class Generation:
     """The text of one request.
 
     Args:
+        decoder: of the text that follows on its prompt.
         deltas: of the request, not begun; closing them aborts it.
         is_end: whether a token id ends a text without being part of it, beside the request's own
             `stop_token_ids`.
@@ -51,7 +53,7 @@ class Generation:
         index: int,
         request: Request,
         deltas: AsyncGenerator[Delta, None],
-        decode: Decode,
+        decoder: IncrementalDecoder,
         is_end: Callable[[int], bool],
     ) -> None:
         self.index = index
@@ -60,7 +62,7 @@ class Generation:
         self._deltas = deltas
         self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self._is_end = is_end
-        self._detokenizer = Detokenizer(decode, request.sampling.stop)
+        self._detokenizer = Detokenizer(decoder, request.sampling.stop)
         self._has_ended = False
 
     async def next_piece(self) -> TextPiece | None:

@@ -24,6 +24,7 @@ from slora_core.errors import (
     PromptTooLongError,
 )
 from slora_core.requests import Delta, Request, SamplingParams
+from slora_core.text.incremental_decoder import MAX_CONTEXT
 from slora_core.text.tokenizer import Tokenizer
 
 # OpenAI's own default of completions.
@@ -145,7 +146,8 @@ class CompletionService:
     def _generation(self, index: int, request: Request, record: AdapterRecord | None) -> Generation:
         deltas = self._engine.generate(request, record, self._renewed)
         is_end = self._limits.eos_token_ids.__contains__
-        return Generation(index, request, deltas, self._tokenizer.decode, is_end)
+        decoder = self._tokenizer.decoder([*request.prompt_ids[-MAX_CONTEXT:], *request.output_ids])
+        return Generation(index, request, deltas, decoder, is_end)
 
     async def _renewed(self, record: AdapterRecord, error: Exception) -> AdapterRecord:
         """What an adapter's name means now that the adapter is gone."""

@@ -12,6 +12,7 @@ from typing import Any
 from slora_core.errors import PromptTooLongError, UnsupportedModelError
 from slora_core.text.bounded_encoding import BoundedEncoder
 from slora_core.text.chat_template import ChatTemplate
+from slora_core.text.incremental_decoder import IncrementalDecoder
 
 # Characters from which a text is encoded on a thread: shorter ones take under about 2 ms.
 LONG_TEXT_CHARS = 8192
@@ -42,6 +43,11 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._encoder = BoundedEncoder(backend)
+        added = backend.get_added_tokens_decoder()
+        self._special_tokens = {
+            token.content: token_id for token_id, token in added.items() if token.special
+        }
+        self.special_ids = frozenset(self._special_tokens.values())
         self.chat_template = ChatTemplate(hf_tokenizer)
 
     def encode(
@@ -81,6 +87,14 @@ class Tokenizer:
         else:
             text = await asyncio.to_thread(self.chat_template.render, messages)
         return await self.encode_async(text, False, max_tokens)
+
+    def decoder(self, prompt_ids: Sequence[int] = ()) -> IncrementalDecoder:
+        """Of the text that follows on a prompt."""
+        return IncrementalDecoder(self._backend, prompt_ids, self.special_ids)
+
+    def special_token_id(self, text: str) -> int | None:
+        """The special token that is written so, which no text shows; None where there is none."""
+        return self._special_tokens.get(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
