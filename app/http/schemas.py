@@ -4,7 +4,7 @@ Owns validation of single fields: types, ranges, unknown names. It knows neither
 adapters; limits that depend on them are in `limits`.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,7 @@ MAX_MESSAGES = 2048
 # The engine looks each new token up among them.
 MAX_STOP_TOKEN_IDS = 128
 
+Number = TypeVar("Number", int, float)
 StopString = Annotated[StrictStr, Field(min_length=1)]
 TokenLimit = Annotated[StrictInt, Field(ge=1)]
 StrictFloat = Annotated[FiniteFloat, Field(strict=True)]
@@ -43,18 +44,18 @@ class StreamOptions(RequestModel):
 
 
 class SamplingFields(RequestModel):
-    """Fields that completions and chats share; absent ones keep the engine's defaults."""
+    """Fields that completions and chats share; None is an absent one."""
 
     model: StrictStr
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
-    temperature: StrictFloat = 1.0
-    top_p: StrictFloat = 1.0
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
     seed: StrictInt | None = None
     stop: list[StopString] = Field(default=[], max_length=MAX_STOP_STRINGS)
     # Beyond OpenAI's own.
-    top_k: StrictInt = 0
-    min_p: StrictFloat = 0.0
+    top_k: StrictInt | None = None
+    min_p: StrictFloat | None = None
     ignore_eos: StrictBool = False
     stop_token_ids: list[StrictInt] = Field(default=[], max_length=MAX_STOP_TOKEN_IDS)
 
@@ -76,16 +77,18 @@ class SamplingFields(RequestModel):
     def sampling_params(self, max_tokens: int, seed: int) -> SamplingParams:
         """As the engine takes them; `seed` is used where the request has none.
 
+        Where it is silent, the defaults are OpenAI's.
+
         Raises:
             InvalidRequestError: a value outside its range.
         """
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
+            temperature=_or(self.temperature, 1.0),
+            top_p=_or(self.top_p, 1.0),
             # -1 is how other servers say "all".
-            top_k=0 if self.top_k == -1 else self.top_k,
-            min_p=self.min_p,
+            top_k=0 if self.top_k == -1 else _or(self.top_k, 0),
+            min_p=_or(self.min_p, 0.0),
             seed=seed if self.seed is None else self.seed,
             ignore_eos=self.ignore_eos,
             stop_token_ids=tuple(self.stop_token_ids),
@@ -253,6 +256,10 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+def _or(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
 
 
 def _check_prompt(prompt: Any) -> None:
