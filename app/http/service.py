@@ -67,7 +67,7 @@ class CompletionService:
         generations = []
         for index, prompt in enumerate(body.prompt):
             if isinstance(prompt, str):
-                prompt_ids = await self._tokenizer.encode_async(prompt)
+                prompt_ids = await self._tokenizer.encode_async(prompt, body.add_special_tokens)
             else:
                 prompt_ids = prompt
             self._limits.check_context(len(prompt_ids), "prompt", body.max_tokens, "max_tokens")
@@ -87,7 +87,7 @@ class CompletionService:
         record = await self._resolve(body.model)
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
         messages = [message.as_template_input() for message in body.messages]
-        prompt_ids = await self._tokenizer.encode_chat(messages)
+        prompt_ids = await self._tokenizer.encode_chat(messages, body.chat_template_kwargs)
         limit = body.token_limit
         self._limits.check_context(len(prompt_ids), "messages", limit, body.limit_name)
         if limit is None:
@@ -126,6 +126,15 @@ class CompletionService:
         """
         record = await self._resolve(name)
         return self.model_cards()[0] if record is None else self.adapter_card(record)
+
+    def check_base_name(self, name: str | None) -> None:
+        """Raises InvalidRequestError where an adapter is loaded for another base model."""
+        served = (self.base_model_name, self._base_model_root)
+        if name is not None and name not in served:
+            raise InvalidRequestError(
+                f"base_model_name is {name!r}; the base model is {served[0]!r} from {served[1]!r}",
+                "base_model_name",
+            )
 
     async def _resolve(self, name: str) -> AdapterRecord | None:
         return None if name == self.base_model_name else await self.registry.find(name)

@@ -78,12 +78,15 @@ class StopMatcher:
         self._held = ""
         self.matched = False
 
-    def push(self, piece: str) -> str:
-        """Text that is certain to stay, at most up to a stop string."""
+    def push(self, piece: str, may_match: bool = True) -> str:
+        """Text that is certain to stay, at most up to a stop string.
+
+        Without `may_match` a stop string that is complete by now stays in the text.
+        """
         if not self._stop:
             return piece
         text = self._held + piece
-        found = self._first_match(text)
+        found = self._first_match(text) if may_match else None
         if found is not None:
             self.matched = True
             self._held = ""
@@ -117,12 +120,17 @@ class StopMatcher:
 
 
 class Detokenizer:
-    """Text of one request; `stopped` once a stop string was found, and then nothing follows."""
+    """Text of one request; `stopped` once a stop string was found, and then nothing follows.
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
+    Args:
+        min_tokens: stop strings that its first so many tokens complete do not count.
+    """
+
+    def __init__(self, decode: Decode, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._decoder = IncrementalDecoder(decode)
         self._matcher = StopMatcher(stop)
         self._has_stop = bool(stop)
+        self._min_tokens = min_tokens
         # Tokens taken, the one that completed a stop string included.
         self.num_tokens = 0
 
@@ -140,7 +148,9 @@ class Detokenizer:
             if self.stopped:
                 break
             self.num_tokens += 1
-            text += self._matcher.push(self._decoder.push([token_id]))
+            text += self._matcher.push(
+                self._decoder.push([token_id]), may_match=self.num_tokens > self._min_tokens
+            )
         return text
 
     def finish(self) -> str:

@@ -5,7 +5,7 @@ Owns the fast tokenizer and has the chat template. It knows no requests and no s
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +53,21 @@ class Tokenizer:
             return self.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.encode, text, add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[dict[str, Any]], template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of a chat, the model's answer about to begin.
+
+        `template_kwargs` are what the chat template sees beside the messages.
 
         Raises:
             InvalidRequestError: as `ChatTemplate.render`.
         """
         num_chars = sum(len(str(message.get("content", ""))) for message in messages)
         if num_chars < LONG_TEXT_CHARS:
-            text = self.chat_template.render(messages)
+            text = self.chat_template.render(messages, template_kwargs)
         else:
-            text = await asyncio.to_thread(self.chat_template.render, messages)
+            text = await asyncio.to_thread(self.chat_template.render, messages, template_kwargs)
         return await self.encode_async(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
