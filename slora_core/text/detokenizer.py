@@ -86,7 +86,7 @@ class StopMatcher:
         if not self._stop:
             return piece
         text = self._held + piece
-        found = self._first_match(text) if may_match else None
+        found = self._first_match(text, len(self._held)) if may_match else None
         if found is not None:
             self.matched = True
             self._held = ""
@@ -100,11 +100,11 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self, text: str) -> int | None:
-        """Start of the stop string that ends first, the longest of those."""
+    def _first_match(self, text: str, num_seen: int) -> int | None:
+        """Start of the stop string that ends first past `num_seen`, the longest of those."""
         best: tuple[int, int] | None = None
         for stop in self._stop:
-            start = text.find(stop)
+            start = text.find(stop, max(0, num_seen + 1 - len(stop)))
             if start >= 0 and (best is None or (start + len(stop), start) < best):
                 best = (start + len(stop), start)
         return None if best is None else best[1]
@@ -148,14 +148,15 @@ class Detokenizer:
             if self.stopped:
                 break
             self.num_tokens += 1
-            text += self._matcher.push(
-                self._decoder.push([token_id]), may_match=self.num_tokens > self._min_tokens
-            )
+            text += self._match(self._decoder.push([token_id]))
         return text
 
     def finish(self) -> str:
         """The last text; empty after a stop string."""
         if self.stopped:
             return ""
-        text = self._matcher.push(self._decoder.finish())
+        text = self._match(self._decoder.finish())
         return text if self.stopped else text + self._matcher.finish()
+
+    def _match(self, piece: str) -> str:
+        return self._matcher.push(piece, may_match=self.num_tokens > self._min_tokens)
