@@ -32,6 +32,9 @@ class SLoRAArgs(BaseModel):
     # Directories beside `adapters_dir` from which /v1/load_lora_adapter may read. Nothing else is
     # readable through it, so that a client cannot probe the server's files.
     allowed_adapter_roots: list[str] = []
+    # What becomes of an adapter whose adapter_config.json has a field with a value that no version
+    # of PEFT known here writes: refused, since it may change the output, or served with a warning.
+    unknown_adapter_fields: Literal["refuse", "warn"] = "refuse"
     # File that remembers adapters loaded while serving. None: the Ray cluster itself does, so that
     # a registry that dies takes up where it was, and a new cluster starts afresh.
     registry_state_path: str | None = None
@@ -86,6 +89,10 @@ class SLoRAArgs(BaseModel):
     # Threads that one engine computes with; None: the node's cores over the replicas on the CPU.
     # Ray sets OMP_NUM_THREADS to 1 in its workers, which would halve a CPU engine's speed.
     num_threads: int | None = Field(default=None, ge=1)
+    # Seconds without a sign of life after which an engine is taken for hung and replaced, its
+    # requests ended with an error. Signs come between steps: longer than the longest step, which
+    # on a CPU is one of `max_batched_tokens` of a large model's prompts.
+    engine_stall_timeout_s: float = Field(default=60.0, ge=1.0)
     # Processes that take HTTP requests; one serves some thousand tokens a second.
     num_ingress_replicas: int = Field(default=1, ge=1)
 

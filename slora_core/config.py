@@ -49,8 +49,8 @@ class EngineConfig:
     # Keep full pages of KV for requests of the same adapter that begin with the same tokens.
     prefix_caching: bool = True
     # On CUDA: replay steps of decodes and of short prompts as graphs, captured at start for ranks
-    # up to graph_max_rank. Of larger ones each is captured when it is first used: that stalls a
-    # step by a tenth of a second, and by several seconds where kernels are compiled.
+    # up to graph_max_rank. Steps of larger ones run kernel by kernel at first, and a graph of each
+    # is captured when the engine has nothing else to do; more graphs at start take longer.
     cuda_graphs: bool = True
     graph_max_rank: int = 64
     # Steps launched before the tokens of the oldest are read: 1, or 2 to plan a step while the one

@@ -43,6 +43,10 @@ class AdapterPathError(SLoRAError):
     """An adapter path outside the allowed roots."""
 
 
+class UnsupportedPathError(InvalidAdapterError):
+    """An adapter path that names something other than a directory, such as an address."""
+
+
 class AdapterUnavailableError(SLoRAError):
     """A registered adapter whose bytes nothing has any more: no files, no packed copy."""
 
@@ -63,12 +67,23 @@ class OverloadedError(SLoRAError):
     """Every engine is full and so is the queue before them."""
 
 
-class EngineDeadError(SLoRAError):
-    """The engine process ended, that of `replica_id`; every request it held has failed."""
+class EngineFaultError(SLoRAError):
+    """An engine, or several, failed at this request alone; trying again would not help."""
 
-    def __init__(self, message: str, replica_id: str | None = None) -> None:
+
+class EngineDeadError(SLoRAError):
+    """The engine process ended, that of `replica_id`; every request it held has failed.
+
+    `was_running` tells whether the engine was computing this request, which may be why it ended;
+    None: nobody knows.
+    """
+
+    def __init__(
+        self, message: str, replica_id: str | None = None, was_running: bool | None = None
+    ) -> None:
         super().__init__(message)
         self.replica_id = replica_id
+        self.was_running = was_running
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (str(self), self.replica_id)
+        return type(self), (str(self), self.replica_id, self.was_running)

@@ -130,6 +130,8 @@ class RequestState:
     num_pending: int = 0
     # Steps in flight with a chunk of it.
     num_inflight: int = 0
+    # Whether a step with a chunk of it was launched, ever.
+    has_begun: bool = False
     # Finished, refused or aborted; what a step in flight still samples for it is discarded.
     ended: bool = False
 

@@ -28,7 +28,7 @@ LEVEL_OF = {name: level for level, names in enumerate(CORE_LEVELS) for name in n
 
 # What a layer may import beside the standard library and layers below it.
 KERNEL_LIBRARIES = {"torch", "triton"}
-CORE_LIBRARIES = {"torch", "safetensors"}
+CORE_LIBRARIES = {"torch", "safetensors", "re2"}
 SERVING_LIBRARIES = {"ray", "starlette", "fastapi", "pydantic", "uvicorn"}
 
 # The only modules that may import transformers and what comes with it.
@@ -40,7 +40,7 @@ TRANSFORMERS_MODULES = {
 TRANSFORMERS_LIBRARIES = {"transformers", "jinja2", "tokenizers"}
 
 # Distributions by what is imported of them, where the two differ.
-DISTRIBUTIONS = {"grpc": "grpcio"}
+DISTRIBUTIONS = {"grpc": "grpcio", "re2": "google-re2"}
 # The only modules that may import what the extra `demo` installs.
 DEMO_MODULES = {"app/models/demo.py", "app/models/gguf.py", "app/progress.py"}
 

@@ -7,17 +7,20 @@ the version that its name means now. It knows nothing of text or HTTP.
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 from app import ray_private
+from app.generation.text_ends import TextEndedError, TextEnds
 from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
 from slora_core.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
     EngineDeadError,
+    EngineFaultError,
     InvalidAdapterError,
     InvalidRequestError,
 )
@@ -25,8 +28,11 @@ from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
 
-# On replicas that die.
-MAX_ATTEMPTS = 2
+# Replicas that may die while they compute a request, as far as is known: it is refused then, or it
+# would kill them all.
+MAX_DEATHS_WHILE_RUNNING = 2
+# Replicas that may die while the request only waits in them.
+MAX_DEATHS_WHILE_WAITING = 4
 
 # What a replica without the adapter says, be it that its name means another version by now.
 _ADAPTER_IS_GONE = (AdapterNotFoundError, AdapterUnavailableError, InvalidAdapterError)
@@ -41,13 +47,15 @@ class EngineClient:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._attempt_ids = itertools.count()
+        self._text_ends = TextEnds(self._tell_replicas)
 
     async def generate(
         self, request: Request, record: AdapterRecord | None, renew: Renew
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of one request, the last with a finish reason; closing it aborts the request.
 
-        `record` is of the adapter that it names.
+        So does a TextEndedError thrown into it, which is no abort to those who count. `record` is
+        of the adapter that it names.
 
         Raises:
             SLoRAError: what the replica reported, or `renew`.
@@ -57,7 +65,10 @@ class EngineClient:
         attempts = _Attempts(request, record, renew)
         while True:
             has_started = has_ended = False
-            responses = self._send(attempts)
+            # The attempt before may still run where the connection broke: its id must not come
+            # again.
+            attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
+            responses = self._send(attempts, attempt_id)
             try:
                 async for delta in responses:
                     has_ended, has_started = delta.is_last, has_started or bool(delta.token_ids)
@@ -66,6 +77,9 @@ class EngineClient:
                     yield delta
                 if not has_ended:
                     raise EngineDeadError("the engine replica stopped before the request ended")
+                return
+            except TextEndedError:
+                self._text_ends.add(attempt_id)
                 return
             except Exception as error:
                 typed = typed_call_error(error)
@@ -79,11 +93,13 @@ class EngineClient:
                 if not has_ended:
                     responses.cancel()
 
-    def _send(self, attempts: "_Attempts") -> Any:
+    async def _tell_replicas(self, request_ids: list[str]) -> None:
+        answers = self._handle.broadcast("ended_by_text", request_ids)
+        await answers.results_async(return_exceptions=True)
+
+    def _send(self, attempts: "_Attempts", attempt_id: str) -> Any:
         """Start the next attempt; Serve's response, an async iterator of deltas."""
         request = attempts.request
-        # The attempt before may still run where the connection broke: its id must not come again.
-        attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
         return ray_private.stream_by_value(
             self._handle,
             "generate",
@@ -103,15 +119,14 @@ class _Attempts:
         # A replica that just failed it; the router tries it last.
         self.avoid_replica: str | None = None
         self._renew = renew
-        self._num_left = MAX_ATTEMPTS - 1
+        # Deaths that it has seen, by whether it was running.
+        self._num_deaths = Counter[bool | None]()
         self._is_renewed = False
 
     async def after(self, error: Exception) -> None:
         """Prepare the next attempt after one that failed so, or raise its error."""
-        if isinstance(error, EngineDeadError) and self._num_left:
-            self._num_left -= 1
-            self.avoid_replica = error.replica_id
-            logger.warning("request %s is sent again: %s", self.request.request_id, error)
+        if isinstance(error, EngineDeadError):
+            self._after_death(error)
         elif not isinstance(error, _ADAPTER_IS_GONE):
             raise error
         elif self._is_renewed and not isinstance(error, AdapterUnavailableError):
@@ -122,3 +137,19 @@ class _Attempts:
             self._is_renewed = True
             self.record = await self._renew(self.record, error)
             self.request = replace(self.request, adapter_id=self.record.adapter_id)
+
+    def _after_death(self, error: EngineDeadError) -> None:
+        request_id = self.request.request_id
+        deaths = self._num_deaths
+        deaths[error.was_running] += 1
+        if deaths[True] >= MAX_DEATHS_WHILE_RUNNING:
+            logger.error("request %s is refused: engines die of it: %s", request_id, error)
+            raise EngineFaultError(
+                f"{deaths[True]} engines ended while they computed this request; it is not tried "
+                "again"
+            ) from error
+        may_be_the_reason = deaths[True] + deaths[None] >= MAX_DEATHS_WHILE_RUNNING
+        if may_be_the_reason or deaths[False] >= MAX_DEATHS_WHILE_WAITING:
+            raise error
+        self.avoid_replica = error.replica_id
+        logger.warning("request %s is sent again: %s", request_id, error)

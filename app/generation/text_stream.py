@@ -6,8 +6,10 @@ formats, and of engines only the deltas that they give.
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+from app.generation.text_ends import TextEndedError
 from slora_core.requests import Delta, FinishReason, Request
 from slora_core.text.detokenizer import Decode, Detokenizer
 
@@ -66,9 +68,12 @@ class Generation:
 
     async def next_piece(self) -> TextPiece | None:
         while not self._has_ended:
-            piece = self._push(await anext(self._deltas))
+            delta = await anext(self._deltas)
+            piece = self._push(delta)
             if piece.finish_reason is not None:
                 self._has_ended = True
+                if not delta.is_last:
+                    await self._end_by_text()
                 await self.close()
             if piece.text or piece.finish_reason is not None:
                 return piece
@@ -76,6 +81,11 @@ class Generation:
 
     async def close(self) -> None:
         await self._deltas.aclose()
+
+    async def _end_by_text(self) -> None:
+        """Have the request ended, which is over for its client and not for the engine."""
+        with suppress(TextEndedError, StopAsyncIteration):
+            await self._deltas.athrow(TextEndedError())
 
     def _push(self, delta: Delta) -> TextPiece:
         _, token_ids, reason, _, num_cached_tokens = delta

@@ -20,6 +20,7 @@ from slora_core.errors import (
     AdapterPathError,
     AdapterUnavailableError,
     EngineDeadError,
+    EngineFaultError,
     InvalidAdapterError,
     InvalidRequestError,
     OverloadedError,
@@ -62,6 +63,7 @@ STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (StoreGoneError, 503, None),
     (OverloadedError, 503, None),
     (EngineDeadError, 503, None),
+    (EngineFaultError, 500, None),
 )
 
 

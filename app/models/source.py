@@ -4,9 +4,11 @@ Owns the download of hub models. It knows no engine; every process that needs th
 calls it, and all but the first find them there.
 """
 
+import json
 from pathlib import Path
 
 from app.models.demo import ensure_demo_model
+from slora_core.adapters.peft_config import CONFIG_FILE
 from slora_core.errors import UnsupportedModelError
 
 # Weights as the engine reads them, configs, tokenizers and templates. Some repositories hold the
@@ -25,6 +27,7 @@ def resolve_model(model: str | None) -> Path:
         return ensure_demo_model()
     path = Path(model).expanduser()
     if path.is_dir():
+        _refuse_adapter(path)
         return path.resolve()
     if path.is_absolute() or model.startswith((".", "~")):
         raise UnsupportedModelError(f"model: the directory {path} does not exist")
@@ -37,3 +40,18 @@ def resolve_model(model: str | None) -> Path:
         raise UnsupportedModelError(
             f"model: {model!r} is no local directory, and the Hugging Face hub gave: {error}"
         ) from error
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Raises UnsupportedModelError where a directory has an adapter in place of a model."""
+    config = path / CONFIG_FILE
+    if (path / "config.json").exists() or not config.exists():
+        return
+    try:
+        base = json.loads(config.read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    raise UnsupportedModelError(
+        f"model: {path} is a LoRA adapter of {base or 'an unknown base model'}, not a model; give "
+        "its base as model, and the directory that it lies in as adapters_dir"
+    )

@@ -23,6 +23,7 @@ from app.registry.state import (
     encode_state,
     files_stamp,
 )
+from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import inspect_peft_adapter
 from slora_core.errors import (
@@ -54,10 +55,10 @@ class AdapterRegistry:
     An adapter must leave room for a request in an engine's pool of `num_pool_pages`; None is a
     pool that engines size when they start and tell by `report_pool`, and is not remembered.
     `allowed_roots` are the directories that adapters may come from. `reserved_names` cannot be
-    given to an adapter (the base model's name). Every change raises `revision` and is written to
-    `store`, from which a new registry takes up where this one ended; registrations whose
-    files have changed since are checked again, and dropped with a warning if that fails or if
-    the pool is too small for them now.
+    given to an adapter (the base model's name); `rules` are for its files. Every change raises
+    `revision` and is written to `store`, from which a new registry takes up where this one ended;
+    registrations whose files have changed since are checked again, and dropped with a warning if
+    that fails or if the pool is too small for them now.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class AdapterRegistry:
         allowed_roots: Iterable[str | Path],
         store: StateStore | None = None,
         reserved_names: Collection[str] = (),
+        rules: AdapterRules | None = None,
     ) -> None:
+        self._rules = rules
         self._geometry = geometry
         self._num_pool_pages = num_pool_pages
         self._roots = [Path(os.path.realpath(root)) for root in allowed_roots]
@@ -182,11 +185,13 @@ class AdapterRegistry:
                 self._check_free(name)
             record = self._register(record, stamp)
             self._changed(persist)
-            return record
+        for warning in record.warnings:
+            logger.warning("adapter %s in %s: %s", name, directory, warning)
+        return record
 
     def _inspect(self, name: str, directory: Path) -> AdapterRecord:
         """Check an adapter's files; the version is given by `_register`."""
-        summary = inspect_peft_adapter(directory, self._geometry)
+        summary = inspect_peft_adapter(directory, self._geometry, self._rules)
         self._check_size(name, summary.num_pages)
         return AdapterRecord(
             name=name,

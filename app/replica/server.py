@@ -22,6 +22,7 @@ from app.registry.follower import RegistryView
 from app.registry.registry import RegistrySnapshot
 from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
+from app.replica.left_requests import LeftRequests
 from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
 from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
@@ -57,6 +58,7 @@ class EngineServer:
         await view.refresh()
         # No request should wait for the store's start.
         await store.stats()
+        self._left = LeftRequests()
         self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
 
@@ -75,13 +77,17 @@ class EngineServer:
             holding = nullcontext() if record is None else self._leases.hold(record)
             async with holding:
                 with self._engine.generate(request) as stream:
-                    async for delta in stream:
-                        if delta.error is not None:
-                            # Also for the lease, which may have to be replaced.
-                            raise delta.error
-                        yield delta
+                    try:
+                        async for delta in stream:
+                            if delta.error is not None:
+                                # Also for the lease, which may have to be replaced.
+                                raise delta.error
+                            yield delta
+                    finally:
+                        if not stream.has_ended:
+                            self._left.left(request.request_id)
         except EngineDeadError as error:
-            told = EngineDeadError(str(error), self._replica_id)
+            told = EngineDeadError(str(error), self._replica_id, error.was_running)
             yield Delta(request.request_id, [], error=told)
         except SLoRAError as error:
             yield Delta(request.request_id, [], error=error)
@@ -92,12 +98,19 @@ class EngineServer:
     async def stats(self) -> dict[str, Any]:
         """The engine's counters, and which replica and process they are of."""
         stats = asdict(await self._engine.stats())
+        # The engine takes whoever is left for an abort.
+        stats["num_finished"] += self._left.num_ended_by_text
+        stats["num_aborted"] -= self._left.num_ended_by_text
         identity = {
             "replica_id": self._replica_id,
             "rank_in_deployment": self._rank(),
             "replica_pid": os.getpid(),
         }
         return {**identity, "engine_pid": self._pid, **stats}
+
+    async def ended_by_text(self, request_ids: list[str]) -> None:
+        """Called by every ingress; see `LeftRequests`."""
+        self._left.ended_by_text(request_ids)
 
     async def check_integrity(self) -> None:
         """Raises AssertionError if the engine's pool has lost a page."""
@@ -149,4 +162,5 @@ def engine_spec(args: SLoRAArgs) -> EngineSpec:
         load_format=args.load_format,
         engine=args.engine_config(),
         num_threads=num_threads,
+        stall_s=args.engine_stall_timeout_s,
     )

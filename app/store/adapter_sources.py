@@ -14,6 +14,7 @@ from app.registry.state import AdapterRecord, FilesStamp, files_stamp
 from app.store.memory import HostStore
 from app.store.packed_files import PackedFiles
 from app.store.packed_format import DamagedFileError
+from slora_core.adapters.adapter_rules import AdapterRules, CheckedTensors
 from slora_core.adapters.page_layout import AdapterLayout, LoraWeights, ModuleKey
 from slora_core.adapters.peft_weights import read_peft_adapter
 from slora_core.errors import AdapterUnavailableError, InvalidAdapterError
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two lines of the log on one adapter that nothing has the bytes of.
 LOG_EVERY_S = 60.0
+
+# The registry has checked the very same bytes, more strictly.
+_CHECKED = AdapterRules("warn", base_tensors=CheckedTensors())
 
 
 class AdapterSources:
@@ -68,7 +72,7 @@ class AdapterSources:
         stamp = files_stamp(record.path)
         if stamp is None or self._other_contents.get(record.adapter_id) != stamp:
             try:
-                summary, weights = read_peft_adapter(record.path, self._host.geometry)
+                summary, weights = read_peft_adapter(record.path, self._host.geometry, _CHECKED)
             except InvalidAdapterError as error:
                 raise _unavailable(record, f"cannot be used any more ({error})") from error
             if summary.adapter_id == record.adapter_id:

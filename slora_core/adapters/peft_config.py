@@ -7,78 +7,25 @@ which modules an adapter has is decided by its tensors (`peft_weights`), so `tar
 
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from slora_core.adapters.adapter_rules import UnknownFields
+from slora_core.adapters.module_patterns import ModulePatterns, PatternError
+from slora_core.adapters.peft_fields import (
+    INERT_FIELDS,
+    INERT_INITS,
+    READ_FIELDS,
+    REFUSED_FIELDS,
+)
 from slora_core.config import MAX_RANK
 from slora_core.errors import InvalidAdapterError
 
 CONFIG_FILE = "adapter_config.json"
 
-# Fields that change the computation or the base model, with what a user can do about it.
-_REFUSED_FIELDS = {
-    "use_dora": "DoRA adapters are not supported",
-    "modules_to_save": "fully trained modules cannot be served beside a shared base model",
-    "trainable_token_indices": "trained token embeddings are not supported",
-    "layer_replication": "the base model's layers cannot be replicated for one adapter",
-    "fan_in_fan_out": "transposed (Conv1D) base weights are not supported",
-    "megatron_config": "Megatron adapters are not supported",
-    "lora_bias": "a bias in LoRA B is not supported",
-    "use_qalora": "QALoRA adapters are not supported",
-    "target_parameters": "LoRA on bare parameters is not supported",
-    "use_bdlora": "block-diagonal LoRA is not supported",
-    "arrow_config": "Arrow routing is not supported",
-    "kasa_config": "KaSA changes the base weights",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
-}
-
-# Fields with no effect on a trained adapter's output: provenance, training, and settings of
-# options that `init_lora_weights` or a refused field would have to switch on.
-_INERT_FIELDS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "inference_mode",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-        "velora_config",
-    }
-)
-
-_READ_FIELDS = frozenset(
-    {
-        "alpha_pattern",
-        "bias",
-        "exclude_modules",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "peft_type",
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "use_rslora",
-    }
-)
-
-# Initializations that leave the base weights as they are. The others (pissa, olora, corda, loftq,
-# lora_ga) subtract from them, so that such an adapter only fits a base of its own.
-_INERT_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,20 +35,34 @@ class PeftLoraConfig:
     r: int = 8
     lora_alpha: float = 8.0
     use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    ranks: ModulePatterns[int] = field(default_factory=lambda: ModulePatterns({}))
+    alphas: ModulePatterns[float] = field(default_factory=lambda: ModulePatterns({}))
+    # Modules that training saved whole, by their names in the config.
+    modules_to_save: tuple[str, ...] = ()
+    base_model: str | None = None
+    # Of what is accepted and should be known.
+    warnings: tuple[str, ...] = ()
 
-    def rank_of(self, module_name: str) -> int:
-        """Rank of a module named as in the base model (`model.layers.0.self_attn.q_proj`)."""
-        key = _first_match(self.rank_pattern, module_name)
-        return self.r if key is None else self.rank_pattern[key]
+    def rank_of(self, *module_names: str) -> int:
+        """Rank of a module by its names, as in the base model (`model.layers.0.self_attn.q_proj`).
 
-    def scaling_of(self, module_name: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA, of a module named as in the base model."""
-        key = _first_match(self.alpha_pattern, module_name)
-        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
-        rank = self.rank_of(module_name)
+        The first name for which there is a pattern counts.
+        """
+        return _first(self.ranks, module_names, self.r)
+
+    def scaling_of(self, *module_names: str) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA, of a module as of `rank_of`."""
+        alpha = _first(self.alphas, module_names, self.lora_alpha)
+        rank = self.rank_of(*module_names)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _first(patterns: ModulePatterns[T], module_names: Sequence[str], default: T) -> T:
+    for name in module_names if len(patterns) else ():
+        value = patterns.value_of(name)
+        if value is not None:
+            return value
+    return default
 
 
 def read_peft_config(directory: str | Path) -> PeftLoraConfig:
@@ -121,8 +82,12 @@ def read_peft_config(directory: str | Path) -> PeftLoraConfig:
     return parse_peft_config(data)
 
 
-def parse_peft_config(data: bytes) -> PeftLoraConfig:
-    """`read_peft_config` of the file's bytes."""
+def parse_peft_config(data: bytes, unknown_fields: UnknownFields = "refuse") -> PeftLoraConfig:
+    """`read_peft_config` of the file's bytes.
+
+    Args:
+        unknown_fields: whether a field that no known version of PEFT has is refused, or a warning.
+    """
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -132,22 +97,21 @@ def parse_peft_config(data: bytes) -> PeftLoraConfig:
             f"{CONFIG_FILE} must hold a JSON object, not a {type(fields).__name__}"
         )
     _refuse_unsupported(fields)
+    warnings = _check_unknown(fields, unknown_fields)
     _check_target_fields(fields)
     use_rslora = fields.get("use_rslora")
     if use_rslora is not None and not isinstance(use_rslora, bool):
         raise _field_error("use_rslora", use_rslora, "it must be true or false")
+    base_model = fields.get("base_model_name_or_path")
     return PeftLoraConfig(
         r=_rank("r", fields.get("r", 8)),
         lora_alpha=_alpha("lora_alpha", fields.get("lora_alpha", 8)),
         use_rslora=bool(use_rslora),
-        rank_pattern={
-            key: _rank(f"rank_pattern[{key!r}]", value)
-            for key, value in _pattern(fields, "rank_pattern").items()
-        },
-        alpha_pattern={
-            key: _alpha(f"alpha_pattern[{key!r}]", value)
-            for key, value in _pattern(fields, "alpha_pattern").items()
-        },
+        ranks=_patterns(fields, "rank_pattern", _rank),
+        alphas=_patterns(fields, "alpha_pattern", _alpha),
+        modules_to_save=tuple(fields.get("modules_to_save") or ()),
+        base_model=base_model if isinstance(base_model, str) else None,
+        warnings=warnings,
     )
 
 
@@ -157,21 +121,47 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
     if fields.get("bias") not in (None, "none"):
         raise _field_error("bias", fields["bias"], 'trained biases are not supported, only "none"')
     init = fields.get("init_lora_weights")
-    if not any(init is known or (init == known and type(init) is str) for known in _INERT_INITS):
+    if not any(init is known or (init == known and type(init) is str) for known in INERT_INITS):
         raise _field_error(
             "init_lora_weights",
             init,
             "such an adapter changes the base weights; convert it to plain LoRA when saving "
             "(save_pretrained(..., path_initial_model_for_weight_conversion=...))",
         )
+    for name, reason in REFUSED_FIELDS.items():
+        if fields.get(name):
+            raise _field_error(name, fields[name], reason)
+
+
+def _check_unknown(fields: dict[str, Any], unknown_fields: UnknownFields) -> tuple[str, ...]:
+    """Warnings of fields with a value that no known version of PEFT has.
+
+    Raises:
+        InvalidAdapterError: there is one, and they are refused.
+    """
+    known = READ_FIELDS | INERT_FIELDS | REFUSED_FIELDS.keys()
+    version = fields.get("peft_version")
+    writer = f"PEFT {version}" if isinstance(version, str) else "an unknown version of PEFT"
+    warnings = []
     for name, value in fields.items():
-        if name in _READ_FIELDS or name in _INERT_FIELDS or not value:
+        if name in known or not value:
             continue
-        reason = _REFUSED_FIELDS.get(name, "this field is not known, so it may change the output")
-        raise _field_error(name, value, reason)
+        error = _field_error(
+            name,
+            value,
+            f"this field, written by {writer[:40]}, is not known, so it may change the output; "
+            "with unknown_adapter_fields: warn such adapters are served",
+        )
+        if unknown_fields == "refuse":
+            raise error
+        warnings.append(f"{name} in {CONFIG_FILE} is not known and was ignored")
+    return tuple(warnings)
 
 
 def _check_target_fields(fields: dict[str, Any]) -> None:
+    modules_to_save = fields.get("modules_to_save")
+    if modules_to_save is not None and not _list_of(modules_to_save, str):
+        raise _field_error("modules_to_save", modules_to_save, "it must be a list of strings")
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = fields.get(name)
         if value is not None and not isinstance(value, str) and not _list_of(value, str):
@@ -207,31 +197,20 @@ def _alpha(name: str, value: Any) -> float:
     raise _field_error(name, value, "it must be a finite number")
 
 
-def _pattern(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    """The dict of a `*_pattern` field, its keys checked to be regular expressions."""
-    pattern = fields.get(name)
-    if pattern is None:
-        return {}
-    if not isinstance(pattern, dict):
-        raise _field_error(name, pattern, "it must map module names to numbers")
-    for key in pattern:
-        try:
-            re.compile(_pattern_regex(key))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise _field_error(name, key, f"not a regular expression: {error}") from None
-    return pattern
-
-
-def _first_match(pattern: Mapping[str, Any], module_name: str) -> str | None:
-    """First key whose regular expression matches the whole name or a dotted tail of it.
-
-    This is the rule of `peft.utils.other.get_pattern_key`, order of keys included.
-    """
-    return next((key for key in pattern if re.match(_pattern_regex(key), module_name)), None)
-
-
-def _pattern_regex(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+def _patterns(
+    fields: dict[str, Any], name: str, check: Callable[[str, Any], T]
+) -> ModulePatterns[T]:
+    """A `*_pattern` field, its values checked and its keys compiled."""
+    patterns = fields.get(name)
+    if patterns is None:
+        return ModulePatterns({})
+    if not isinstance(patterns, dict):
+        raise _field_error(name, patterns, "it must map module names to numbers")
+    values = {key: check(f"{name}[{key[:80]!r}]", value) for key, value in patterns.items()}
+    try:
+        return ModulePatterns(values)
+    except PatternError as error:
+        raise _field_error(name, patterns, str(error)) from None
 
 
 def _field_error(name: str, value: Any, reason: str) -> InvalidAdapterError:

@@ -9,7 +9,6 @@ then gives an error here instead of a SIGBUS, and the hash is of the very bytes 
 import hashlib
 import math
 import os
-import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     AdapterLayout,
@@ -27,18 +27,14 @@ from slora_core.adapters.page_layout import (
     plan_layout,
 )
 from slora_core.adapters.peft_config import CONFIG_FILE, PeftLoraConfig, parse_peft_config
+from slora_core.adapters.tensor_names import LoraTensorName, WholeTensorName, parse_tensor_name
+from slora_core.adapters.whole_tensors import check_whole_tensors
 from slora_core.errors import InvalidAdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 # What PEFT and others call the same weights in pickled form.
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-# base_model.model. + the module's name in the base model + lora_A or lora_B.
-_TENSOR_NAME = re.compile(
-    r"base_model\.model\.(?P<module_name>(?:model\.)?layers\.(?P<layer>0|[1-9]\d{0,8})\."
-    r"(?P<path>\w+\.\w+))\.lora_(?P<matrix>[AB])\.weight"
-)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,13 +60,15 @@ class AdapterSummary:
         return self.layout.num_pages
 
 
-def inspect_peft_adapter(directory: str | Path, geometry: AdapterGeometry) -> AdapterSummary:
+def inspect_peft_adapter(
+    directory: str | Path, geometry: AdapterGeometry, rules: AdapterRules | None = None
+) -> AdapterSummary:
     """Check an adapter directory against the base model and describe it.
 
     Raises:
         InvalidAdapterError: as `read_peft_adapter`.
     """
-    return read_peft_adapter(directory, geometry)[0]
+    return read_peft_adapter(directory, geometry, rules)[0]
 
 
 def load_packed_adapter(directory: str | Path, geometry: AdapterGeometry) -> PackedAdapter:
@@ -85,24 +83,38 @@ def load_packed_adapter(directory: str | Path, geometry: AdapterGeometry) -> Pac
 
 
 def read_peft_adapter(
-    directory: str | Path, geometry: AdapterGeometry
+    directory: str | Path, geometry: AdapterGeometry, rules: AdapterRules | None = None
 ) -> tuple[AdapterSummary, dict[ModuleKey, LoraWeights]]:
     """Summary and weights of an adapter directory, both of one reading of its files.
+
+    Args:
+        rules: None are the strictest.
 
     Raises:
         InvalidAdapterError: a file is missing, damaged or pickled; a config field is unsupported
             (named); a tensor (named) is of no supported module, lacks its partner, has a shape
-            that the base model or the configured rank does not allow, or holds NaN or infinity.
+            that the base model or the configured rank does not allow, or holds NaN or infinity;
+            or it is one of the embeddings or the head, and not a copy of the base model's.
     """
     directory = Path(directory)
+    rules = rules or AdapterRules()
     config_bytes = _read_file(directory, CONFIG_FILE)
-    config = parse_peft_config(config_bytes)
+    config = parse_peft_config(config_bytes, rules.unknown_fields)
     weights_bytes = _read_file(directory, WEIGHTS_FILE)
     # The config's length keeps the border between the files part of what is hashed.
     digest = hashlib.sha256(len(config_bytes).to_bytes(8, "little"))
     digest.update(config_bytes)
     digest.update(weights_bytes)
-    weights = _check_tensors(_parse_safetensors(weights_bytes), config, geometry)
+    tensors = _parse_safetensors(weights_bytes)
+    lora_names, whole_names = _sort_names(tensors, geometry)
+    warnings = [
+        *config.warnings,
+        *check_whole_tensors(whole_names, tensors, config, rules),
+    ]
+    if rules.is_other_base(config.base_model):
+        known = ", ".join(sorted(rules.base_names))
+        warnings.append(f"it was trained for {config.base_model}; the base model here is {known}")
+    weights = _check_tensors(lora_names, tensors, config, geometry)
 
     ranks = {key: lora.rank for key, lora in weights.items()}
     scaling = {key: lora.scaling for key, lora in weights.items()}
@@ -111,6 +123,7 @@ def read_peft_adapter(
         adapter_id=digest.hexdigest(),
         layout=layout,
         nbytes=layout.num_pages * geometry.page_bytes,
+        warnings=tuple(warnings),
     )
     return summary, weights
 
@@ -158,78 +171,73 @@ def _parse_safetensors(data: bytes) -> dict[str, torch.Tensor]:
         raise InvalidAdapterError(f"{WEIGHTS_FILE} is damaged or truncated: {error}") from None
 
 
-def _check_tensors(
-    tensors: Mapping[str, torch.Tensor], config: PeftLoraConfig, geometry: AdapterGeometry
-) -> dict[ModuleKey, LoraWeights]:
-    """Pair A and B of each module; every tensor is consumed or named in an error."""
-    halves: dict[ModuleKey, dict[str, str]] = {}
-    module_names: dict[ModuleKey, str] = {}
+def _sort_names(
+    tensors: Mapping[str, torch.Tensor], geometry: AdapterGeometry
+) -> tuple[dict[str, LoraTensorName], dict[str, WholeTensorName]]:
+    """What every tensor of a file is, by its name, none of them twice."""
+    lora: dict[str, LoraTensorName] = {}
+    whole: dict[str, WholeTensorName] = {}
+    first_names: dict[ModuleKey, str] = {}
     for name in sorted(tensors):
-        match = _parse_name(name, geometry)
-        key = int(match["layer"]), geometry.modules.index(match["path"])
+        parsed = parse_tensor_name(name, geometry)
+        if isinstance(parsed, WholeTensorName):
+            whole[name] = parsed
+            continue
+        key = parsed.layer, parsed.module
         # Both `model.layers` (a causal model) and `layers` (its body alone) name a module.
-        if module_names.setdefault(key, match["module_name"]) != match["module_name"]:
+        first = first_names.setdefault(key, name)
+        known = lora.get(first, parsed)
+        if known.trained_name != parsed.trained_name or known.adapter != parsed.adapter:
             raise InvalidAdapterError(
-                f"tensor {name} is for a module that {module_names[key]} names too"
+                f"tensor {name} is for a module that {first} names too: one of them is of another "
+                "adapter, or of a copy"
             )
-        halves.setdefault(key, {})[match["matrix"]] = name
-    if not halves:
+        lora[name] = parsed
+    if not lora:
         raise InvalidAdapterError(
-            f"{WEIGHTS_FILE} holds no tensors: the adapter matches no module of the base model"
+            f"{WEIGHTS_FILE} holds no LoRA tensors: the adapter matches no module of the base model"
         )
+    return lora, whole
+
+
+def _check_tensors(
+    names: Mapping[str, LoraTensorName],
+    tensors: Mapping[str, torch.Tensor],
+    config: PeftLoraConfig,
+    geometry: AdapterGeometry,
+) -> dict[ModuleKey, LoraWeights]:
+    """Pair A and B of each module."""
+    halves: dict[ModuleKey, dict[str, str]] = {}
+    for name, parsed in names.items():
+        halves.setdefault((parsed.layer, parsed.module), {})[parsed.matrix] = name
     weights = {}
-    for key, names in sorted(halves.items()):
-        if len(names) < 2:
-            (half,) = names
+    for key, pair in sorted(halves.items()):
+        if len(pair) < 2:
+            ((half, name),) = pair.items()
             other = "B" if half == "A" else "A"
             raise InvalidAdapterError(
-                f"tensor {names[half]} has no partner: lora_{other} of {module_names[key]} is "
+                f"tensor {name} has no partner: lora_{other} of {names[name].module_name} is "
                 "missing"
             )
-        weights[key] = _check_module(key, module_names[key], names, tensors, config, geometry)
+        weights[key] = _check_module(names[pair["A"]], pair, tensors, config, geometry)
     return weights
 
 
-def _parse_name(name: str, geometry: AdapterGeometry) -> re.Match[str]:
-    """Match the name of a tensor of a module that the base model has."""
-    match = _TENSOR_NAME.fullmatch(name)
-    if match is None or match["path"] not in geometry.modules:
-        supported = ", ".join(geometry.module_names)
-        if "embed" in name or "lm_head" in name:
-            raise InvalidAdapterError(
-                f"tensor {name} is for the embeddings or the output head, which adapters cannot "
-                f"change here; supported modules are {supported}"
-            )
-        raise InvalidAdapterError(
-            f"tensor {name} is not LoRA A or B of a supported module: {supported}"
-        )
-    layer = int(match["layer"])
-    if layer >= geometry.num_layers:
-        raise InvalidAdapterError(
-            f"tensor {name} is for layer {layer}; the base model has layers 0 to "
-            f"{geometry.num_layers - 1}"
-        )
-    if geometry.module_dims[layer][geometry.modules.index(match["path"])] is None:
-        raise InvalidAdapterError(
-            f"tensor {name} is for {match['path']}, which the base model's layer {layer} lacks"
-        )
-    return match
-
-
 def _check_module(
-    key: ModuleKey,
-    module_name: str,
+    parsed: LoraTensorName,
     names: Mapping[str, str],
     tensors: Mapping[str, torch.Tensor],
     config: PeftLoraConfig,
     geometry: AdapterGeometry,
 ) -> LoraWeights:
     """Check dtype, shape and values of one module's A and B."""
-    layer, module = key
+    layer, module = parsed.layer, parsed.module
+    # As PEFT matched its patterns; where it saw no wrapper yet, as in the base model.
+    matched = parsed.trained_name, parsed.module_name
     dims = geometry.module_dims[layer][module]
     assert dims is not None, "refused with the tensor's name"
     in_features, out_features = dims
-    rank = config.rank_of(module_name)
+    rank = config.rank_of(*matched)
     for matrix, expected in (("A", (rank, in_features)), ("B", (out_features, rank))):
         name = names[matrix]
         tensor = tensors[name]
@@ -240,19 +248,27 @@ def _check_module(
                 f"the base model's {geometry.module_names[module]}"
             )
         if tensor.dtype not in _DTYPES:
-            raise InvalidAdapterError(f"tensor {name} has dtype {tensor.dtype}, not a float type")
+            raise InvalidAdapterError(_wrong_dtype(name, tensor.dtype))
         if not _is_finite(tensor):
             raise InvalidAdapterError(f"tensor {name} holds NaN or infinity")
         if tensor.dtype != geometry.dtype and not _is_finite(tensor.to(geometry.dtype)):
             raise InvalidAdapterError(
                 f"tensor {name} holds values too large for the server's {geometry.dtype}"
             )
-    scaling = config.scaling_of(module_name)
+    scaling = config.scaling_of(*matched)
     if abs(scaling) > torch.finfo(torch.float32).max:
         raise InvalidAdapterError(
-            f"lora_alpha in {CONFIG_FILE} scales {module_name} by {scaling}, too large for float32"
+            f"lora_alpha in {CONFIG_FILE} scales {parsed.module_name} by {scaling}, too large for "
+            "float32"
         )
     return LoraWeights(tensors[names["A"]], tensors[names["B"]], scaling)
+
+
+def _wrong_dtype(name: str, dtype: torch.dtype) -> str:
+    found = str(dtype).removeprefix("torch.")
+    supported = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+    kind = "fp8 adapters are not supported" if found.startswith("float8") else "not a float type"
+    return f"tensor {name} has dtype {found}: {kind}; supported are {supported}"
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -4,16 +4,20 @@ Owns one scheduler, one pool and one model runner. `engine.main` drives it from 
 messages; tests and offline benchmarks call it directly.
 """
 
+import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+
+import torch
 
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.dtypes import torch_dtype
+from slora_core.engine.recovery import Recovery
 from slora_core.errors import (
     AdapterNotFoundError,
     AdapterTooLargeError,
@@ -37,8 +41,19 @@ from slora_core.scheduling.waiting_queue import FirstComeQueue, WaitingQueue
 from slora_core.stage_timer import StageTimer
 from slora_core.stats import EngineStats
 
+logger = logging.getLogger(__name__)
+
 # Slots are only table rows; more of them than pages could never be in use.
 MAX_ADAPTER_SLOTS = 4096
+
+
+class _StepFailedError(Exception):
+    """A planned step did not run: what else is on the device is as it was."""
+
+    def __init__(self, plan: StepPlan, error: Exception) -> None:
+        super().__init__(str(error))
+        self.plan = plan
+        self.error = error
 
 
 class Engine:
@@ -92,6 +107,10 @@ class Engine:
             model.eos_token_ids,
             FirstComeQueue() if waiting is None else waiting,
         )
+        self._recovery = Recovery(self.scheduler)
+        # Told, before a step is launched, the ids of requests that are computed for the first time.
+        self.on_begin: Callable[[list[str]], None] = lambda request_ids: None
+        self._planned = StepPlan()
         # Launched and not committed, the oldest first.
         self._inflight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._num_finished = self._num_aborted = self._num_refused = self._num_steps = 0
@@ -126,7 +145,32 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to launch or to commit."""
-        return bool(self._inflight) or self.scheduler.has_work
+        return bool(self._inflight) or self.scheduler.has_work or self._recovery.is_going
+
+    def step_request_ids(self) -> list[str]:
+        """Requests of the steps that are launched, or were about to be."""
+        plans = [*(plan for plan, _ in self._inflight), self._planned]
+        ids = (chunk.request.request_id for plan in plans for chunk in plan.chunks)
+        return list(dict.fromkeys(ids))
+
+    @property
+    def has_late_graphs(self) -> bool:
+        """Whether `capture_late_graph` has something to do."""
+        return len(self.runner.late_graphs) > 0
+
+    def capture_late_graph(self) -> None:
+        """Capture one of the graphs that steps lacked, with nothing in flight; may take seconds.
+
+        Where it fails, steps of its shape go on without one.
+        """
+        assert not self._inflight
+        shape = self.runner.late_graphs.next()
+        try:
+            self.runner.capture(self.builder.build_as([], shape))
+        except Exception:
+            logger.warning("no graph could be captured of %s", shape, exc_info=True)
+        else:
+            logger.info("captured a graph that the start had not: %s", shape)
 
     def add_adapter(self, adapter: PackedAdapter) -> None:
         """Make an adapter's host pages known; they are read until `release_adapter`.
@@ -170,7 +214,11 @@ class Engine:
         """
         self._validate(request)
         state = RequestState(request)
-        self.scheduler.add(state)
+        if self._recovery.is_going:
+            self.scheduler.check_fits(state)
+            self._recovery.add(state)
+        else:
+            self.scheduler.add(state)
         self._num_prompt_tokens += state.num_tokens
         return state
 
@@ -179,12 +227,14 @@ class Engine:
 
         What it holds is freed at once, or with the last step in flight that computes it.
         """
+        self._recovery.give_back(request_id)
         aborted = self.scheduler.abort(request_id)
         self._num_aborted += aborted
         return aborted
 
     def refuse(self, request_id: str, error: SLoRAError) -> bool:
         """Stop a request for a reason that the next `step` returns; as `abort`."""
+        self._recovery.give_back(request_id)
         return self.scheduler.refuse(request_id, error)
 
     def step(self) -> StepOutput:
@@ -193,16 +243,25 @@ class Engine:
         Returns what all steps that were committed gave, and the requests refused since.
         """
         output = StepOutput()
-        plan = self._launch()
-        if plan.blocked:
-            # With nothing in flight the scheduler can preempt.
+        has_failed = False
+        self._recovery.before_step()
+        try:
+            plan = self._launch()
+            if plan.blocked:
+                # With nothing in flight the scheduler can preempt.
+                while self._inflight:
+                    output.extend(self._commit())
+                plan = self._launch()
+        except _StepFailedError as failure:
             while self._inflight:
                 output.extend(self._commit())
-            plan = self._launch()
+            self._recovery.after_failure(failure.plan, failure.error)
+            plan, has_failed = StepPlan(), True
         refused = self.scheduler.take_refused()
         self._num_refused += len(refused)
         output.endings.update(refused)
-        assert self._inflight or not self.has_work, "requests wait and none can run"
+        can_go_on = self._inflight or has_failed or not self.has_work
+        assert can_go_on, "requests wait and none can run"
         if self._inflight and (
             not plan.chunks or len(self._inflight) >= self.config.max_inflight_steps
         ):
@@ -219,7 +278,7 @@ class Engine:
     def stats(self) -> EngineStats:
         pool, residency, scheduler = self._pool, self._residency, self.scheduler
         return EngineStats(
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + len(self._recovery),
             num_running=scheduler.num_running,
             num_pages=pool.num_pages,
             num_free_pages=pool.num_free,
@@ -245,15 +304,35 @@ class Engine:
         self.scheduler.check_integrity()
 
     def _launch(self) -> StepPlan:
-        """Plan a step, and launch it if anything can run."""
-        plan = self.scheduler.schedule()
+        """Plan a step, and launch it if anything can run.
+
+        Raises:
+            _StepFailedError: what was planned did not run; the device is as usable as before.
+        """
+        plan = self._planned = self.scheduler.schedule()
         if plan.chunks:
-            for load in plan.adapter_loads:
-                adapter = self._host_copies[load.adapter_id]
-                self.builder.shapes.adapter_loaded(load.slot, adapter.layout)
-                self.runner.load_adapter(load, adapter)
-            self._inflight.append((plan, self.runner.run(self.builder.build(plan.chunks))))
+            begun = [chunk.request for chunk in plan.chunks if not chunk.request.has_begun]
+            for request in begun:
+                request.has_begun = True
+            if begun:
+                self.on_begin([request.request_id for request in begun])
+            try:
+                handle = self._run(plan)
+            except torch.AcceleratorError:
+                # Whatever comes after it on this device fails too.
+                raise
+            except Exception as error:
+                raise _StepFailedError(plan, error) from error
+            self._inflight.append((plan, handle))
         return plan
+
+    def _run(self, plan: StepPlan) -> StepHandle:
+        """Copy the adapters that a plan asks for, and start its step."""
+        for load in plan.adapter_loads:
+            adapter = self._host_copies[load.adapter_id]
+            self.builder.shapes.adapter_loaded(load.slot, adapter.layout)
+            self.runner.load_adapter(load, adapter)
+        return self.runner.run(self.builder.build(plan.chunks))
 
     def _commit(self) -> StepOutput:
         """Take the tokens of the oldest step in flight, waiting for them."""

@@ -5,6 +5,7 @@ main thread, answers with one message a step. Ends when the connection does, or 
 """
 
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -25,6 +26,8 @@ from slora_core.engine.engine import Engine
 from slora_core.engine.protocol import (
     AbortRequest,
     AddAdapter,
+    Begun,
+    Busy,
     Call,
     DropAdapter,
     EngineInfo,
@@ -34,10 +37,15 @@ from slora_core.engine.protocol import (
     receive_message,
     send_message,
 )
-from slora_core.errors import SLoRAError
+from slora_core.errors import EngineFaultError, SLoRAError
 from slora_core.requests import FinishReason, Request, StepOutput
 
 logger = logging.getLogger(__name__)
+
+# Seconds without messages after which an engine without work does what it put off, and how long
+# each piece of it may take: kernels may have to be compiled.
+IDLE_S = 0.5
+CAPTURE_S = 120.0
 
 # prctl(2): the signal a process receives when the thread that started it ends.
 _PR_SET_PDEATHSIG = 1
@@ -49,6 +57,7 @@ class EngineLoop:
     def __init__(self, connection: socket.socket, engine: Engine) -> None:
         self._connection = connection
         self._engine = engine
+        engine.on_begin = lambda request_ids: self._send(Begun(request_ids))
         on_map = pin_in_background if engine.config.device == "cuda" else None
         self._slabs = SlabReader(engine.geometry, on_map)
         # Why adapters that requests may name could not be added.
@@ -62,11 +71,15 @@ class EngineLoop:
             self.run_once()
 
     def run_once(self) -> None:
-        """Handle the messages that are there, then step."""
+        """Handle the messages that are there, then step, or capture a graph while nothing comes."""
         self._handle_messages(block=not self._engine.has_work)
-        output = self._engine.step()
-        if output:
-            self._send(output)
+        if self._engine.has_work:
+            output = self._engine.step()
+            if output:
+                self._send(output)
+        elif self._engine.has_late_graphs and self._inbox.empty():
+            self._send(Busy(CAPTURE_S, "it captures a CUDA graph"))
+            self._engine.capture_late_graph()
 
     def _read(self) -> None:
         """Queue messages until the owner closes its end or dies, then end the process."""
@@ -84,9 +97,11 @@ class EngineLoop:
         send_message(self._connection, message)
 
     def _handle_messages(self, *, block: bool) -> None:
+        """Handle all that is there; with `block` wait for the first, while nothing is put off."""
+        timeout = IDLE_S if self._engine.has_late_graphs else None
         while True:
             try:
-                message = self._inbox.get(block=block)
+                message = self._inbox.get(block, timeout)
             except queue.Empty:
                 return
             block = False
@@ -117,6 +132,12 @@ class EngineLoop:
                 self._engine.add_adapter(self._slabs.open(location))
             except SLoRAError as error:
                 self._unusable[adapter_id] = error
+            except Exception as error:
+                # Such as no memory for the mapping: a matter of this adapter's requests alone.
+                logger.exception("adapter %s cannot be used", adapter_id)
+                self._unusable[adapter_id] = EngineFaultError(
+                    f"the engine cannot use the adapter's pages: {error!r}"
+                )
 
     def _add_request(self, request: Request) -> None:
         refusal = self._unusable.get(request.adapter_id)
@@ -126,11 +147,18 @@ class EngineLoop:
                 return
             except SLoRAError as error:
                 refusal = error
+            except Exception as error:
+                logger.exception("request %s cannot be queued", request.request_id)
+                # Wherever it has come to.
+                self._engine.abort(request.request_id)
+                refusal = EngineFaultError(f"the engine cannot queue the request: {error!r}")
         self._send(StepOutput(endings={request.request_id: refusal}))
 
     def _answer(self, call: Call) -> Reply:
         try:
             match call.action:
+                case "ping":
+                    pass
                 case "stats":
                     return Reply(call.call_id, self._engine.stats())
                 case "check_integrity":
@@ -145,8 +173,11 @@ class EngineLoop:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    # What the owner asks for where this process hangs.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     _end_with_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
+    engine = None
     try:
         spec: EngineSpec = receive_message(connection)
         torch.set_num_threads(spec.num_threads or _default_threads(spec.engine.device))
@@ -177,7 +208,10 @@ def main() -> None:
     except Exception as error:
         logger.exception("the engine process ends")
         reason = str(error) if isinstance(error, SLoRAError) else traceback.format_exc()
-        send_message(connection, Failed(reason))
+        request_ids = () if engine is None else tuple(engine.step_request_ids())
+        if request_ids:
+            logger.error("the requests of its step: %s", ", ".join(request_ids))
+        send_message(connection, Failed(reason, request_ids))
         sys.exit(1)
 
 

@@ -9,10 +9,11 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from slora_core.adapters.slab_format import AdapterLocation
@@ -20,6 +21,8 @@ from slora_core.engine.protocol import (
     AbortRequest,
     Action,
     AddAdapter,
+    Begun,
+    Busy,
     Call,
     DropAdapter,
     EngineInfo,
@@ -30,6 +33,7 @@ from slora_core.engine.protocol import (
     packed,
 )
 from slora_core.engine.streams import DeltaStream, DeltaStreams
+from slora_core.engine.watchdog import Watchdog
 from slora_core.errors import EngineDeadError
 from slora_core.requests import Request, StepOutput
 from slora_core.stats import EngineStats
@@ -44,6 +48,9 @@ CLOSE_TIMEOUT_S = 5.0
 # demo model on two cores falls from 24 tokens/s to 4 beside one other busy process, with this
 # from 20 to 11. An operator's own setting is kept.
 SPIN_COUNT = 5000
+
+# How long a hung process has to write where it hangs to its log before it is killed, seconds.
+DUMP_S = 0.5
 
 
 class AsyncEngine:
@@ -69,6 +76,7 @@ class AsyncEngine:
         self._streams = DeltaStreams(interval_s, self.abort)
         self._calls: dict[int, asyncio.Future[object]] = {}
         self._call_ids = itertools.count()
+        self._watchdog: Watchdog | None = None
         # Why the engine is dead; None while it lives.
         self._death: str | None = None
 
@@ -91,7 +99,9 @@ class AsyncEngine:
             )
         await self.connect(ours)
         self._send(self._spec)
-        return await self._started
+        info = await self._started
+        self._watchdog = Watchdog(self._spec.stall_s, self._ping, self._end_hung)
+        return info
 
     async def connect(self, connection: socket.socket) -> None:
         """Speak with the engine at the other end of a socket; `start` does."""
@@ -184,6 +194,18 @@ class AsyncEngine:
         finally:
             del self._calls[call_id]
 
+    def _ping(self) -> None:
+        # A reply that nobody waits for: that it comes is all.
+        self._send(Call(next(self._call_ids), "ping"))
+
+    def _end_hung(self, reason: str) -> None:
+        """Fail what waits, now, and end the process once it has logged where it hangs."""
+        logger.error("%s; its process is killed, with its stacks in the log before", reason)
+        assert self._process is not None and self._loop is not None
+        self._process.send_signal(signal.SIGUSR1)
+        self._die(reason)
+        self._loop.call_later(DUMP_S, self._process.kill)
+
     def _check_alive(self) -> None:
         if self._death is not None:
             raise EngineDeadError(self._death)
@@ -193,9 +215,13 @@ class AsyncEngine:
             self._transport.write(packed(message))
 
     def _dispatch(self, message: object) -> None:
+        if self._watchdog is not None:
+            self._watchdog.heard()
         match message:
             case StepOutput():
                 self._streams.take(message)
+            case Begun(request_ids):
+                self._streams.begun(request_ids)
             case Reply(call_id, value, error):
                 if (future := self._calls.get(call_id)) and not future.done():
                     if error is None:
@@ -205,18 +231,29 @@ class AsyncEngine:
             case EngineInfo():
                 assert self._started is not None
                 self._started.set_result(message)
-            case Failed(reason):
-                self._die(reason)
+            case Busy(seconds, reason):
+                if self._watchdog is not None:
+                    self._watchdog.announced(seconds, reason)
+            case Failed(reason, request_ids):
+                self._die(reason, request_ids)
 
-    def _die(self, reason: str) -> None:
-        """Fail everything that waits on the engine; the first reason is kept."""
+    def _die(self, reason: str, request_ids: Collection[str] = ()) -> None:
+        """Fail everything that waits on the engine; the first reason is kept.
+
+        `request_ids` are those of the steps it died in; where it could not say, each that had begun
+        may be one.
+        """
         if self._death is not None:
             return
         self._death = reason
+        if self._watchdog is not None:
+            self._watchdog.stop()
         if self._transport is not None:
             # Nothing more is read: after a message that could not be, nothing makes sense.
             self._transport.abort()
-        self._streams.fail(EngineDeadError(reason))
+        for stream in self._streams:
+            was_running = stream.request_id in request_ids if request_ids else stream.has_begun
+            stream.end(EngineDeadError(reason, was_running=was_running))
         for future in (*self._calls.values(), self._started):
             if future is not None and not future.done():
                 future.set_exception(EngineDeadError(reason))

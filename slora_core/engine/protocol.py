@@ -24,6 +24,9 @@ class EngineSpec:
     engine: EngineConfig = field(default_factory=EngineConfig)
     # CPU threads of the engine's math; None takes every core the process may use.
     num_threads: int | None = None
+    # Seconds without a sign of life after which the process is taken for hung and killed: longer
+    # than its longest step, which on a CPU is a step of prompts of a large model.
+    stall_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,21 @@ class EngineInfo:
     # Largest prompt + output, tokens.
     context_len: int
     geometry: AdapterGeometry
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The engine is about to compute these requests for the first time."""
+
+    request_ids: list[str]
+
+
+@dataclass(frozen=True)
+class Busy:
+    """The engine will not answer for up to so many seconds, and does not hang."""
+
+    seconds: float
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,7 @@ class DropAdapter:
     adapter_id: str
 
 
-Action = Literal["stats", "check_integrity", "release_adapter_source"]
+Action = Literal["ping", "stats", "check_integrity", "release_adapter_source"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,8 @@ class Failed:
     """The engine did not start, or died of a defect; the process exits after sending it."""
 
     reason: str
+    # Of the steps that it died in.
+    request_ids: tuple[str, ...] = ()
 
 
 # Before each message: its length in bytes.

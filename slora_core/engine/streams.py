@@ -6,7 +6,7 @@ no engine and no connection.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Self
 
 from slora_core.errors import SLoRAError
@@ -21,6 +21,8 @@ class DeltaStream:
 
     def __init__(self, request_id: str, on_close: Callable[["DeltaStream"], None]) -> None:
         self.request_id = request_id
+        # Whether the engine has computed some of it, as far as it said.
+        self.has_begun = False
         # Whether its last delta was read: nothing is left to abort.
         self.has_ended = False
         self._on_close = on_close
@@ -133,10 +135,14 @@ class DeltaStreams:
             else:
                 self._timer = loop.call_at(due_at, self._flush)
 
-    def fail(self, error: SLoRAError) -> None:
-        """End every stream with an error, after the tokens that came."""
-        for stream in self._streams.values():
-            stream.end(error)
+    def __iter__(self) -> Iterator[DeltaStream]:
+        return iter(self._streams.values())
+
+    def begun(self, request_ids: Iterable[str]) -> None:
+        """The engine computes these from now on."""
+        for request_id in request_ids:
+            if (stream := self._streams.get(request_id)) is not None:
+                stream.has_begun = True
 
     def _flush(self) -> None:
         self._timer = None

@@ -7,26 +7,30 @@ import logging
 import torch
 
 from slora_core.config import EngineConfig
+from slora_core.dtypes import torch_dtype
 from slora_core.errors import UnsupportedModelError
 from slora_core.execution.buckets import max_graph_rows
 from slora_core.execution.dummy_steps import num_step_pages, prompt_step
 from slora_core.execution.model_runner import ModelRunner
+from slora_core.execution.sampler import SamplingBatch, sample
 from slora_core.execution.step_builder import StepBuilder
+from slora_core.execution.step_inputs import SamplingInputs
 from slora_core.memory.sizing import page_bytes
 from slora_core.models.config import ModelConfig
 from slora_core.models.weights import DecoderWeights
 
 logger = logging.getLogger(__name__)
 
-# fp32 copies of logits held at one time, at most, by the sampler and by graphs.
-_SAMPLER_COPIES = 4
+# fp32 copies of the logits of all running requests, at most, that graphs hold: what they write,
+# and what they write it from.
 _GRAPH_COPIES = 2
 
 
 def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> int:
     """Pages that fit into `memory_utilization` beside weights, activations and logits.
 
-    Runs a step of `max_batched_tokens` on a small pool and counts its peak.
+    Runs a step of `max_batched_tokens` on a small pool, and the sampler on as many rows as there
+    may be, and counts the peak of each.
 
     Raises:
         UnsupportedModelError: less than one page is left; the message has the figures.
@@ -42,8 +46,8 @@ def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: Decoder
     free, total = torch.cuda.mem_get_info(device)
     # Graphs share memory, beside that of other steps, for the activations of the largest of them.
     activations += activations * max_graph_rows(engine) // engine.max_batched_tokens
-    rows = (_SAMPLER_COPIES + _GRAPH_COPIES) * engine.max_running_requests
-    logits = rows * model.vocab_size * 4
+    logits = _GRAPH_COPIES * engine.max_running_requests * model.vocab_size * 4
+    logits += _sampling_bytes(model, engine)
     available = int(total * engine.memory_utilization) - (total - free) - activations - logits
     num_pages = available // page_bytes(model, engine)
     gib = 2**30
@@ -60,6 +64,36 @@ def profile_num_pages(model: ModelConfig, engine: EngineConfig, weights: Decoder
         "pool of %d pages, %d tokens: %s", num_pages, num_pages * engine.page_tokens, figures
     )
     return num_pages
+
+
+def _sampling_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+    """What it takes at most to sample a token of every running request, logits included."""
+    device = torch.device(engine.device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    # As an eager step makes them: in the model's dtype first.
+    logits = torch.zeros(
+        engine.max_running_requests,
+        model.vocab_size,
+        dtype=torch_dtype(engine.dtype),
+        device=device,
+    ).float()
+    sample(logits, SamplingBatch.of(_costliest_sampling(engine.max_running_requests), device))
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _costliest_sampling(num_rows: int) -> SamplingInputs:
+    """Settings with which every row is sorted."""
+    return SamplingInputs(
+        temperature=[1.0] * num_rows,
+        top_p=[0.9] * num_rows,
+        min_p=[0.1] * num_rows,
+        top_k=[50] * num_rows,
+        seed=[0] * num_rows,
+        token_index=[0] * num_rows,
+        filtered_rows=list(range(num_rows)),
+    )
 
 
 def _run_largest_step(model: ModelConfig, engine: EngineConfig, weights: DecoderWeights) -> int:

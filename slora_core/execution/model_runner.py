@@ -4,7 +4,6 @@ Knows no requests and decides nothing: `StepBuilder` made the inputs, on this or
 CUDA a run returns before the device has computed the step.
 """
 
-import logging
 from collections.abc import Mapping
 from types import ModuleType
 
@@ -18,6 +17,7 @@ from slora_core.attention.planner import AttentionPlanner
 from slora_core.config import EngineConfig
 from slora_core.execution.batch_views import forward_batch
 from slora_core.execution.graphs import StepGraphs
+from slora_core.execution.late_graphs import LateGraphs
 from slora_core.execution.request_tables import RequestTables
 from slora_core.execution.sampler import SamplingBatch, mask_tokens, sample
 from slora_core.execution.step_handle import StepHandle
@@ -28,8 +28,6 @@ from slora_core.models.config import ModelConfig
 from slora_core.models.decoder import Decoder
 from slora_core.models.weights import DecoderWeights
 from slora_core.requests import AdapterLoad
-
-logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -64,6 +62,7 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         if self._device.type == "cuda" and engine.cuda_graphs:
             self._graphs = StepGraphs(self._device)
+        self.late_graphs = LateGraphs()
         # fp32 [requests, vocab_size]: what graphs write, outside the memory that they share.
         self._graph_logits = torch.empty(
             engine.max_running_requests if self._graphs is not None else 0,
@@ -123,7 +122,9 @@ class ModelRunner:
             pages = inputs.pages.to(self._device)
             self._request_tables.write_pages(pages["table_entries"], pages["table_pages"])
         if inputs.shape.is_padded and self._graphs is not None:
-            return self._replay(inputs, self._graphs)
+            if inputs.shape in self._graphs:
+                return self._replay(inputs, self._graphs)
+            self.late_graphs.want(inputs.shape)
         views = inputs.fields.to(self._device)
         num_samples = inputs.num_samples
         logits = self._forward(views, inputs.shape)[:num_samples].float()
@@ -131,9 +132,6 @@ class ModelRunner:
 
     def _replay(self, inputs: StepInputs, graphs: StepGraphs) -> tuple[torch.Tensor, torch.Tensor]:
         """What `_logits` returns, by a CUDA graph."""
-        if inputs.shape not in graphs:
-            logger.warning("capturing a graph that was not captured at start: %s", inputs.shape)
-            self.capture(inputs)
         buffer = graphs.replay(inputs.shape, inputs.fields)
         table_idxs = inputs.fields.views(buffer)["sample_table_idxs"]
         num_samples = inputs.num_samples

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from kernels.lora_segments import choose_block_rows
 from slora_core.adapters.page_layout import AdapterLayout
 from slora_core.attention.planner import AttentionPlanner
-from slora_core.config import EngineConfig
+from slora_core.config import MAX_RANK, EngineConfig
 from slora_core.execution.buckets import (
     MAX_GRAPH_PROMPTS,
     RANK_BUCKETS,
@@ -93,15 +93,15 @@ class StepShapes:
         """
         for has_prompts in (True, False):
             for num_rows in reversed(self._graph_sizes[has_prompts]):
-                for lora in (None, *self.lora_shapes()):
+                for lora in (None, *self.lora_shapes(self._graph_max_rank)):
                     yield self._padded_shape(num_rows, has_prompts, lora)
 
-    def lora_shapes(self) -> list[LoraShape]:
-        """What LoRA kernels are made ready for at the start."""
+    def lora_shapes(self, max_rank: int = MAX_RANK) -> list[LoraShape]:
+        """What LoRA kernels are launched for, up to a rank."""
         return [
             LoraShape(rank, modules)
             for rank in RANK_BUCKETS
-            if rank <= self._graph_max_rank
+            if rank <= max_rank
             for modules in self._module_buckets
         ]
 

@@ -21,7 +21,7 @@ def compile_kernels(
 ) -> None:
     """Compile and load all kernels, by the first layer.
 
-    For the base model and each shape of LoRA up to `graph_max_rank`.
+    For the base model and each shape of LoRA.
     """
     # Triton is loaded only where it is used.
     from kernels.compile_together import compile_together
@@ -32,7 +32,7 @@ def compile_kernels(
 
 
 def capture_graphs(builder: StepBuilder, runner: ModelRunner) -> None:
-    """Record small steps of every size, for the base model and each shape of LoRA."""
+    """Record small steps of every size, for the base model and LoRA up to `graph_max_rank`."""
     for shape in builder.shapes.graphs():
         runner.capture(builder.build_as([], shape))
     logger.info("captured %d graphs of steps", runner.num_graphs())
@@ -41,7 +41,7 @@ def capture_graphs(builder: StepBuilder, runner: ModelRunner) -> None:
 def run_every_kernel(
     model: ModelConfig, engine: EngineConfig, builder: StepBuilder, runner: ModelRunner
 ) -> None:
-    """Launch each kernel in all the ways that requests up to `graph_max_rank` do."""
+    """Launch each kernel in all the ways that requests do."""
     shapes, planner = builder.shapes, runner.attention_planner
     sizes = warm_up_sizes(engine.max_batched_tokens)
     for num_tokens in sizes:

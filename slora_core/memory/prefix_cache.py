@@ -149,8 +149,11 @@ class PrefixCache:
                 self._retire(page)
         self._pool.free(page_ids[num_held:])
 
-    def drop(self, adapter_id: str) -> None:
-        """Forget an adapter's pages: idle ones are freed, held ones with their last user."""
+    def drop(self, adapter_id: str | None) -> None:
+        """Forget an adapter's pages (None: the base model's).
+
+        Idle ones are freed, held ones with their last user.
+        """
         root = self._roots.pop(adapter_id, None)
         pages = [] if root is None else list(root.children.values())
         while pages:

@@ -4,7 +4,7 @@ Owns when they give them back. The scheduler decides who starts, grows and leave
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
@@ -126,6 +126,13 @@ class RunningSet:
         self._release(request)
         request.num_computed = 0
         request.num_preemptions += 1
+
+    def forget(self, adapter_ids: Iterable[str | None]) -> None:
+        """Drop what is kept of adapters, which nobody uses: their pages, and prefixes of theirs."""
+        for adapter_id in adapter_ids:
+            self._prefixes.drop(adapter_id)
+            if adapter_id is not None:
+                self._residency.drop(adapter_id)
 
     def check_integrity(self, num_inflight: int) -> None:
         """Assert one owner a page and table index, and that block tables cover what is computed."""

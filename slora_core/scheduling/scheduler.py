@@ -80,12 +80,8 @@ class Scheduler:
     def num_cached_prompt_tokens(self) -> int:
         return self._running.num_cached_prompt_tokens
 
-    def add(self, request: RequestState) -> None:
-        """Queue a request.
-
-        Raises:
-            InvalidRequestError: it and its adapter could never fit the pool together.
-        """
+    def check_fits(self, request: RequestState) -> None:
+        """Raises InvalidRequestError where it and its adapter could never fit the pool together."""
         needed = pages_for(request.max_total_tokens, self._config.page_tokens)
         adapter = self._adapter_pages(request.adapter_id) if request.adapter_id else 0
         if needed + adapter > self._pool.num_pages:
@@ -95,6 +91,10 @@ class Scheduler:
                 f"{self._config.page_tokens} tokens",
                 "max_tokens",
             )
+
+    def add(self, request: RequestState) -> None:
+        """Queue a request; raises as `check_fits`."""
+        self.check_fits(request)
         assert request.request_id not in self._requests, f"{request.request_id} is queued already"
         self._requests[request.request_id] = request
         self._waiting.add(request)
@@ -165,6 +165,34 @@ class Scheduler:
                 if request.num_cached_tokens and chunk.token_index == 0:
                     output.cached_tokens[request.request_id] = request.num_cached_tokens
         return output
+
+    def abandon(self, plan: StepPlan) -> None:
+        """Take back the one step in flight, which failed before it ran.
+
+        All running requests wait again, and start anew: what the step was to compute or to copy,
+        others may have found in the caches.
+        """
+        self._num_inflight -= 1
+        assert not self._num_inflight, "steps before it must be committed"
+        for chunk in plan.chunks:
+            request = chunk.request
+            request.num_inflight -= 1
+            request.num_pending -= chunk.samples
+            if request.ended:
+                self._running.settle(request)
+        for request in reversed([*self._running]):
+            self._running.preempt(request)
+            self._waiting.put_back(request)
+        self._running.forget({chunk.request.adapter_id for chunk in plan.chunks})
+
+    def take_waiting(self) -> list[RequestState]:
+        """Let go of all waiting requests, in the order in which they would start."""
+        taken = []
+        while (request := self._waiting.head()) is not None:
+            self._waiting.remove(request)
+            del self._requests[request.request_id]
+            taken.append(request)
+        return taken
 
     def check_integrity(self) -> None:
         """Assert that every page and table index has one owner, and every request one place."""

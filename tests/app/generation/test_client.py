@@ -7,16 +7,19 @@ from ray.exceptions import ActorUnavailableError
 from ray.serve.exceptions import BackPressureError
 
 from app.generation.client import EngineClient
+from app.generation.text_ends import GATHER_S, TextEndedError
 from slora_core.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
     EngineDeadError,
+    EngineFaultError,
     InvalidAdapterError,
     InvalidRequestError,
     OverloadedError,
 )
 from slora_core.requests import Delta, FinishReason, Request, SamplingParams
 from tests.app.fakes import make_record
+from tests.virtual_time import run_in_virtual_time
 
 
 class FakeHandle:
@@ -28,6 +31,7 @@ class FakeHandle:
         self.avoided = []
         self.options_seen = []
         self.num_cancelled = 0
+        self.broadcasts = []
 
     def options(self, **options):
         self.options_seen.append(options)
@@ -36,6 +40,13 @@ class FakeHandle:
     @property
     def generate(self):
         return self
+
+    def broadcast(self, method, *args):
+        self.broadcasts.append((method, *args))
+        return self
+
+    async def results_async(self, return_exceptions):
+        assert return_exceptions
 
     def remote(self, request, record, avoid_replica):
         assert request.adapter_id == record.adapter_id
@@ -112,6 +123,30 @@ def test_leaving_early_cancels():
     assert handle.num_cancelled == 1
 
 
+def test_the_ends_of_texts_are_told_together():
+    handle = FakeHandle(*[[FIRST, LAST]] * 4)
+
+    async def run():
+        client = EngineClient(handle)
+        for index in range(4):
+            deltas = client.generate(REQUEST, RECORD, no_newer)
+            assert await anext(deltas) == FIRST
+            if index == 1:
+                # Somebody left.
+                await deltas.aclose()
+                continue
+            with pytest.raises(StopAsyncIteration):
+                await deltas.athrow(TextEndedError())
+            if index == 2:
+                await asyncio.sleep(2 * GATHER_S)
+        await asyncio.sleep(2 * GATHER_S)
+
+    run_in_virtual_time(run())
+    assert handle.num_cancelled == 4
+    ids = [request.request_id for request in handle.requests]
+    assert handle.broadcasts == [("ended_by_text", [ids[0], ids[2]]), ("ended_by_text", [ids[3]])]
+
+
 @pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE, CANCELLED, None])
 def test_a_request_without_token_is_sent_once_more(failure):
     handle = FakeHandle([failure] if failure else [], [LAST])
@@ -146,6 +181,26 @@ def test_a_call_that_fails_for_itself_is_no_dead_replica(status):
 def test_two_failures_are_an_error(failure):
     with pytest.raises(EngineDeadError):
         generate(FakeHandle([failure], [failure], [LAST]))
+
+
+def death(was_running):
+    return [Delta("r", [], error=EngineDeadError("dead", "replica-1", was_running))]
+
+
+def test_a_request_that_two_engines_died_of_is_refused():
+    handle = FakeHandle(death(True), death(True), [LAST])
+    with pytest.raises(EngineFaultError, match="2 engines ended while they computed"):
+        generate(handle)
+    assert len(handle.requests) == 2
+
+
+def test_a_request_that_only_waited_is_sent_again_more_often():
+    handle = FakeHandle(death(False), death(False), death(True), death(False), [LAST])
+    assert generate(handle) == [LAST]
+    handle = FakeHandle(*[death(False)] * 4, [LAST])
+    with pytest.raises(EngineDeadError, match="dead"):
+        generate(handle)
+    assert len(handle.requests) == 4
 
 
 @pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE])

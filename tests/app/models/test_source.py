@@ -63,3 +63,18 @@ def test_a_local_directory_is_not_looked_up(downloads, tmp_path, monkeypatch):
         with pytest.raises(UnsupportedModelError, match="none does not exist"):
             resolve_model(path)
     assert downloads == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "base"),
+    [
+        ('{"base_model_name_or_path": "org/base-7b"}', "org/base-7b"),
+        ("{}", "an unknown base model"),
+    ],
+)
+def test_an_adapter_in_place_of_a_model_is_told(tmp_path, config, base):
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(UnsupportedModelError, match=f"is a LoRA adapter of {base}, not a model"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == tmp_path

@@ -47,9 +47,9 @@ def reads(monkeypatch):
     names: list[str] = []
     original = adapter_sources.read_peft_adapter
 
-    def read(path, geometry):
+    def read(path, geometry, rules):
         names.append(Path(path).name)
-        return original(path, geometry)
+        return original(path, geometry, rules)
 
     monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
     return names
@@ -254,14 +254,14 @@ def test_what_was_loaded_last_is_packed_next(run, monkeypatch) -> None:
     original = adapter_sources.read_peft_adapter
 
     async def scenario(world):
-        def read(path, geometry):
+        def read(path, geometry, rules):
             order.append(Path(path).name)
             if len(order) == 2:
                 world.add("late", seed=9)
                 # Until the store has heard of it.
                 while world.registry.registry.revision != heard[-1]:
                     time.sleep(0.005)
-            return original(path, geometry)
+            return original(path, geometry, rules)
 
         heard = []
         take_snapshot = world.store._take_snapshot

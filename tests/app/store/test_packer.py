@@ -43,10 +43,10 @@ def num_reads(monkeypatch):
     lock = threading.Lock()
     original = adapter_sources.read_peft_adapter
 
-    def read(path, geometry):
+    def read(path, geometry, rules):
         with lock:
             reads.append(Path(path).name)
-        return original(path, geometry)
+        return original(path, geometry, rules)
 
     monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
     return reads
@@ -88,10 +88,10 @@ def test_a_slow_read_holds_up_nobody_else(run, monkeypatch) -> None:
     original = adapter_sources.read_peft_adapter
     may_go_on = threading.Event()
 
-    def read(path, geometry):
+    def read(path, geometry, rules):
         if Path(path).name == "slow":
             assert may_go_on.wait(30)
-        return original(path, geometry)
+        return original(path, geometry, rules)
 
     monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
 
@@ -158,10 +158,10 @@ def test_a_broken_adapter_does_not_stop_the_others(run) -> None:
 def test_an_adapter_that_cannot_be_read_does_not_stop_the_others(run, monkeypatch, error) -> None:
     original = adapter_sources.read_peft_adapter
 
-    def read(path, geometry):
+    def read(path, geometry, rules):
         if Path(path).name == "broken":
             raise error
-        return original(path, geometry)
+        return original(path, geometry, rules)
 
     monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
 

@@ -1,13 +1,16 @@
 """`read_peft_config` against PEFT's own rules, and every refusal by field name."""
 
+import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slora_core.adapters.peft_config import parse_peft_config, read_peft_config
+from slora_core.adapters.peft_fields import INERT_FIELDS, READ_FIELDS, REFUSED_FIELDS
 from slora_core.errors import InvalidAdapterError
 
 
@@ -89,7 +92,8 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None
         ("use_dora", True),
         ("bias", "all"),
         ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", "lm_head"),
+        ("modules_to_save", [1]),
         ("trainable_token_indices", [1, 2]),
         ("trainable_token_indices", {"embed_tokens": [1]}),
         ("layer_replication", [[0, 4], [2, 5]]),
@@ -149,6 +153,66 @@ def test_refusal_names_the_field(field: str, value: Any) -> None:
         _parse(**{field: value})
 
 
+def test_every_field_of_the_installed_peft_is_known() -> None:
+    from peft import LoraConfig
+
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert fields <= READ_FIELDS | INERT_FIELDS | REFUSED_FIELDS.keys()
+
+
+def test_an_unknown_field_is_refused_with_its_writer_or_served_with_a_warning() -> None:
+    fields = {"peft_type": "LORA", "peft_version": "0.99.1", "use_nova": True, "nova": None}
+    data = json.dumps(fields).encode()
+    with pytest.raises(InvalidAdapterError) as error:
+        parse_peft_config(data)
+    assert "use_nova in adapter_config.json is true" in str(error.value)
+    assert "written by PEFT 0.99.1" in str(error.value)
+    assert "unknown_adapter_fields: warn" in str(error.value)
+    config = parse_peft_config(data, "warn")
+    assert config.warnings == ("use_nova in adapter_config.json is not known and was ignored",)
+
+
+def test_a_field_that_changes_the_output_is_refused_whatever_is_said_of_unknown_ones() -> None:
+    data = json.dumps({"peft_type": "LORA", "use_dora": True}).encode()
+    with pytest.raises(InvalidAdapterError, match="DoRA adapters are not supported"):
+        parse_peft_config(data, "warn")
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_backtrack_for_minutes_is_matched_at_once(field: str) -> None:
+    started = time.process_time()
+    config = _parse(**{field: {"([a-z_.0-9]+)+X": 4}})
+    for layer in range(200):
+        assert config.rank_of(f"model.layers.{layer}.self_attn.q_proj") == 8
+        assert config.scaling_of(f"model.layers.{layer}.self_attn.q_proj") == 1
+    assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize(
+    ("patterns", "reason"),
+    [
+        ({"(?=a)b": 4}, "not a regular expression of RE2: invalid perl operator"),
+        ({r"(a)\1": 4}, "not a regular expression of RE2"),
+        ({"((a{100}){100}){100}": 4}, "not a regular expression of RE2"),
+        ({"a" * 1025: 4}, "has 1025 characters; at most 1024"),
+        ({str(index): 4 for index in range(1025)}, "1025 patterns; at most 1024"),
+    ],
+)
+def test_patterns_that_are_refused(patterns: dict[str, int], reason: str) -> None:
+    with pytest.raises(InvalidAdapterError) as error:
+        _parse(rank_pattern=patterns)
+    assert str(error.value).startswith("rank_pattern in adapter_config.json is ")
+    assert reason in str(error.value)
+
+
+def test_the_names_in_training_count_before_the_base_models() -> None:
+    config = _parse(rank_pattern={"language_model.layers.0.mlp.up_proj": 2, "up_proj": 3})
+    plain = "model.layers.0.mlp.up_proj"
+    assert config.rank_of("model.language_model.layers.0.mlp.up_proj", plain) == 2
+    assert config.rank_of(plain) == 3
+    assert config.rank_of("_orig_mod.nothing", plain) == 3
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"r": ' + b"1" * 5000 + b"}", b"nope"],
@@ -171,5 +235,5 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_long_value_is_shortened_in_the_message() -> None:
     with pytest.raises(InvalidAdapterError) as error:
-        _parse(modules_to_save=["m" * 50] * 100)
+        _parse(megatron_config=["m" * 50] * 100)
     assert len(str(error.value)) < 250

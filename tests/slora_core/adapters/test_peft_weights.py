@@ -28,6 +28,7 @@ from tests.factories import (
     make_model,
     make_random_adapter,
 )
+from tests.slora_core.adapters.adapter_files import read_tensors, write_tensors
 
 Q0_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q0_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -41,18 +42,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def geometry(model_dir: Path) -> AdapterGeometry:
     return make_geometry(model_dir)
-
-
-def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(directory / "adapter_model.safetensors")
-
-
-def _write_tensors(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, directory / "adapter_model.safetensors")
 
 
 def _unpack(packed, geometry: AdapterGeometry):
@@ -180,7 +169,7 @@ def test_packed_pages_hold_the_files_tensors(data, tmp_path_factory, model_dir: 
     assert packed.pages.dtype == dtype
     found = _unpack(packed, geometry)
     assert len(found) == geometry.num_layers * len(modules)
-    for name, tensor in _read_tensors(adapter).items():
+    for name, tensor in read_tensors(adapter).items():
         parts = name.split(".")
         pair = found[int(parts[4]), ALL_MODULES.index(parts[6])]
         assert torch.equal(pair[parts[7] == "lora_B"], tensor.to(dtype))
@@ -190,8 +179,8 @@ def test_a_body_only_adapter_is_read(tmp_path: Path, model_dir: Path, geometry) 
     """PEFT on a model without its head names modules `layers.N` instead of `model.layers.N`."""
     adapter = make_random_adapter(tmp_path / "a", model_dir)
     before = read_peft_adapter(adapter, geometry)[1]
-    tensors = _read_tensors(adapter)
-    _write_tensors(adapter, {k.replace("model.layers", "layers"): v for k, v in tensors.items()})
+    tensors = read_tensors(adapter)
+    write_tensors(adapter, {k.replace("model.layers", "layers"): v for k, v in tensors.items()})
     after = read_peft_adapter(adapter, geometry)[1]
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key].a, before[key].a) for key in after)
@@ -224,7 +213,10 @@ def _poked(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
         (_renamed(Q0_A, Q0_A.replace("q_proj", "qkv_proj")), "qkv_proj.lora_A.weight is not LoRA"),
         (_renamed(Q0_A, Q0_A.replace("self_attn", "mlp")), "mlp.q_proj.lora_A.weight is not LoRA"),
         (_renamed(Q0_A, Q0_A.replace("lora_A", "lora_embedding_A")), "embeddings"),
-        (_set("base_model.model.model.embed_tokens.weight", torch.zeros(2)), "embeddings"),
+        (
+            _set("base_model.model.model.embed_tokens.weight", torch.zeros(2)),
+            "the whole embed_tokens",
+        ),
         (_set("base_model.model.lm_head.lora_A.weight", torch.zeros(2)), "output head"),
         (_set(Q0_A.replace("lora_A", "lora_magnitude_vector"), torch.zeros(2)), "magnitude"),
         (_set(Q0_B.replace("weight", "bias"), torch.zeros(2)), "bias is not LoRA"),
@@ -235,7 +227,14 @@ def _poked(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
         (_set(Q0_B, torch.zeros(128, 4)), r"shape \[128, 4\], expected \[128, 8\]"),
         (_set(Q0_A, torch.zeros(8, 64, 1)), r"shape \[8, 64, 1\]"),
         (_set(Q0_A, torch.zeros(0, 64)), r"shape \[0, 64\]"),
-        (_set(Q0_A, torch.zeros(8, 64, dtype=torch.int32)), "dtype torch.int32"),
+        (
+            _set(Q0_A, torch.zeros(8, 64, dtype=torch.int32)),
+            "dtype int32: not a float type; supported are float32, bfloat16",
+        ),
+        (
+            _set(Q0_A, torch.zeros(8, 64).to(torch.float8_e4m3fn)),
+            "dtype float8_e4m3fn: fp8 adapters are not supported; supported are float32, bfloat16",
+        ),
         (_poked(float("nan")), f"{Q0_B} holds NaN"),
         (_poked(float("-inf")), f"{Q0_B} holds NaN or inf"),
     ],
@@ -244,9 +243,9 @@ def test_wrong_tensors_are_refused_by_name(
     tmp_path: Path, model_dir: Path, geometry, change, message: str
 ) -> None:
     adapter = make_random_adapter(tmp_path / "a", model_dir)
-    tensors = _read_tensors(adapter)
+    tensors = read_tensors(adapter)
     change(tensors)
-    _write_tensors(adapter, tensors)
+    write_tensors(adapter, tensors)
     for read in (inspect_peft_adapter, load_packed_adapter):
         with pytest.raises(InvalidAdapterError, match=message):
             read(adapter, geometry)
@@ -254,9 +253,9 @@ def test_wrong_tensors_are_refused_by_name(
 
 def test_a_value_that_overflows_the_servers_dtype_is_refused(tmp_path: Path, model_dir) -> None:
     adapter = make_random_adapter(tmp_path / "a", model_dir)
-    tensors = _read_tensors(adapter)
+    tensors = read_tensors(adapter)
     _poked(1e6)(tensors)
-    _write_tensors(adapter, tensors)
+    write_tensors(adapter, tensors)
     inspect_peft_adapter(adapter, make_geometry(model_dir, dtype=torch.bfloat16))
     with pytest.raises(InvalidAdapterError, match="too large for the server's torch.float16"):
         inspect_peft_adapter(adapter, make_geometry(model_dir, dtype=torch.float16))
@@ -294,12 +293,11 @@ def test_a_module_that_a_layer_lacks_is_refused(tmp_path: Path, model_dir, geome
         inspect_peft_adapter(adapter, without_q)
 
 
-@pytest.mark.parametrize("field", ["use_dora", "modules_to_save", "lora_bias"])
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
 def test_what_peft_itself_writes_for_refused_options(
     tmp_path: Path, model_dir: Path, geometry, field: str
 ) -> None:
-    value = ["lm_head"] if field == "modules_to_save" else True
-    adapter = make_adapter(tmp_path / "a", model_dir, **{field: value})
+    adapter = make_adapter(tmp_path / "a", model_dir, **{field: True})
     with pytest.raises(InvalidAdapterError, match=f"^{field} in adapter_config.json"):
         inspect_peft_adapter(adapter, geometry)
 

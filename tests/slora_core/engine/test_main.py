@@ -19,6 +19,8 @@ from slora_core.engine.main import EngineLoop
 from slora_core.engine.protocol import (
     AbortRequest,
     AddAdapter,
+    Begun,
+    Busy,
     Call,
     Reply,
     receive_message,
@@ -27,11 +29,19 @@ from slora_core.engine.protocol import (
 from slora_core.engine.streams import DeltaStreams
 from slora_core.errors import (
     AdapterNotFoundError,
+    EngineFaultError,
     InvalidRequestError,
     OverloadedError,
     StoreGoneError,
 )
-from slora_core.requests import Delta, FinishReason, Request, SamplingParams, StepOutput
+from slora_core.requests import (
+    Delta,
+    FinishReason,
+    Request,
+    RequestState,
+    SamplingParams,
+    StepOutput,
+)
 from tests.factories import make_model
 
 pytestmark = [
@@ -64,6 +74,7 @@ class Owner:
     def __init__(self, connection: socket.socket, loop: EngineLoop) -> None:
         self.connection = connection
         self.loop = loop
+        self.begun: list[list[str]] = []
 
     def send(self, *messages: object) -> None:
         for message in messages:
@@ -74,11 +85,15 @@ class Owner:
             pass
 
     def received(self) -> list[object]:
-        """What has come so far, but for the replies to `send`."""
-        messages = []
+        """What has come so far, but for the replies to `send`; `begun` has who has begun."""
+        messages: list[object] = []
         while select.select([self.connection], [], [], 0)[0]:
-            messages.append(receive_message(self.connection))
-        return [message for message in messages if message != Reply(0)]
+            message = receive_message(self.connection)
+            if isinstance(message, Begun):
+                self.begun.append(message.request_ids)
+            elif message != Reply(0):
+                messages.append(message)
+        return messages
 
 
 @pytest.fixture
@@ -197,3 +212,61 @@ def test_an_abort_is_told_once_and_only_of_what_is_there(owner: Owner, engine: E
         owner.loop.run_once()
     owner.loop._handle_messages(block=False)
     assert _told(owner.received()) == {"r": FinishReason.ABORT}
+
+
+def test_each_request_is_named_once_before_its_first_step(owner: Owner, engine: Engine) -> None:
+    owner.send(_request("a"), _request("b"))
+    owner.loop.run_once()
+    while engine.has_work:
+        owner.loop.run_once()
+    owner.received()
+    # One runs at a time.
+    assert owner.begun == [["a"], ["b"]]
+
+
+def test_a_defect_at_one_message_costs_the_others_nothing(
+    owner: Owner, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = plan_layout(engine.geometry, {(0, 0): 4}, {(0, 0): 1.0})
+    location = AdapterLocation("a", layout, ExtentId(os.getpid(), 1, "token"), 4096, 64)
+    add = engine.scheduler.add
+
+    def fail_to_map(location: AdapterLocation) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    def fail_to_add(request: RequestState) -> None:
+        add(request)
+        assert request.request_id != "bad", "a defect"
+
+    monkeypatch.setattr(owner.loop._slabs, "open", fail_to_map)
+    monkeypatch.setattr(engine.scheduler, "add", fail_to_add)
+    owner.send(AddAdapter(location), _request("a", adapter_id="a"), _request("bad"), _request("c"))
+    messages = []
+    while not messages or engine.has_work:
+        owner.loop.run_once()
+        messages += owner.received()
+    told = _told(messages)
+    assert "Cannot allocate memory" in str(told["a"]) and "a defect" in str(told["bad"])
+    assert isinstance(told["a"], EngineFaultError) and isinstance(told["bad"], EngineFaultError)
+    assert told["c"] is FinishReason.LENGTH
+    engine.check_integrity()
+
+
+def test_an_idle_loop_captures_what_steps_lacked_and_says_so(
+    owner: Owner, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [1, 2]
+    monkeypatch.setattr(Engine, "has_late_graphs", property(lambda engine: bool(wanted)))
+    monkeypatch.setattr(engine, "capture_late_graph", wanted.pop)
+    monkeypatch.setattr("slora_core.engine.main.IDLE_S", 0.01)
+    # Nothing is put off while there is work.
+    owner.send(_request("a"))
+    owner.loop.run_once()
+    assert len(wanted) == 2
+    while engine.has_work:
+        owner.loop.run_once()
+    owner.received()
+    owner.loop.run_once()
+    owner.loop.run_once()
+    assert wanted == []
+    assert [type(message) for message in owner.received()] == [Busy, Busy]

@@ -21,7 +21,7 @@ from slora_core.adapters.slab_format import AdapterLocation
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
 from slora_core.engine.process import AsyncEngine
-from slora_core.engine.protocol import EngineSpec, packed, receive_message
+from slora_core.engine.protocol import Begun, EngineSpec, Failed, packed, receive_message
 from slora_core.errors import (
     AdapterNotFoundError,
     EngineDeadError,
@@ -271,6 +271,84 @@ def test_killed_engine_fails_its_requests_and_later_ones(model_dir: Path) -> Non
         engine.close()
 
     asyncio.run(main())
+
+
+def test_at_a_death_each_request_is_told_whether_it_ran(tmp_path: Path) -> None:
+    async def main(*last: object) -> dict[str, bool | None]:
+        engine = AsyncEngine(EngineSpec(str(tmp_path)))
+        ours, theirs = socket.socketpair()
+        await engine.connect(ours)
+        streams = [engine.generate(Request(PROMPT, GREEDY, request_id=name)) for name in "abc"]
+        for message in (Begun(["a", "b"]), *last):
+            theirs.sendall(packed(message))
+        theirs.close()
+        told = {}
+        for stream in streams:
+            with stream:
+                [delta] = [delta async for delta in stream]
+            assert isinstance(delta.error, EngineDeadError)
+            told[delta.request_id] = delta.error.was_running
+        engine.close()
+        return told
+
+    # Killed, and by a defect that names its step.
+    assert asyncio.run(main()) == {"a": True, "b": True, "c": False}
+    assert asyncio.run(main(Failed("why", ("b",)))) == {"a": False, "b": True, "c": False}
+
+
+def test_a_hung_engine_is_found_and_ended(model_dir: Path) -> None:
+    """Stopped, so that it neither computes nor answers; a stop keeps it from its own death too."""
+
+    async def main() -> None:
+        spec = EngineSpec(str(model_dir), "safetensors", CONFIG, num_threads=1, stall_s=1.0)
+        engine = AsyncEngine(spec)
+        info = await engine.start()
+        with engine.generate(Request(PROMPT, ENDLESS)) as stream:
+            await anext(stream)
+            os.kill(info.pid, signal.SIGSTOP)
+            deltas = [delta async for delta in stream]
+        error = deltas[-1].error
+        assert isinstance(error, EngineDeadError)
+        assert str(error) == "the engine gave no sign of life for 1 s"
+        assert not engine.is_alive()
+
+        async def is_gone() -> bool:
+            return not is_running(info.pid)
+
+        await until(is_gone)
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_an_idle_engine_and_one_that_computes_for_long_do_not_hang(model_dir: Path) -> None:
+    async def main() -> None:
+        spec = EngineSpec(str(model_dir), "safetensors", CONFIG, num_threads=1, stall_s=1.0)
+        engine = AsyncEngine(spec)
+        await engine.start()
+        await asyncio.sleep(1.5)
+        with engine.generate(Request(PROMPT, ENDLESS)) as stream:
+            started = time.monotonic()
+            async for _ in stream:
+                if time.monotonic() > started + 1.5:
+                    break
+        assert engine.is_alive()
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_where_it_hangs_is_in_the_log(model_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(EngineSpec(str(model_dir), "safetensors", CONFIG, num_threads=1))
+        info = await engine.start()
+        os.kill(info.pid, signal.SIGUSR1)
+        await engine.stats()
+        engine.close()
+
+    asyncio.run(main())
+    written = capfd.readouterr().err
+    assert "Thread 0x" in written and "in _handle_messages" in written
 
 
 def test_after_a_message_that_cannot_be_read_nothing_more_is(tmp_path: Path) -> None:

@@ -357,7 +357,7 @@ async def test_an_abort_by_id_ends_a_stream_that_is_read_on() -> None:
 
 
 @on_loop
-async def test_fail_ends_every_stream_after_its_tokens() -> None:
+async def test_an_error_ends_every_stream_after_its_tokens() -> None:
     world = await World.make()
     error = EngineDeadError("killed")
     streams = {name: world.streams.open(name) for name in ("new", "gathers", "done", "ended")}
@@ -367,7 +367,8 @@ async def test_fail_ends_every_stream_after_its_tokens() -> None:
     world.step({"gathers": 2})
     # Ended before, and not read yet: nothing failed for it.
     world.step({"done": 2}, done=LENGTH)
-    world.streams.fail(error)
+    for stream in world.streams:
+        stream.end(error)
     told = {name: await due(stream) for name, stream in streams.items()}
     assert told == {
         "new": [Delta("new", [], None, error)],

@@ -35,7 +35,7 @@ SHAPE = {
     "intermediate_size": 1300,
     "max_position_embeddings": 512,
 }
-RANKS = (4, 16, 20, 64)
+RANKS = (4, 16, 20, 64, 129)
 # Tokens a step, and of the pool: steps longer than a context, and pools smaller than steps.
 SETTINGS = ((512, 8192), (2048, 16384), (4096, 3000))
 

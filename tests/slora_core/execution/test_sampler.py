@@ -1,10 +1,20 @@
 """The sampler against a naive fp64 one, transformers' filters, and a plain-integer SplitMix64."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from slora_core.execution.sampler import SamplingBatch, mask_tokens, sample, uniform
+from slora_core.execution.sampler import (
+    BLOCK_ROWS,
+    SamplingBatch,
+    mask_tokens,
+    rows_by_block,
+    sample,
+    uniform,
+)
 from slora_core.execution.step_inputs import MaskedTokens
 from slora_core.requests import SamplingParams
 
@@ -62,8 +72,11 @@ def _batch(params: list[SamplingParams], token_index: list[int] | None = None) -
         top_k=ints("top_k"),
         seed=ints("seed"),
         token_index=torch.tensor(token_index or [0] * len(params), dtype=torch.int64),
-        filtered_rows=torch.tensor(
-            [row for row, p in enumerate(params) if p.filtered], dtype=torch.int64
+        filtered_rows=tuple(
+            torch.tensor(rows, dtype=torch.int64)
+            for rows in rows_by_block(
+                [row for row, p in enumerate(params) if p.filtered], len(params)
+            )
         ),
     )
 
@@ -242,6 +255,53 @@ def test_rows_of_nan_or_infinity_get_a_token_and_change_no_other(settings: dict)
     sampled = sample(logits, _batch(params)).tolist()
     assert [sampled[0], sampled[3]] == [expected[0], expected[3]]
     assert all(0 <= token < VOCAB for token in sampled)
+
+
+def test_a_row_does_not_depend_on_its_block() -> None:
+    num_rows = 2 * BLOCK_ROWS + 3
+    logits = _logits(num_rows, seed=2)
+    params = [SamplingParams(**SETTINGS[row % len(SETTINGS)], seed=row) for row in range(num_rows)]
+    params[BLOCK_ROWS] = SamplingParams(temperature=0.0)
+    together = sample(logits, _batch(params)).tolist()
+    alone = [sample(logits[row : row + 1], _batch([params[row]])).item() for row in range(num_rows)]
+    assert together == alone
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made under it, and no views of `known`, hold at one time."""
+
+    def __init__(self, known: torch.Tensor) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {known.untyped_storage()._cdata: 0}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.live:
+            self.live[key] = storage.nbytes()
+            weakref.finalize(storage, self.live.pop, key, None)
+        self.peak_bytes = max(self.peak_bytes, sum(self.live.values()))
+
+
+def test_memory_does_not_grow_with_the_batch() -> None:
+    """Beyond a block's, what a row takes is some numbers and no copy of its logits."""
+    params = [SamplingParams(top_k=5, top_p=0.9, min_p=0.1, seed=row) for row in range(256)]
+    peaks = {}
+    for num_rows in (BLOCK_ROWS, 256):
+        logits = _logits(num_rows, vocab=4096)
+        batch = _batch(params[:num_rows])
+        with PeakMemory(logits) as memory:
+            sample(logits, batch)
+        peaks[num_rows] = memory.peak_bytes
+    assert peaks[BLOCK_ROWS] <= 16 * BLOCK_ROWS * 4096 * 4
+    assert peaks[256] - peaks[BLOCK_ROWS] < 256 * 4096 * 4 / 10
 
 
 def test_splitmix64_is_the_published_one() -> None:

@@ -114,7 +114,8 @@ def test_a_rank_above_those_of_the_start_has_a_graph_that_is_not_captured_then()
     graph = shapes.graph_of(_chunks(2, [], [3]))
     assert graph is not None and graph.lora == LoraShape(128, frozenset(range(4)))
     assert graph not in set(shapes.graphs())
-    assert {shape.max_rank for shape in shapes.lora_shapes()} == {16, 32, 64}
+    # Its kernels are compiled then.
+    assert {shape.max_rank for shape in shapes.lora_shapes()} == {16, 32, 64, 128, 256}
 
 
 def test_graphs_are_captured_once_each_and_large_ones_first() -> None:

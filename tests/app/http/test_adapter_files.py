@@ -1,0 +1,223 @@
+"""Loads over HTTP of what people have in their folders: served rightly, or a 400 that says why."""
+
+import asyncio
+import hashlib
+import json
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.http.limits import ModelLimits
+from app.http.routes import Ingress, api_app
+from app.http.service import CompletionService
+from app.registry.follower import RegistryView
+from app.registry.registry import AdapterRegistry
+from slora_core.adapters.adapter_rules import AdapterRules
+from slora_core.adapters.peft_weights import read_peft_adapter
+from slora_core.text.tokenizer import Tokenizer
+from tests.app.api_errors import error_of
+from tests.app.fakes import FakeEngine
+from tests.factories import make_geometry, make_model, make_random_adapter
+from tests.mutations import CONFIG, MUTATIONS, WEIGHTS, mutate
+from tests.tiny_tokenizer import VOCAB_SIZE, make_tokenizer
+
+NUM_MUTANTS = 200
+MAX_LOAD_S = 2.0
+
+
+class AsyncRegistry:
+    """A real registry as the ingress calls it."""
+
+    def __init__(self, registry: AdapterRegistry) -> None:
+        self._registry = registry
+
+    async def snapshot(self):
+        return self._registry.snapshot()
+
+    async def load(self, name, path, replace):
+        return await asyncio.to_thread(self._registry.load, name, path, replace)
+
+    async def unload(self, name):
+        await asyncio.to_thread(self._registry.unload, name)
+
+
+class World:
+    """A server over a real registry; every adapter lies under `root`."""
+
+    def __init__(self, directory: Path, **rules) -> None:
+        self.model = make_tokenizer(make_model(directory / "model", vocab_size=VOCAB_SIZE))
+        self.root = directory / "root"
+        self.geometry = make_geometry(self.model)
+        registry = AdapterRegistry(
+            self.geometry, 1000, [self.root], None, ["base"], AdapterRules(**rules)
+        )
+        self.registry = AsyncRegistry(registry)
+        self.good = self.add("good")
+
+    def add(self, name, **options) -> Path:
+        return make_random_adapter(self.root / name, self.model, **options)
+
+    def run(self, work):
+        async def main():
+            limits = ModelLimits(100, VOCAB_SIZE, frozenset({2}), 16)
+            view = RegistryView(self.registry)
+            service = CompletionService(
+                "base", "/base", limits, Tokenizer(self.model), view, FakeEngine()
+            )
+
+            async def is_ready():
+                return True
+
+            ingress = Ingress(service, self.registry, is_ready, max_body_bytes=10_000)
+            transport = httpx.ASGITransport(api_app(ingress, lambda app: nullcontext()))
+            async with httpx.AsyncClient(transport=transport, base_url="http://slora") as client:
+                return await work(client)
+
+        return asyncio.run(main())
+
+    def load(self, name, path=None):
+        return self.run(lambda client: load(client, name, path or name))
+
+
+async def load(client, name, path, **fields):
+    body = {"lora_name": name, "lora_path": str(path), **fields}
+    return await client.post("/v1/load_lora_adapter", json=body)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("files"), base_names=frozenset({"org/base"}))
+
+
+def is_as_in_the_files(folder, geometry, adapter_id):
+    """Whether an adapter's identity and weights are those of its files, read apart."""
+    config, weights = ((folder / name).read_bytes() for name in (CONFIG, WEIGHTS))
+    digest = hashlib.sha256(len(config).to_bytes(8, "little") + config + weights)
+    tensors = sorted(load_file(folder / WEIGHTS).items())
+    found = read_peft_adapter(folder, geometry)[1]
+    # By name, layers and modules are in the geometry's order: A and B of each, in turn.
+    pairs = {name.rsplit(".lora_", 1)[0]: [] for name, _ in tensors}
+    for name, tensor in tensors:
+        pairs[name.rsplit(".lora_", 1)[0]].append(tensor)
+    same = [
+        torch.equal(lora.a, a) and torch.equal(lora.b, b)
+        for (a, b), lora in zip(pairs.values(), found.values(), strict=True)
+    ]
+    return digest.hexdigest() == adapter_id and all(same)
+
+
+def test_mutated_folders_are_refused_by_name_or_served_rightly(world):
+    async def work(client):
+        good = {"model": "good", "prompt": "hi", "max_tokens": 4}
+        assert (await load(client, "good", "good")).status_code == 200
+        statuses = dict.fromkeys((200, 400), 0)
+        for seed in range(NUM_MUTANTS):
+            folder = world.root / f"mutant-{seed}"
+            shutil.copytree(world.good, folder)
+            what = mutate(folder, seed)
+            started = time.monotonic()
+            answer = await load(client, folder.name, folder.name)
+            assert time.monotonic() - started < MAX_LOAD_S, what
+            assert answer.status_code in statuses, (what, answer.text)
+            statuses[answer.status_code] += 1
+            if answer.status_code == 400:
+                error = answer.json()["error"]
+                assert error["param"] == "lora_path" and len(error["message"]) > 20, what
+                assert "internal" not in error["message"], what
+            else:
+                records = (await world.registry.snapshot()).records
+                record = records[folder.name]
+                assert is_as_in_the_files(folder, world.geometry, record.adapter_id), what
+            assert (await client.post("/v1/completions", json=good)).status_code == 200, what
+        return statuses
+
+    statuses = world.run(work)
+    # Some flips change a weight only, and some fields nothing.
+    assert statuses[400] > NUM_MUTANTS * 0.6 and statuses[200] > NUM_MUTANTS * 0.05
+    assert len(MUTATIONS) < NUM_MUTANTS / 10
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("s3://bucket/lora", "is a s3:// address; only directories are served yet"),
+        ("gs://bucket/lora", "is a gs:// address; only directories are served yet"),
+        ("https://x/lora", "is a https:// address; only directories are served yet"),
+        ("org/some-lora", "id of a repository on the hub: only directories are served yet"),
+        ("nowhere", "is not a directory"),
+    ],
+)
+def test_what_kind_of_path_it_is_is_told(world, path, told):
+    answer = world.load("x", path)
+    assert told in error_of(answer, 400)["message"]
+
+
+def test_a_name_with_the_settings_of_its_training(world):
+    world.add("lr=2e-4,r=16")
+
+    async def work(client):
+        card = (await load(client, "lr=2e-4,r=16", "lr=2e-4,r=16")).json()
+        assert card["id"] == "lr=2e-4,r=16"
+        assert (await client.get("/v1/models/lr=2e-4,r=16")).json()["id"] == card["id"]
+        body = {"model": card["id"], "prompt": "hi", "max_tokens": 2}
+        return await client.post("/v1/completions", json=body)
+
+    assert world.run(work).status_code == 200
+
+
+def test_an_adapter_of_another_base_is_served_and_everybody_is_told(world, caplog):
+    folder = world.add("foreign", base_model_name_or_path="org/other-7b")
+    told = "it was trained for org/other-7b; the base model here is org/base"
+
+    async def work(client):
+        answer = await load(client, "foreign", folder)
+        assert answer.status_code == 200 and answer.json()["warnings"] == [told]
+        return (await client.get("/v1/models/foreign")).json()
+
+    assert world.run(work)["warnings"] == [told]
+    assert told in caplog.text
+
+
+def test_a_snapshot_of_a_hub_cache_is_served_and_escapes_are_not(world, tmp_path):
+    repository = world.root / "models--org--lora"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for index, name in enumerate((CONFIG, WEIGHTS)):
+        shutil.copy(world.good / name, repository / "blobs" / str(index))
+        (snapshot / name).symlink_to(Path("../../blobs") / str(index))
+    assert world.load("hub", snapshot).status_code == 200
+
+    outside = tmp_path / "secret"
+    outside.write_text(json.dumps({"peft_type": "LORA"}))
+    (snapshot / CONFIG).unlink()
+    (snapshot / CONFIG).symlink_to(outside)
+    assert world.load("escape", snapshot).status_code == 403
+    # Nor by way of the blobs.
+    (snapshot / CONFIG).unlink()
+    (snapshot / CONFIG).symlink_to("../../blobs/0")
+    (repository / "blobs" / "0").unlink()
+    (repository / "blobs" / "0").symlink_to(outside)
+    assert world.load("escape", snapshot).status_code == 403
+    # Nor of another repository.
+    other = world.root / "models--org--other" / "snapshots" / "1"
+    other.mkdir(parents=True)
+    for name in (CONFIG, WEIGHTS):
+        (other / name).symlink_to(tmp_path / "models--org--lora" / "blobs" / name)
+    assert world.load("escape", other).status_code == 403
+
+
+def test_a_link_to_another_volume_that_is_an_allowed_root(tmp_path):
+    world = World(tmp_path / "server")
+    volume = make_random_adapter(tmp_path / "volume" / "a", world.model)
+    (world.root / "link").symlink_to(volume)
+    assert world.load("link").status_code == 403
+    roots = [world.root, tmp_path / "volume"]
+    world.registry = AsyncRegistry(AdapterRegistry(world.geometry, 1000, roots))
+    assert world.load("link").status_code == 200
