@@ -59,10 +59,13 @@ class Generation:
         self.index = index
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_output_tokens = 0
+        # Of the prompt, found in the prefix cache; known with the first piece.
+        self.num_cached_tokens = 0
         self._deltas = deltas
         self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self._is_end = is_end
-        self._detokenizer = Detokenizer(decoder, request.sampling.stop)
+        sampling = request.sampling
+        self._detokenizer = Detokenizer(decoder, sampling.stop, sampling.min_tokens)
         self._has_ended = False
 
     async def next_piece(self) -> TextPiece | None:
@@ -87,7 +90,8 @@ class Generation:
             await self._deltas.athrow(TextEndedError())
 
     def _push(self, delta: Delta) -> TextPiece:
-        _, token_ids, reason, _ = delta
+        _, token_ids, reason, _, num_cached_tokens = delta
+        self.num_cached_tokens += num_cached_tokens
         detokenizer = self._detokenizer
         num_hidden = 0
         if reason is FinishReason.STOP and token_ids and self._ends_text(token_ids[-1]):

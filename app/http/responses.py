@@ -21,6 +21,7 @@ from app.http.schemas import (
     ChatCompletionRequest,
     Completion,
     CompletionChoice,
+    PromptTokensDetails,
     SamplingFields,
     Usage,
 )
@@ -30,6 +31,8 @@ COMMENT_EVERY_S = 5.0
 
 # Stands for a piece's text where an event is written once for many of them.
 _TEXT_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+# Ends the JSON of an event, and the event.
+_EVENT_END = b"}\n\n"
 
 
 class Answer:
@@ -94,7 +97,7 @@ class Answer:
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The body of a stream, begun by `start`: an event a piece, at the end the usage if asked.
+        """The body of a stream, begun by `start`: an event a piece, usage where it is asked for.
 
         Comments until the first piece comes. An error becomes an event, and then the end.
         """
@@ -107,7 +110,8 @@ class Answer:
                 await asyncio.wait({self._first}, timeout=COMMENT_EVERY_S)
             piece = self._first.result()
             while piece is not None:
-                yield format.piece(piece, is_first)
+                usage = self._usage() if self._request.continuous_usage else None
+                yield format.piece(piece, is_first, usage)
                 is_first = False
                 piece = await self._source.next_piece()
             if self._request.include_usage:
@@ -120,10 +124,12 @@ class Answer:
     def _usage(self) -> Usage:
         num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)
         num_output = sum(generation.num_output_tokens for generation in self._generations)
+        num_cached = sum(generation.num_cached_tokens for generation in self._generations)
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         )
 
 
@@ -146,20 +152,27 @@ class EventFormat:
         # empty where the event has no text.
         self._frames: dict[tuple[int, bool, bool, str | None], tuple[bytes, bytes]] = {}
 
-    def piece(self, piece: TextPiece, is_first: bool) -> bytes:
-        """The event of a piece; `is_first` of the answer, in which a chat names the role."""
+    def piece(self, piece: TextPiece, is_first: bool, usage: Usage | None = None) -> bytes:
+        """The event of a piece; `is_first` of the answer, in which a chat names the role.
+
+        `usage` is given where every event has it, as it is by then.
+        """
         index, text, reason = piece
         key = index, is_first, not text, reason
         frame = self._frames.get(key)
         if frame is None:
             frame = self._frames[key] = self._frame(*key)
         before, after = frame
-        if not after:
-            return before
-        return before + json.dumps(text, ensure_ascii=False).encode() + after
+        event = before
+        if after:
+            event += json.dumps(text, ensure_ascii=False).encode() + after
+        if usage is None:
+            return event
+        usage_json = usage.model_dump_json().encode()
+        return event.removesuffix(_EVENT_END) + b',"usage":' + usage_json + _EVENT_END
 
     def usage(self, usage: Usage) -> bytes:
-        return self._event([], usage).encode()
+        return self._event([], usage, has_usage=True)
 
     def _frame(
         self, index: int, is_first: bool, is_empty: bool, reason: str | None
@@ -172,12 +185,19 @@ class EventFormat:
             choice = ChatChunkChoice(index=0, delta=delta, finish_reason=reason)
         else:
             choice = CompletionChoice(index=index, text=_TEXT_MARK, finish_reason=reason)
-        event = self._event([choice], None)
-        before, _, after = event.partition(f'"{_TEXT_MARK}"')
-        return before.encode(), after.encode()
+        # Null, where the last event alone has usage; `piece` adds it where each event has.
+        has_usage = self._request.include_usage and not self._request.continuous_usage
+        event = self._event([choice], None, has_usage)
+        before, _, after = event.partition(b'"' + _TEXT_MARK.encode() + b'"')
+        return before, after
 
-    def _event(self, choices: list[ChatChunkChoice | CompletionChoice], usage: Usage | None) -> str:
+    def _event(
+        self,
+        choices: list[ChatChunkChoice | CompletionChoice],
+        usage: Usage | None,
+        has_usage: bool,
+    ) -> bytes:
         event_class = ChatCompletionChunk if self._is_chat else Completion
         event = event_class.model_construct(**self._fields, choices=choices, usage=usage)
-        exclude = None if self._request.include_usage else {"usage"}
-        return f"data: {event.model_dump_json(exclude=exclude)}\n\n"
+        exclude = None if has_usage else {"usage"}
+        return f"data: {event.model_dump_json(exclude=exclude)}\n\n".encode()

@@ -88,6 +88,7 @@ class Ingress:
     async def load_adapter(self, request: Request) -> Response:
         check_origin(request)
         body = await self._parse(LoadAdapterRequest, request)
+        self._service.check_base_name(body.base_model_name)
         record = await self._registry.load(body.lora_name, body.lora_path, body.load_inplace)
         # So that a request that follows this answer finds the adapter here.
         await self._service.registry.refresh()

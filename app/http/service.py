@@ -75,7 +75,7 @@ class CompletionService:
             if isinstance(prompt, str):
                 with _naming("prompt"):
                     prompt_ids = await self._tokenizer.encode_async(
-                        prompt, max_tokens=self._limits.max_prompt_len
+                        prompt, body.add_special_tokens, self._limits.max_prompt_len
                     )
             else:
                 prompt_ids = prompt
@@ -97,7 +97,9 @@ class CompletionService:
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
         messages = [message.as_template_input() for message in body.messages]
         with _naming("messages"):
-            prompt_ids = await self._tokenizer.encode_chat(messages, self._limits.max_prompt_len)
+            prompt_ids = await self._tokenizer.encode_chat(
+                messages, body.chat_template_kwargs, self._limits.max_prompt_len
+            )
         limit = body.token_limit
         self._limits.check_context(len(prompt_ids), "messages", limit, body.limit_name)
         if limit is None:
@@ -136,6 +138,15 @@ class CompletionService:
         """
         record = await self._resolve(name)
         return self.model_cards()[0] if record is None else self.adapter_card(record)
+
+    def check_base_name(self, name: str | None) -> None:
+        """Raises InvalidRequestError where an adapter is loaded for another base model."""
+        served = (self.base_model_name, self._base_model_root)
+        if name is not None and name not in served:
+            raise InvalidRequestError(
+                f"base_model_name is {name!r}; the base model is {served[0]!r} from {served[1]!r}",
+                "base_model_name",
+            )
 
     async def _resolve(self, name: str) -> AdapterRecord | None:
         return None if name == self.base_model_name else await self.registry.find(name)

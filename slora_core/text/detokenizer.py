@@ -21,12 +21,15 @@ class StopMatcher:
         self._held = ""
         self.matched = False
 
-    def push(self, piece: str) -> str:
-        """Text that is certain to stay, at most up to a stop string."""
+    def push(self, piece: str, may_match: bool = True) -> str:
+        """Text that is certain to stay, at most up to a stop string.
+
+        Without `may_match` a stop string that is complete by now stays in the text.
+        """
         if not self._stop:
             return piece
         text = self._held + piece
-        found = self._first_match(text)
+        found = self._first_match(text, len(self._held)) if may_match else None
         if found is not None:
             self.matched = True
             self._held = ""
@@ -40,11 +43,11 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
-    def _first_match(self, text: str) -> int | None:
-        """Start of the stop string that ends first, the longest of those."""
+    def _first_match(self, text: str, num_seen: int) -> int | None:
+        """Start of the stop string that ends first past `num_seen`, the longest of those."""
         best: tuple[int, int] | None = None
         for stop in self._stop:
-            start = text.find(stop)
+            start = text.find(stop, max(0, num_seen + 1 - len(stop)))
             if start >= 0 and (best is None or (start + len(stop), start) < best):
                 best = (start + len(stop), start)
         return None if best is None else best[1]
@@ -60,12 +63,19 @@ class StopMatcher:
 
 
 class Detokenizer:
-    """Text of one request; `stopped` once a stop string was found, and then nothing follows."""
+    """Text of one request; `stopped` once a stop string was found, and then nothing follows.
 
-    def __init__(self, decoder: IncrementalDecoder, stop: Sequence[str] = ()) -> None:
+    Args:
+        min_tokens: stop strings that its first so many tokens complete do not count.
+    """
+
+    def __init__(
+        self, decoder: IncrementalDecoder, stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
         self._decoder = decoder
         self._matcher = StopMatcher(stop)
         self._has_stop = bool(stop)
+        self._min_tokens = min_tokens
         # Tokens taken, the one that completed a stop string included.
         self.num_tokens = 0
 
@@ -83,12 +93,15 @@ class Detokenizer:
             if self.stopped:
                 break
             self.num_tokens += 1
-            text += self._matcher.push(self._decoder.push([token_id]))
+            text += self._match(self._decoder.push([token_id]))
         return text
 
     def finish(self) -> str:
         """The last text; empty after a stop string."""
         if self.stopped:
             return ""
-        text = self._matcher.push(self._decoder.finish())
+        text = self._match(self._decoder.finish())
         return text if self.stopped else text + self._matcher.finish()
+
+    def _match(self, piece: str) -> str:
+        return self._matcher.push(piece, may_match=self.num_tokens > self._min_tokens)

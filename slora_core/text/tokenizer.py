@@ -5,7 +5,7 @@ Owns the fast tokenizer and has the chat template. It knows no requests and no s
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,14 @@ class Tokenizer:
         return await asyncio.to_thread(self.encode, text, add_special_tokens, max_tokens)
 
     async def encode_chat(
-        self, messages: Sequence[dict[str, Any]], max_tokens: int | None = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        template_kwargs: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> list[int]:
         """Token ids of a chat, the model's answer about to begin.
+
+        `template_kwargs` are what the chat template sees beside the messages.
 
         Raises:
             InvalidRequestError: as `ChatTemplate.render`.
@@ -83,9 +88,9 @@ class Tokenizer:
         """
         num_chars = sum(len(str(message.get("content", ""))) for message in messages)
         if num_chars < LONG_TEXT_CHARS:
-            text = self.chat_template.render(messages)
+            text = self.chat_template.render(messages, template_kwargs)
         else:
-            text = await asyncio.to_thread(self.chat_template.render, messages)
+            text = await asyncio.to_thread(self.chat_template.render, messages, template_kwargs)
         return await self.encode_async(text, False, max_tokens)
 
     def decoder(self, prompt_ids: Sequence[int] = ()) -> IncrementalDecoder:

@@ -110,6 +110,15 @@ def events_of(response):
     return [json.loads(line) for line in lines]
 
 
+def usage_of(num_prompt, num_output, num_cached=0):
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
 def test_completion(server):
     answer = server.complete().json()
     assert answer["id"].startswith("cmpl-")
@@ -117,7 +126,7 @@ def test_completion(server):
     assert answer["choices"] == [
         {"index": 0, "text": "hello world", "logprobs": None, "finish_reason": "length"}
     ]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 11, "total_tokens": 13}
+    assert answer["usage"] == usage_of(2, 11)
     [request] = server.engine.requests
     assert (request.prompt_ids, request.adapter_id) == (byte_ids(b"hi"), None)
     assert request.sampling.max_tokens == 16
@@ -156,6 +165,32 @@ def test_stream_with_usage(server):
     assert [event["usage"] for event in events[:-1]] == [None] * 4
     assert events[-1]["choices"] == []
     assert events[-1]["usage"]["completion_tokens"] == 11
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_stream_with_usage_in_every_event(server, chat, include_usage):
+    server.engine.num_cached_tokens = 1
+    options = {"continuous_usage_stats": True, "include_usage": include_usage}
+    send = server.chat if chat else server.complete
+    events = events_of(send(stream=True, stream_options=options))
+    num_prompt = len(server.engine.requests[0].prompt_ids)
+    expected = [usage_of(num_prompt, count, 1) for count in (3, 6, 9, 11)]
+    if include_usage:
+        expected.append(expected[-1])
+        assert events[-1]["choices"] == []
+    assert [event["usage"] for event in events] == expected
+    plain = events_of(send(stream=True))
+    assert [e["choices"] for e in events[:4]] == [e["choices"] for e in plain]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_has_what_of_the_prompts_was_cached(server, stream):
+    server.engine.num_cached_tokens = 16
+    fields = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = server.complete(prompt=["x" * 20, "y" * 30], **fields)
+    answer = events_of(response)[-1] if stream else response.json()
+    assert answer["usage"] == usage_of(50, 22, 32)
 
 
 def test_several_prompts(server):
@@ -207,6 +242,48 @@ def test_sampling_fields_reach_the_engine(server):
     assert (params.min_p, params.seed, params.max_tokens) == (0.1, 7, 9)
 
 
+def test_min_tokens_hold_back_ends_of_the_text(server):
+    # "hello wor" is 9 tokens long, so " wor" is complete before the text may end.
+    for min_tokens, expected in ((8, "hello"), (9, "hello world"), (11, "hello world")):
+        answer = server.complete(stop=" wor", min_tokens=min_tokens).json()
+        assert answer["choices"][0]["text"] == expected
+        assert server.engine.requests[-1].sampling.min_tokens == min_tokens
+    # A stop string that begins before and is complete later ends it.
+    for min_tokens, expected in ((9, "hello wor"), (10, "hello wor"), (11, "hello world")):
+        answer = server.complete(stop=["ld", " wo"], min_tokens=min_tokens).json()
+        assert answer["choices"][0]["text"] == expected
+
+
+def test_min_tokens_beyond_max_tokens(server):
+    error = error_of(server.complete(min_tokens=20), 400)
+    assert error["param"] == "min_tokens"
+    assert "min_tokens is 20" in error["message"] and "16" in error["message"]
+    error = error_of(server.chat(min_tokens=6, max_completion_tokens=5), 400)
+    assert error["param"] == "min_tokens"
+
+
+def test_what_a_template_shows(server):
+    messages = [{"role": "user", "content": "hi", "name": "ann"}, {"role": "assistant"}]
+    for fields, end in (({}, ""), ({"enable_thinking": False}, "(no thoughts)")):
+        assert server.chat(messages=messages, chat_template_kwargs=fields).status_code == 200
+        prompt = server.tokenizer.decode(server.engine.requests[-1].prompt_ids)
+        assert prompt == "user ann: hiassistant: assistant: " + end
+
+
+def test_an_argument_that_the_template_cannot_take(server, tmp_path):
+    template = "{{ messages[0]['content'] + suffix }}"
+    server.tokenizer = Tokenizer(make_tokenizer(tmp_path, chat_template=template))
+    assert server.chat(chat_template_kwargs={"suffix": "!"}).status_code == 200
+    assert error_of(server.chat(chat_template_kwargs={"suffix": 5}), 400)["param"] == "messages"
+
+
+def test_a_prompt_without_special_tokens(server, tmp_path):
+    server.tokenizer = Tokenizer(make_tokenizer(tmp_path, adds_bos=True))
+    for fields, first in (({}, [1]), ({"add_special_tokens": False}, [])):
+        server.complete(**fields)
+        assert server.engine.requests[-1].prompt_ids == first + byte_ids(b"hi")
+
+
 def test_models(server):
     server.get("/v1/models")
     cards = server.call(_list_after_a_miss).json()["data"]
@@ -241,6 +318,20 @@ def test_load_is_seen_at_once(server):
         return await client.post("/v1/completions", json={"model": "new", "prompt": "x"})
 
     error_of(server.call(work), 404)
+
+
+def test_a_load_names_the_base_model(server):
+    body = {"lora_path": "/adapters/new", "lora_int_id": 7, "pinned": False}
+    for index, base in enumerate(("base", "/base", None)):
+        fields = {**body, "lora_name": f"new-{index}", "base_model_name": base}
+        assert server.post("/v1/load_lora_adapter", fields).status_code == 200
+    fields = {**body, "lora_name": "other", "base_model_name": "other/base"}
+    error = error_of(server.post("/v1/load_lora_adapter", fields), 400)
+    assert error["param"] == "base_model_name"
+    assert all(name in error["message"] for name in ("'other/base'", "'base'", "'/base'"))
+    assert "other" not in server.registry.records
+    unload = {"lora_name": "new-0", "lora_int_id": 7}
+    assert server.post("/v1/unload_lora_adapter", unload).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["base", "", " a", "a\n", "ä", "x" * 129])

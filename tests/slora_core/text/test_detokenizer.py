@@ -57,6 +57,30 @@ def test_stop_does_not_depend_on_the_chunks(text, stop, sizes):
     assert matched(text, stop, sizes) == expected
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("abc", max_size=40),
+    stop=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    sizes=st.lists(st.integers(1, 5), max_size=40),
+    min_tokens=st.integers(0, 41),
+)
+def test_stop_strings_do_not_count_before_min_tokens(tokenizer, text, stop, sizes, min_tokens):
+    detokenizer = Detokenizer(tokenizer.decoder(), stop, min_tokens)
+    given, start = "", 0
+    for size in [*sizes, len(text)]:
+        given += detokenizer.push(byte_ids(text[start : start + size].encode()))
+        start += size
+    given += detokenizer.finish()
+    ends = range(min_tokens + 1, len(text) + 1)
+    end = next((end for end in ends if text[:end].endswith(tuple(stop))), None)
+    assert detokenizer.stopped == (end is not None)
+    if end is None:
+        assert (given, detokenizer.num_tokens) == (text, len(text))
+    else:
+        longest = max(len(s) for s in stop if text[:end].endswith(s))
+        assert (given, detokenizer.num_tokens) == (text[: end - longest], end)
+
+
 def test_tokens_after_a_stop_string_are_not_counted(tokenizer):
     detokenizer = Detokenizer(tokenizer.decoder(), ["STOP"])
     assert detokenizer.push(byte_ids(b"go ST")) == "go "
