@@ -116,6 +116,14 @@ class SLoRAArgs(BaseModel):
     spill_factor: float = Field(default=1.25, ge=1.0)
     # Bytes of a request body; a prompt that fills a context of 128k tokens is under 1 MiB.
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    # Seconds that a body may take to come: the largest one at 1 Mbit/s.
+    body_timeout_s: float = Field(default=60.0, gt=0.0)
+    # Bytes of all bodies that an ingress replica is reading, beyond 64 KiB of each; more are
+    # refused with 503. Several of the largest at once, and no matter to a process of 500 MB.
+    max_inflight_body_bytes: int = Field(default=64 * 2**20, ge=2**20)
+    # Seconds that a replica which is stopped, by a new deployment or for want of requests, has to
+    # end its streams; the longest answers take minutes.
+    graceful_shutdown_timeout_s: float = Field(default=120.0, ge=0.0)
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -59,6 +59,7 @@ def build(args: SLoRAArgs) -> Application:
         max_ongoing_requests=args.num_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         ray_actor_options={
             "num_cpus": args.cpus_per_replica,
             "num_gpus": args.gpus_per_replica,
@@ -77,6 +78,7 @@ def build(args: SLoRAArgs) -> Application:
         num_replicas=args.num_ingress_replicas,
         # The engine's own limits decide; the ingress must not refuse before them.
         max_ongoing_requests=100_000,
+        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         ray_actor_options={"num_cpus": CPUS_PER_INGRESS},
     )
     registry_app = registry.bind(args)

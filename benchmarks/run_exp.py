@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
-from tqdm import tqdm
 
+from app.progress import ProgressBar
 from benchmarks.report import add_output_option, make_row, publish
 from benchmarks.serving.load_generator import (
     LoadGenerator,
@@ -117,7 +117,7 @@ class Progress:
     """A bar over requests, with the throughput so far."""
 
     def __init__(self, num_requests: int) -> None:
-        self._bar = tqdm(total=num_requests, unit="req", file=sys.stderr)
+        self._bar = ProgressBar(total=num_requests, unit="req")
         self._num_sent = self._num_ended = self._num_tokens = self._num_lost = 0
 
     def __enter__(self) -> Self:

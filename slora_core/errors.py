@@ -19,6 +19,21 @@ class InvalidRequestError(SLoRAError):
         return type(self), (str(self), self.param)
 
 
+class PromptTooLongError(InvalidRequestError):
+    """A text that was not encoded to its end, since it has more than `max_tokens` tokens."""
+
+    def __init__(self, max_tokens: int, param: str | None = None) -> None:
+        super().__init__(
+            f"the prompt has more than {max_tokens} tokens, which is what the context holds beside "
+            "one more",
+            param,
+        )
+        self.max_tokens = max_tokens
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.max_tokens, self.param)
+
+
 class InvalidAdapterError(SLoRAError):
     """An adapter whose files are unsupported, damaged or do not fit the base model."""
 

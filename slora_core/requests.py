@@ -30,6 +30,8 @@ class SamplingParams:
     min_p: float = 0.0
     # Key of the request's random numbers, an int64.
     seed: int = 0
+    # No end-of-sequence token, stop token id or stop string ends the request before it has so many.
+    min_tokens: int = 0
     # Go on past end-of-sequence tokens (stop_token_ids still end the request).
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
@@ -39,6 +41,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checks = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            (
+                "min_tokens",
+                0 <= self.min_tokens <= self.max_tokens,
+                f"0 to max_tokens, which is {self.max_tokens}",
+            ),
             ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("top_k", 0 <= self.top_k < 2**63, "0 (all) or more, a signed 64-bit integer"),
@@ -117,6 +124,8 @@ class RequestState:
     # -1 while it waits.
     table_idx: int = -1
     num_preemptions: int = 0
+    # Tokens of its prompt that the prefix cache had when it first started.
+    num_cached_tokens: int = 0
     # Tokens sampled by steps in flight, which the host does not know yet.
     num_pending: int = 0
     # Steps in flight with a chunk of it.
@@ -237,14 +246,20 @@ class Delta(NamedTuple):
     # A value rather than raised, since it comes from another process. `DeltaStream` gives the
     # tokens before it as a delta of their own; `StepOutput.deltas` makes one of both.
     error: SLoRAError | None = None
+    # In the delta of an answer's first token: tokens of the prompt found in the prefix cache.
+    num_cached_tokens: int = 0
 
     @classmethod
     def of(
-        cls, request_id: str, token_ids: list[int], ending: FinishReason | SLoRAError | None
+        cls,
+        request_id: str,
+        token_ids: list[int],
+        ending: FinishReason | SLoRAError | None,
+        num_cached_tokens: int = 0,
     ) -> Self:
         if isinstance(ending, SLoRAError):
-            return cls(request_id, token_ids, None, ending)
-        return cls(request_id, token_ids, ending)
+            return cls(request_id, token_ids, None, ending, num_cached_tokens)
+        return cls(request_id, token_ids, ending, None, num_cached_tokens)
 
     @property
     def is_last(self) -> bool:
@@ -263,6 +278,9 @@ class StepOutput:
     token_ids: list[int] = field(default_factory=list)
     # Why each request that ended did: a finish reason, or the error that its client is told.
     endings: dict[str, FinishReason | SLoRAError] = field(default_factory=dict)
+    # Tokens of their prompts found in the prefix cache, of requests that got their first token; of
+    # none where none were found.
+    cached_tokens: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.request_ids or self.endings)
@@ -281,7 +299,12 @@ class StepOutput:
         for request_id in self.endings:
             tokens.setdefault(request_id, [])
         return [
-            Delta.of(request_id, token_ids, self.endings.get(request_id))
+            Delta.of(
+                request_id,
+                token_ids,
+                self.endings.get(request_id),
+                self.cached_tokens.get(request_id, 0),
+            )
             for request_id, token_ids in tokens.items()
         ]
 
@@ -290,3 +313,4 @@ class StepOutput:
         self.request_ids.extend(later.request_ids)
         self.token_ids.extend(later.token_ids)
         self.endings.update(later.endings)
+        self.cached_tokens.update(later.cached_tokens)

@@ -42,7 +42,7 @@ TRANSFORMERS_LIBRARIES = {"transformers", "jinja2", "tokenizers"}
 # Distributions by what is imported of them, where the two differ.
 DISTRIBUTIONS = {"grpc": "grpcio", "re2": "google-re2"}
 # The only modules that may import what the extra `demo` installs.
-DEMO_MODULES = {"app/models/demo.py", "app/models/gguf.py"}
+DEMO_MODULES = {"app/models/demo.py", "app/models/gguf.py", "app/progress.py"}
 
 RAY_PRIVATE = "app/ray_private.py"
 # What of Ray is private without an underscore of its own; `contextvars` is Serve's current request.

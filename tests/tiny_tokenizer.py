@@ -12,18 +12,22 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
-    "{{ '<s>' + message['role'] + ': ' + message['content'] + '</s>' }}"
+    "{{ '<s>' + message['role'] + (' ' + message['name'] if message['name'] else '') }}"
+    "{{ ': ' + message['content'] + '</s>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant: ' }}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '(no thoughts)' }}{% endif %}"
 )
 
 
-def make_tokenizer(path: str | Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def make_tokenizer(
+    path: str | Path, chat_template: str | None = CHAT_TEMPLATE, adds_bos: bool = False
+) -> Path:
     """Write tokenizer.json and tokenizer_config.json into `path` and return it.
 
-    The token of byte b has id `FIRST_BYTE_ID + b`.
+    The token of byte b has id `FIRST_BYTE_ID + b`. With `adds_bos` texts begin with `<s>`.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     tokens = [*SPECIAL_TOKENS, *(_byte_symbol(byte) for byte in range(256)), *MERGES]
@@ -32,6 +36,10 @@ def make_tokenizer(path: str | Path, chat_template: str | None = CHAT_TEMPLATE) 
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", SPECIAL_TOKENS.index("<s>"))]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=chat_template,

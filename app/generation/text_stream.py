@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 
 from app.generation.text_ends import TextEndedError
 from slora_core.requests import Delta, FinishReason, Request
-from slora_core.text.detokenizer import Decode, Detokenizer
+from slora_core.text.detokenizer import Detokenizer
+from slora_core.text.incremental_decoder import IncrementalDecoder
 
 
 class TextPiece(NamedTuple):
@@ -41,6 +42,7 @@ class Generation:
     """The text of one request.
 
     Args:
+        decoder: of the text that follows on its prompt.
         deltas: of the request, not begun; closing them aborts it.
         is_end: whether a token id ends a text without being part of it, beside the request's own
             `stop_token_ids`.
@@ -51,16 +53,19 @@ class Generation:
         index: int,
         request: Request,
         deltas: AsyncGenerator[Delta, None],
-        decode: Decode,
+        decoder: IncrementalDecoder,
         is_end: Callable[[int], bool],
     ) -> None:
         self.index = index
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_output_tokens = 0
+        # Of the prompt, found in the prefix cache; known with the first piece.
+        self.num_cached_tokens = 0
         self._deltas = deltas
         self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self._is_end = is_end
-        self._detokenizer = Detokenizer(decode, request.sampling.stop)
+        sampling = request.sampling
+        self._detokenizer = Detokenizer(decoder, sampling.stop, sampling.min_tokens)
         self._has_ended = False
 
     async def next_piece(self) -> TextPiece | None:
@@ -85,7 +90,8 @@ class Generation:
             await self._deltas.athrow(TextEndedError())
 
     def _push(self, delta: Delta) -> TextPiece:
-        _, token_ids, reason, _ = delta
+        _, token_ids, reason, _, num_cached_tokens = delta
+        self.num_cached_tokens += num_cached_tokens
         detokenizer = self._detokenizer
         num_hidden = 0
         if reason is FinishReason.STOP and token_ids and self._ends_text(token_ids[-1]):

@@ -39,7 +39,9 @@ TYPE_OF_STATUS = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
@@ -49,10 +51,25 @@ class BodyTooLargeError(SLoRAError):
     """A request body beyond the limit."""
 
 
+class BodyTimeoutError(SLoRAError):
+    """A request body that did not come in time."""
+
+
+class ForeignRequestError(SLoRAError):
+    """A request that changes the server, from a page of another site."""
+
+
+class ContentTypeError(SLoRAError):
+    """A body that does not say that it is JSON, where it must."""
+
+
 # Class to (status, param); the first that matches counts.
 STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (InvalidRequestError, 400, None),
     (BodyTooLargeError, 413, None),
+    (BodyTimeoutError, 408, None),
+    (ForeignRequestError, 403, None),
+    (ContentTypeError, 415, None),
     (InvalidAdapterError, 400, "lora_path"),
     (AdapterNameError, 400, "lora_name"),
     (AdapterExistsError, 400, "lora_name"),

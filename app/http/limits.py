@@ -30,6 +30,11 @@ class ModelLimits:
             limit = min(limit, (num_pool_pages - num_adapter_pages) * self.page_tokens)
         return max(1, limit - num_prompt_tokens)
 
+    @property
+    def max_prompt_len(self) -> int:
+        """Tokens of the longest prompt that leaves room for one more."""
+        return self.context_len - 1
+
     def check_token_ids(self, token_ids: list[int], param: str) -> None:
         """Raises InvalidRequestError for one that the model does not have, under `param`."""
         for token_id in token_ids:

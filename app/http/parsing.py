@@ -1,22 +1,21 @@
 """From the bytes of a request body to a validated model, or an error that names the field.
 
-Owns the list of OpenAI parameters that are not supported, and at which values they change nothing
-and may stand. A parameter that is accepted is obeyed.
+It knows JSON and pydantic's errors; which fields there are is for `schemas` and `neutral_fields` to
+say.
 """
 
 import json
-from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
-from app.http.schemas import (
-    MAX_MESSAGES,
-    ChatCompletionRequest,
-    CompletionRequest,
-    LoadAdapterRequest,
-    RequestModel,
-    UnloadAdapterRequest,
+from app.http.chat_messages import MAX_MESSAGES
+from app.http.field_types import RequestModel
+from app.http.neutral_fields import (
+    NEUTRAL_OF_MESSAGE,
+    NEUTRAL_OF_STREAM_OPTIONS,
+    drop_neutral,
+    neutral_fields,
 )
 from slora_core.errors import InvalidRequestError
 
@@ -25,74 +24,6 @@ from slora_core.errors import InvalidRequestError
 MAX_FIELDS = 1024
 
 Model = TypeVar("Model", bound=RequestModel)
-IsNeutral = Callable[[Any], bool]
-
-
-def _only(*values: Any) -> IsNeutral:
-    # JSON's true is not 1.
-    return lambda given: any(
-        given == value and isinstance(given, bool) == isinstance(value, bool) for value in values
-    )
-
-
-def _is_string(given: Any) -> bool:
-    return isinstance(given, str)
-
-
-# Values that change nothing; null stands for an absent parameter everywhere.
-_NEUTRAL_SAMPLING: dict[str, IsNeutral] = {
-    "n": _only(1),
-    "presence_penalty": _only(0),
-    "frequency_penalty": _only(0),
-    "repetition_penalty": _only(1),
-    "logit_bias": _only({}),
-    # Labels for the provider's own use.
-    "user": _is_string,
-    "safety_identifier": _is_string,
-    "prompt_cache_key": _is_string,
-    "metadata": lambda given: isinstance(given, dict),
-    "service_tier": _only("auto", "default"),
-}
-_NEUTRAL_COMPLETION: dict[str, IsNeutral] = {
-    **_NEUTRAL_SAMPLING,
-    "best_of": _only(1),
-    "echo": _only(False),
-    "suffix": _only(""),
-    "logprobs": _only(),
-}
-_NEUTRAL_CHAT: dict[str, IsNeutral] = {
-    **_NEUTRAL_SAMPLING,
-    "logprobs": _only(False),
-    "top_logprobs": _only(0),
-    "tools": _only([]),
-    "functions": _only([]),
-    "tool_choice": _only("none", "auto"),
-    "function_call": _only("none", "auto"),
-    "parallel_tool_calls": _only(True, False),
-    "response_format": _only({"type": "text"}),
-    "modalities": _only(["text"]),
-    "store": _only(False),
-    "audio": _only(),
-    "prediction": _only(),
-    "reasoning_effort": _only(),
-    "verbosity": _only(),
-    "web_search_options": _only(),
-}
-# What a client sends back when it repeats an assistant message it was given.
-_NEUTRAL_MESSAGE: dict[str, IsNeutral] = {
-    "name": _only(),
-    "refusal": _only(),
-    "audio": _only(),
-    "function_call": _only(),
-    "tool_calls": _only([]),
-    "annotations": _only([]),
-}
-_NEUTRAL: dict[type[RequestModel], dict[str, IsNeutral]] = {
-    CompletionRequest: _NEUTRAL_COMPLETION,
-    ChatCompletionRequest: _NEUTRAL_CHAT,
-    LoadAdapterRequest: {},
-    UnloadAdapterRequest: {"lora_int_id": _only()},
-}
 
 
 def parse_body(model: type[Model], body: bytes) -> Model:
@@ -101,13 +32,12 @@ def parse_body(model: type[Model], body: bytes) -> Model:
     Raises:
         InvalidRequestError: no JSON object, an unknown or unsupported field, a wrong value.
     """
-    fields = _drop_neutral(_parse_json(body), _NEUTRAL.get(model, {}))
+    fields = drop_neutral(_parse_json(body), neutral_fields(model))
     if "messages" in fields:
         fields["messages"] = _drop_neutral_of_messages(fields["messages"])
     if isinstance(fields.get("stream_options"), dict):
-        neutral = {"include_obfuscation": _only(False)}
-        fields["stream_options"] = _drop_neutral(
-            fields["stream_options"], neutral, "stream_options."
+        fields["stream_options"] = drop_neutral(
+            fields["stream_options"], NEUTRAL_OF_STREAM_OPTIONS, "stream_options."
         )
     try:
         return model.model_validate(fields)
@@ -140,27 +70,12 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _drop_neutral(
-    fields: dict[str, Any], neutral: dict[str, IsNeutral], prefix: str = ""
-) -> dict[str, Any]:
-    kept = {}
-    for name, value in fields.items():
-        if value is None:
-            continue
-        if name not in neutral:
-            kept[name] = value
-        elif not neutral[name](value):
-            shown = json.dumps(value, ensure_ascii=False)[:100]
-            raise InvalidRequestError(f"{prefix}{name}={shown} is not supported", prefix + name)
-    return kept
-
-
 def _drop_neutral_of_messages(messages: Any) -> Any:
     if not isinstance(messages, list) or len(messages) > MAX_MESSAGES:
         # The model says what is wrong.
         return messages
     return [
-        _drop_neutral(message, _NEUTRAL_MESSAGE, f"messages[{index}].")
+        drop_neutral(message, NEUTRAL_OF_MESSAGE, f"messages[{index}].")
         if isinstance(message, dict)
         else message
         for index, message in enumerate(messages)

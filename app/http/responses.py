@@ -4,6 +4,7 @@ Owns OpenAI's formats of text, finish reasons and usage. `service` makes answers
 them; reading one runs its generations.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -20,12 +21,18 @@ from app.http.schemas import (
     ChatCompletionRequest,
     Completion,
     CompletionChoice,
+    PromptTokensDetails,
     SamplingFields,
     Usage,
 )
 
+# Seconds between two comments of a stream that waits: less than proxies wait for a sign of life.
+COMMENT_EVERY_S = 5.0
+
 # Stands for a piece's text where an event is written once for many of them.
 _TEXT_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+# Ends the JSON of an event, and the event.
+_EVENT_END = b"}\n\n"
 
 
 class Answer:
@@ -41,21 +48,27 @@ class Answer:
         self._source: PieceSource = (
             generations[0] if len(generations) == 1 else MergedGenerations(generations)
         )
-        self._first: TextPiece | None = None
+        self._first: asyncio.Task[TextPiece | None] | None = None
 
-    async def start(self) -> Self:
+    async def start(self, timeout_s: float | None = None) -> Self:
         """Wait for the first piece, so that an early error can have a status of its own.
 
-        Whoever starts an answer closes it.
+        After `timeout_s` the answer goes on without it. Whoever starts an answer closes it.
 
         Raises:
             SLoRAError: what the answer failed with.
         """
-        self._first = await self._source.next_piece()
+        self._first = asyncio.create_task(self._source.next_piece())
+        await asyncio.wait({self._first}, timeout=timeout_s)
+        if self._first.done():
+            self._first.result()
         return self
 
     async def close(self) -> None:
         """Abort what still runs."""
+        if self._first is not None and not self._first.done():
+            self._first.cancel()
+            await asyncio.wait({self._first})
         await self._source.close()
 
     async def collect(self) -> Completion | ChatCompletion:
@@ -84,15 +97,21 @@ class Answer:
         )
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The body of a stream, begun by `start`: an event a piece, at the end the usage if asked.
+        """The body of a stream, begun by `start`: an event a piece, usage where it is asked for.
 
-        An error becomes an event, and then the end.
+        Comments until the first piece comes. An error becomes an event, and then the end.
         """
         format = EventFormat(self._request, self.id, self._created)
-        piece, is_first = self._first, True
+        assert self._first is not None, "the answer was not started"
+        is_first = True
         try:
+            while not self._first.done():
+                yield b": the request waits\n\n"
+                await asyncio.wait({self._first}, timeout=COMMENT_EVERY_S)
+            piece = self._first.result()
             while piece is not None:
-                yield format.piece(piece, is_first)
+                usage = self._usage() if self._request.continuous_usage else None
+                yield format.piece(piece, is_first, usage)
                 is_first = False
                 piece = await self._source.next_piece()
             if self._request.include_usage:
@@ -105,10 +124,12 @@ class Answer:
     def _usage(self) -> Usage:
         num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)
         num_output = sum(generation.num_output_tokens for generation in self._generations)
+        num_cached = sum(generation.num_cached_tokens for generation in self._generations)
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_output,
             total_tokens=num_prompt + num_output,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         )
 
 
@@ -131,20 +152,27 @@ class EventFormat:
         # empty where the event has no text.
         self._frames: dict[tuple[int, bool, bool, str | None], tuple[bytes, bytes]] = {}
 
-    def piece(self, piece: TextPiece, is_first: bool) -> bytes:
-        """The event of a piece; `is_first` of the answer, in which a chat names the role."""
+    def piece(self, piece: TextPiece, is_first: bool, usage: Usage | None = None) -> bytes:
+        """The event of a piece; `is_first` of the answer, in which a chat names the role.
+
+        `usage` is given where every event has it, as it is by then.
+        """
         index, text, reason = piece
         key = index, is_first, not text, reason
         frame = self._frames.get(key)
         if frame is None:
             frame = self._frames[key] = self._frame(*key)
         before, after = frame
-        if not after:
-            return before
-        return before + json.dumps(text, ensure_ascii=False).encode() + after
+        event = before
+        if after:
+            event += json.dumps(text, ensure_ascii=False).encode() + after
+        if usage is None:
+            return event
+        usage_json = usage.model_dump_json().encode()
+        return event.removesuffix(_EVENT_END) + b',"usage":' + usage_json + _EVENT_END
 
     def usage(self, usage: Usage) -> bytes:
-        return self._event([], usage).encode()
+        return self._event([], usage, has_usage=True)
 
     def _frame(
         self, index: int, is_first: bool, is_empty: bool, reason: str | None
@@ -157,12 +185,19 @@ class EventFormat:
             choice = ChatChunkChoice(index=0, delta=delta, finish_reason=reason)
         else:
             choice = CompletionChoice(index=index, text=_TEXT_MARK, finish_reason=reason)
-        event = self._event([choice], None)
-        before, _, after = event.partition(f'"{_TEXT_MARK}"')
-        return before.encode(), after.encode()
+        # Null, where the last event alone has usage; `piece` adds it where each event has.
+        has_usage = self._request.include_usage and not self._request.continuous_usage
+        event = self._event([choice], None, has_usage)
+        before, _, after = event.partition(b'"' + _TEXT_MARK.encode() + b'"')
+        return before, after
 
-    def _event(self, choices: list[ChatChunkChoice | CompletionChoice], usage: Usage | None) -> str:
+    def _event(
+        self,
+        choices: list[ChatChunkChoice | CompletionChoice],
+        usage: Usage | None,
+        has_usage: bool,
+    ) -> bytes:
         event_class = ChatCompletionChunk if self._is_chat else Completion
         event = event_class.model_construct(**self._fields, choices=choices, usage=usage)
-        exclude = None if self._request.include_usage else {"usage"}
-        return f"data: {event.model_dump_json(exclude=exclude)}\n\n"
+        exclude = None if has_usage else {"usage"}
+        return f"data: {event.model_dump_json(exclude=exclude)}\n\n".encode()

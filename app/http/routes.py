@@ -18,7 +18,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from app.http.errors import ApiError, BodyTooLargeError, api_error
+from app.http.bodies import BodyReader
+from app.http.errors import ApiError, api_error
+from app.http.origin import check_origin
 from app.http.parsing import Model, parse_body
 from app.http.responses import Answer
 from app.http.schemas import (
@@ -38,6 +40,9 @@ Handler = Callable[[Request], Awaitable[Response]]
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 # 499 is nginx's status for a client that left; it is logged, nobody reads it.
 CLIENT_LEFT = Response(status_code=499)
+
+# Seconds for which a stream's status line waits for its first piece.
+FIRST_PIECE_S = 5.0
 
 # Bodies from this size on are parsed on a thread: smaller ones take a millisecond or two.
 LARGE_BODY_BYTES = 2**16
@@ -59,12 +64,12 @@ class Ingress:
         service: CompletionService,
         registry: RegistryAdmin,
         is_ready: Callable[[], Awaitable[bool]],
-        max_body_bytes: int,
+        bodies: BodyReader,
     ) -> None:
         self._service = service
         self._registry = registry
         self._is_ready = is_ready
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
 
     async def completions(self, request: Request) -> Response:
         body = await self._parse(CompletionRequest, request)
@@ -81,13 +86,16 @@ class Ingress:
         return _json(await self._service.model_card(request.path_params["name"]))
 
     async def load_adapter(self, request: Request) -> Response:
+        check_origin(request)
         body = await self._parse(LoadAdapterRequest, request)
+        self._service.check_base_name(body.base_model_name)
         record = await self._registry.load(body.lora_name, body.lora_path, body.load_inplace)
         # So that a request that follows this answer finds the adapter here.
         await self._service.registry.refresh()
         return _json(self._service.adapter_card(record))
 
     async def unload_adapter(self, request: Request) -> Response:
+        check_origin(request)
         body = await self._parse(UnloadAdapterRequest, request)
         try:
             await self._registry.unload(body.lora_name)
@@ -102,27 +110,18 @@ class Ingress:
         return ApiError(503, "no engine replica answers").response()
 
     async def _parse(self, model: type[Model], request: Request) -> Model:
-        body = await self._body(request)
-        if len(body) < LARGE_BODY_BYTES:
-            return parse_body(model, body)
-        return await asyncio.to_thread(parse_body, model, body)
-
-    async def _body(self, request: Request) -> bytes:
-        limit = self._max_body_bytes
-        parts, num_bytes = [], 0
-        async for part in request.stream():
-            num_bytes += len(part)
-            if num_bytes > limit:
-                raise BodyTooLargeError(f"the body has more than {limit} bytes")
-            parts.append(part)
-        return b"".join(parts)
+        async with self._bodies.reading(request) as body:
+            if len(body) < LARGE_BODY_BYTES:
+                return parse_body(model, body)
+            return await asyncio.to_thread(parse_body, model, body)
 
     async def _answer(self, request: Request, answer: Answer, stream: bool) -> Response:
         if not stream:
             return await _unless_client_leaves(request, _collect(answer)) or CLIENT_LEFT
-        # Before the status line is written, so that an early error has a status of its own.
+        # Before the status line is written, so that an early error has a status of its own, unless
+        # it takes so long that somebody on the way may take the connection for dead.
         try:
-            started = await _unless_client_leaves(request, answer.start())
+            started = await _unless_client_leaves(request, answer.start(FIRST_PIECE_S))
         except BaseException:
             await answer.close()
             raise

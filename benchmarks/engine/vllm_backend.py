@@ -6,6 +6,7 @@ outside, so the time of decode steps is the difference of two runs.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,9 @@ class VllmBackend:
     WORKLOADS = ("decode", "prefill", "trace")
 
     def __init__(self, args: argparse.Namespace) -> None:
+        # Whether there is a CUDA device was asked of the driver before, which no forked process can
+        # do again: vLLM must start its engine as a process of its own. It reads this when it does.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         from vllm import LLM
 
         self._args = args

@@ -16,10 +16,11 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 from app.args import SLoRAArgs
 from app.generation.client import EngineClient
+from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
 from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
@@ -229,7 +230,8 @@ def make_ingress(tokenizer: Any, handle: StubHandle) -> Any:
     client = EngineClient(handle)
     view = RegistryView(registry)
     service = CompletionService(MODEL, MODEL, limits, tokenizer, view, client)
-    return api_app(Ingress(service, registry, registry.snapshot, 2**20), lambda app: None)
+    bodies = BodyReader(2**20, 60.0, 2**24)
+    return api_app(Ingress(service, registry, registry.snapshot, bodies), lambda app: None)
 
 
 class PlainText:
@@ -238,8 +240,16 @@ class PlainText:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.encode_chat = tokenizer.encode_chat
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decoder(self, prompt_ids: list[int]) -> Self:
+        return self
+
+    def push(self, token_ids: list[int]) -> str:
         return "x" * len(token_ids)
+
+    decode = push
+
+    def finish(self) -> str:
+        return ""
 
 
 async def measure(args: argparse.Namespace, tokenizer: Tokenizer) -> list[dict[str, Any]]:

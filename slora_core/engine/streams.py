@@ -28,6 +28,7 @@ class DeltaStream:
         self._on_close = on_close
         # What has come since the last delta.
         self._token_ids: list[int] = []
+        self._num_cached_tokens = 0
         self._ending: FinishReason | SLoRAError | None = None
         self._has_started = False
         # Set when there is something that the reader should have.
@@ -50,12 +51,13 @@ class DeltaStream:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         token_ids, self._token_ids = self._token_ids, []
+        num_cached_tokens, self._num_cached_tokens = self._num_cached_tokens, 0
         if token_ids and isinstance(self._ending, SLoRAError):
             # The error is a delta of its own, due at once.
-            return Delta(self.request_id, token_ids)
+            return Delta(self.request_id, token_ids, num_cached_tokens=num_cached_tokens)
         self._is_due = False
         self.has_ended = self._ending is not None
-        return Delta.of(self.request_id, token_ids, self._ending)
+        return Delta.of(self.request_id, token_ids, self._ending, num_cached_tokens)
 
     def push(self, token_id: int) -> bool:
         """Take a token; whether it is the first of several that wait for the timer."""
@@ -65,6 +67,10 @@ class DeltaStream:
         self._has_started = True
         self.wake()
         return False
+
+    def begin(self, num_cached_tokens: int) -> None:
+        """Take what the delta of the first token, which comes next, tells of the prompt."""
+        self._num_cached_tokens = num_cached_tokens
 
     def end(self, ending: FinishReason | SLoRAError) -> None:
         if self._ending is None:
@@ -108,6 +114,10 @@ class DeltaStreams:
     def take(self, output: StepOutput) -> None:
         """Hand out what a step gave; requests that nobody reads any more are passed over."""
         streams = self._streams
+        for request_id, num_cached_tokens in output.cached_tokens.items():
+            stream = streams.get(request_id)
+            if stream is not None:
+                stream.begin(num_cached_tokens)
         for request_id, token_id in zip(output.request_ids, output.token_ids, strict=True):
             stream = streams.get(request_id)
             if stream is not None and stream.push(token_id):

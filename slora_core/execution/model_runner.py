@@ -19,7 +19,7 @@ from slora_core.execution.batch_views import forward_batch
 from slora_core.execution.graphs import StepGraphs
 from slora_core.execution.late_graphs import LateGraphs
 from slora_core.execution.request_tables import RequestTables
-from slora_core.execution.sampler import SamplingBatch, sample
+from slora_core.execution.sampler import SamplingBatch, mask_tokens, sample
 from slora_core.execution.step_handle import StepHandle
 from slora_core.execution.step_inputs import StepInputs, StepShape
 from slora_core.memory.page_pool import pages_for
@@ -81,6 +81,9 @@ class ModelRunner:
         if not inputs.num_samples:
             # On the device: the step is waited for like any other.
             return StepHandle(torch.empty(0, dtype=torch.int32, device=self._device))
+        if inputs.masked is not None:
+            # In place: whoever wrote these logits writes them anew before they are read again.
+            mask_tokens(logits, inputs.masked)
         sampling = None
         if inputs.sampling is not None:
             sampling = SamplingBatch.of(inputs.sampling, self._device)

@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from slora_core.execution.step_inputs import SamplingInputs
+from slora_core.execution.step_inputs import MaskedTokens, SamplingInputs
 
 # SplitMix64 (Steele, Lea, Flood, 2014), its constants as signed 64-bit integers.
 _GAMMA = -0x61C8864680B583EB
@@ -39,21 +39,15 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, inputs: SamplingInputs, device: torch.device) -> Self:
-        def send(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
-            on_host = torch.tensor(values, dtype=dtype)
-            if device.type == "cuda":
-                return on_host.pin_memory().to(device, non_blocking=True)
-            return on_host
-
         return cls(
-            temperature=send(inputs.temperature, torch.float32),
-            top_p=send(inputs.top_p, torch.float32),
-            min_p=send(inputs.min_p, torch.float32),
-            top_k=send(inputs.top_k, torch.int64),
-            seed=send(inputs.seed, torch.int64),
-            token_index=send(inputs.token_index, torch.int64),
+            temperature=_send(inputs.temperature, torch.float32, device),
+            top_p=_send(inputs.top_p, torch.float32, device),
+            min_p=_send(inputs.min_p, torch.float32, device),
+            top_k=_send(inputs.top_k, torch.int64, device),
+            seed=_send(inputs.seed, torch.int64, device),
+            token_index=_send(inputs.token_index, torch.int64, device),
             filtered_rows=tuple(
-                send(rows, torch.int64)
+                _send(rows, torch.int64, device)
                 for rows in rows_by_block(inputs.filtered_rows, len(inputs.seed))
             ),
         )
@@ -65,6 +59,13 @@ def rows_by_block(rows: Sequence[int], num_rows: int) -> list[list[int]]:
         [row - start for row in rows if start <= row < start + BLOCK_ROWS]
         for start in range(0, num_rows, BLOCK_ROWS)
     ]
+
+
+def mask_tokens(logits: torch.Tensor, masked: MaskedTokens) -> None:
+    """logits[masked.rows[i], masked.token_ids[i]] = -inf, in place; logits [rows, vocab_size]."""
+    rows = _send(masked.rows, torch.int64, logits.device)
+    token_ids = _send(masked.token_ids, torch.int64, logits.device)
+    logits.index_put_((rows, token_ids), logits.new_full((), float("-inf")))
 
 
 def sample(logits: torch.Tensor, sampling: SamplingBatch | None) -> torch.Tensor:
@@ -126,6 +127,15 @@ def uniform(seed: torch.Tensor, token_index: torch.Tensor) -> torch.Tensor:
     state = _mix(seed) + token_index * _GAMMA
     # The top 24 bits: what an fp32 holds exactly.
     return _shift_right(_mix(state), 40).float() / 2**24
+
+
+def _send(
+    values: list[int] | list[float], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    on_host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        return on_host.pin_memory().to(device, non_blocking=True)
+    return on_host
 
 
 def _filter(

@@ -13,7 +13,12 @@ from slora_core.config import EngineConfig
 from slora_core.execution.chunks import is_plain_decode, logit_rows, slot_runs
 from slora_core.execution.int_fields import IntFields
 from slora_core.execution.sent_pages import SentPages
-from slora_core.execution.step_inputs import SamplingInputs, StepInputs, StepShape
+from slora_core.execution.step_inputs import (
+    MaskedTokens,
+    SamplingInputs,
+    StepInputs,
+    StepShape,
+)
 from slora_core.execution.step_shapes import StepShapes
 from slora_core.memory.page_pool import pages_for
 from slora_core.models.config import ModelConfig
@@ -30,6 +35,7 @@ class StepBuilder:
     ) -> None:
         self.shapes = StepShapes(model, engine, planner)
         self._page_tokens = engine.page_tokens
+        self._eos_token_ids = frozenset(model.eos_token_ids)
         self._planner = planner
         self._sent = SentPages(
             engine.max_running_requests, pages_for(engine.context_len(model), engine.page_tokens)
@@ -59,7 +65,9 @@ class StepBuilder:
         if shape.lora is not None:
             self._add_lora(fields, chunks, shape)
         self._add_samples(fields, chunks, shape)
-        return StepInputs(shape, fields, len(sampling), _sampling(sampling), pages)
+        return StepInputs(
+            shape, fields, len(sampling), _sampling(sampling), self._masked(sampling), pages
+        )
 
     def _pages_beyond(self, chunks: Sequence[ScheduledChunk], room: int) -> IntFields | None:
         """A step's new page ids where they are more than `room`; the step then brings none."""
@@ -167,6 +175,20 @@ class StepBuilder:
             every_row = all(is_plain_decode(chunk) for chunk in chunks)
         if not every_row:
             fields.add("logit_rows", logit_rows(chunks), size)
+
+    def _masked(self, chunks: Sequence[ScheduledChunk]) -> MaskedTokens | None:
+        """What would end requests that have not got their min_tokens, of the chunks that sample."""
+        rows: list[int] = []
+        token_ids: list[int] = []
+        for row, chunk in enumerate(chunks):
+            sampling = chunk.request.sampling
+            if sampling.min_tokens and chunk.token_index < sampling.min_tokens:
+                ends = set(sampling.stop_token_ids)
+                if not sampling.ignore_eos:
+                    ends |= self._eos_token_ids
+                rows += [row] * len(ends)
+                token_ids += ends
+        return MaskedTokens(rows, token_ids) if rows else None
 
 
 def _sampling(chunks: Sequence[ScheduledChunk]) -> SamplingInputs | None:

@@ -55,6 +55,14 @@ class SamplingInputs:
 
 
 @dataclass(frozen=True)
+class MaskedTokens:
+    """Tokens that rows which sample may not get: `token_ids[i]` not in row `rows[i]`."""
+
+    rows: list[int]
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """A step that any rank can run."""
 
@@ -65,5 +73,7 @@ class StepInputs:
     num_samples: int
     # None where all of them are greedy.
     sampling: SamplingInputs | None = None
+    # None where every row may get every token.
+    masked: MaskedTokens | None = None
     # New entries of block tables that the fields have no room for, written before the step.
     pages: IntFields | None = None

@@ -22,14 +22,15 @@ _RETRY_STEPS = 8
 def expected_total_tokens(request: RequestState, config: EngineConfig) -> int:
     """Prompt + output tokens the request is assumed to reach.
 
-    Its max_tokens where nothing can stop it before. Else at least one more than it has, pending
-    ones included, unless those are its max_tokens.
+    Its max_tokens where nothing can stop it before. Else at least its min_tokens and one more than
+    it has, pending ones included, unless those are its max_tokens.
     """
     limit, sampling = request.max_total_tokens, request.sampling
     runs_on = sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
     if config.admission_output_tokens is None or runs_on:
         return limit
-    expected = len(request.prompt_ids) + config.admission_output_tokens
+    num_output = max(config.admission_output_tokens, sampling.min_tokens)
+    expected = len(request.prompt_ids) + num_output
     return min(limit, max(expected, request.num_tokens + 1))
 
 

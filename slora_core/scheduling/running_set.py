@@ -78,6 +78,7 @@ class RunningSet:
         request.num_prefix_pages = request.num_matched_pages = len(request.page_ids)
         request.num_computed = len(request.page_ids) * self._config.page_tokens
         if not request.num_preemptions:
+            request.num_cached_tokens = min(request.num_computed, len(request.prompt_ids))
             self.num_cached_prompt_tokens += request.num_computed
         load = None
         if request.adapter_id is not None:

@@ -162,6 +162,8 @@ class Scheduler:
                     del self._requests[request.request_id]
                     self._running.end(request)
                 output.add(request.request_id, token_id, reason)
+                if request.num_cached_tokens and chunk.token_index == 0:
+                    output.cached_tokens[request.request_id] = request.num_cached_tokens
         return output
 
     def abandon(self, plan: StepPlan) -> None:
@@ -291,10 +293,13 @@ class Scheduler:
 
     def _finish_reason(self, request: RequestState, token_id: int) -> FinishReason | None:
         sampling = request.sampling
-        if token_id in self._eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-        if token_id in sampling.stop_token_ids:
-            return FinishReason.STOP
-        if len(request.output_ids) >= sampling.max_tokens:
+        num_output = len(request.output_ids)
+        # Until then ends were masked; where that left no token at all, the sampler gave one still.
+        if num_output > sampling.min_tokens:
+            if token_id in self._eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+        if num_output >= sampling.max_tokens:
             return FinishReason.LENGTH
         return None

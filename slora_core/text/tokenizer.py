@@ -5,12 +5,14 @@ Owns the fast tokenizer and has the chat template. It knows no requests and no s
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slora_core.errors import UnsupportedModelError
+from slora_core.errors import PromptTooLongError, UnsupportedModelError
+from slora_core.text.bounded_encoding import BoundedEncoder
 from slora_core.text.chat_template import ChatTemplate
+from slora_core.text.incremental_decoder import IncrementalDecoder
 
 # Characters from which a text is encoded on a thread: shorter ones take under about 2 ms.
 LONG_TEXT_CHARS = 8192
@@ -40,31 +42,64 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._encoder = BoundedEncoder(backend)
+        added = backend.get_added_tokens_decoder()
+        self._special_tokens = {
+            token.content: token_id for token_id, token in added.items() if token.special
+        }
+        self.special_ids = frozenset(self._special_tokens.values())
         self.chat_template = ChatTemplate(hf_tokenizer)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        # Unlike encode, encode_batch lets other threads run.
-        [encoding] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
-        return encoding.ids
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of a text.
 
-    async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        Raises:
+            PromptTooLongError: it certainly has more than `max_tokens`.
+        """
+        token_ids = self._encoder.encode(text, max_tokens, add_special_tokens)
+        if token_ids is None:
+            assert max_tokens is not None
+            raise PromptTooLongError(max_tokens)
+        return token_ids
+
+    async def encode_async(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
         """`encode` that leaves the event loop free while a long text is encoded."""
         if len(text) < LONG_TEXT_CHARS:
-            return self.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+            return self.encode(text, add_special_tokens, max_tokens)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens, max_tokens)
 
-    async def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    async def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        template_kwargs: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+    ) -> list[int]:
         """Token ids of a chat, the model's answer about to begin.
+
+        `template_kwargs` are what the chat template sees beside the messages.
 
         Raises:
             InvalidRequestError: as `ChatTemplate.render`.
+            PromptTooLongError: as `encode`.
         """
         num_chars = sum(len(str(message.get("content", ""))) for message in messages)
         if num_chars < LONG_TEXT_CHARS:
-            text = self.chat_template.render(messages)
+            text = self.chat_template.render(messages, template_kwargs)
         else:
-            text = await asyncio.to_thread(self.chat_template.render, messages)
-        return await self.encode_async(text, add_special_tokens=False)
+            text = await asyncio.to_thread(self.chat_template.render, messages, template_kwargs)
+        return await self.encode_async(text, False, max_tokens)
+
+    def decoder(self, prompt_ids: Sequence[int] = ()) -> IncrementalDecoder:
+        """Of the text that follows on a prompt."""
+        return IncrementalDecoder(self._backend, prompt_ids, self.special_ids)
+
+    def special_token_id(self, text: str) -> int | None:
+        """The special token that is written so, which no text shows; None where there is none."""
+        return self._special_tokens.get(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -76,6 +76,8 @@ class FakeEngine:
         self.num_closed_early = 0
         # Raised before delta number i.
         self.errors = {}
+        # Of each prompt, as its first delta tells.
+        self.num_cached_tokens = 0
         # Seconds before each delta.
         self.delay_s = 0.0
 
@@ -94,6 +96,8 @@ class FakeEngine:
                 if start == starts[-1]:
                     finished = True
                     reason = FinishReason(self.finish_reason)
-                yield Delta(request.request_id, ids[start : start + self.num_bytes], reason)
+                token_ids = ids[start : start + self.num_bytes]
+                num_cached = 0 if number else self.num_cached_tokens
+                yield Delta(request.request_id, token_ids, reason, num_cached_tokens=num_cached)
         finally:
             self.num_closed_early += not finished

@@ -80,7 +80,9 @@ def test_openai_client(client):
         chunks = list(stream)
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert text == answer.choices[0].message.content
-        assert chunks[-1].usage == answer.usage
+        streamed, whole = chunks[-1].usage, answer.usage
+        assert streamed.prompt_tokens == whole.prompt_tokens
+        assert streamed.completion_tokens == whole.completion_tokens
 
 
 def test_openai_exceptions(client):
@@ -91,6 +93,61 @@ def test_openai_exceptions(client):
         client.completions.create(model=BASE, prompt="x", max_tokens=CONTEXT_LEN)
     with pytest.raises(openai.BadRequestError, match="n=2"):
         client.completions.create(model=BASE, prompt="x", n=2)
+
+
+def test_fields_of_other_servers_clients(app):
+    messages = [
+        {"role": "user", "name": "ann", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "user", "content": "more"},
+    ]
+    body = {
+        "model": ADAPTERS[0],
+        "messages": messages,
+        "max_tokens": 8.0,
+        "min_tokens": 8,
+        "stop": "",
+        "skip_special_tokens": True,
+        "add_generation_prompt": True,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "stream": True,
+        "stream_options": {"continuous_usage_stats": True},
+    }
+    answer = httpx.post(f"{app.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200
+    events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    usages = [json.loads(event)["usage"] for event in events]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 8
+    prompt = "<s>user ann: hi</s><s>assistant: </s><s>user: more</s><s>assistant: (no thoughts)"
+    num_prompt = len(Tokenizer(app.model).encode(prompt))
+    assert {usage["prompt_tokens"] for usage in usages} == {num_prompt}
+
+
+def test_nothing_ends_a_text_before_its_min_tokens(app):
+    # Half of the tokens there are.
+    stops = {"stop_token_ids": list(range(0, 256, 2)), "max_tokens": 30}
+    for model in (BASE, ADAPTERS[0]):
+        for temperature in (0, 1):
+            options = {**stops, "temperature": temperature, "seed": 1}
+            early = app.complete(model, **options).json()
+            assert early["choices"][0]["finish_reason"] == "stop"
+            assert early["usage"]["completion_tokens"] < 25
+            late = app.complete(model, **options, min_tokens=25).json()
+            assert late["usage"]["completion_tokens"] > 25
+    error = error_of(app.complete(min_tokens=31, max_tokens=30), 400)
+    assert error["param"] == "min_tokens"
+
+
+def test_usage_tells_what_of_a_prompt_was_cached(app):
+    prompt = "what two requests have in common " * 4
+    num_cached = []
+    for tail in ("one", "two"):
+        usage = app.complete(ADAPTERS[1], prompt=prompt + tail).json()["usage"]
+        num_cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    num_shared = len(Tokenizer(app.model).encode(prompt))
+    assert num_cached == [0, num_shared // PAGE_TOKENS * PAGE_TOKENS]
 
 
 def test_each_name_answers_as_its_own_weights_do(app):

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
-from tqdm import tqdm
 
 from app.args import DEMO_MODEL_NAME
+from app.progress import ProgressBar
 from benchmarks.demo.demo_tasks import HELD_OUT_SEED, TASKS, check, held_out_examples, messages
 from benchmarks.demo.tasks.base import Example
 from benchmarks.report import add_output_option, make_row, publish
@@ -103,7 +103,7 @@ async def ask_all(url: str, questions: list[Question], concurrency: int) -> None
     client = openai.AsyncOpenAI(
         api_key="none", base_url=f"{url}/v1", max_retries=0, timeout=REQUEST_TIMEOUT_S
     )
-    with tqdm(total=len(questions), unit="answer", file=sys.stderr) as bar:
+    with ProgressBar(total=len(questions), unit="answer") as bar:
 
         async def run(question: Question) -> None:
             async with slots:

@@ -82,6 +82,25 @@ def test_prompts_in_graphs_and_in_kernels_of_their_own(make_engine, oracle, monk
     assert replayed and not any(shape.num_prefills for shape in replayed)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_nothing_ends_a_text_before_its_min_tokens(make_engine, cuda_graphs, temperature) -> None:
+    engine = make_engine(cuda_graphs=cuda_graphs, max_inflight_steps=2)
+
+    def texts(**params) -> list[list[int]]:
+        sampling = SamplingParams(max_tokens=12, temperature=temperature, ignore_eos=True, **params)
+        return engine.generate([Request([5, 6, 7 + i], sampling, kind) for i, kind in cases])
+
+    cases = list(enumerate((None, "rank4-qv", "rank16-all")))
+    free = texts()
+    ends = tuple({text[0] for text in free} | {text[2] for text in free})
+    assert [len(text) for text in texts(stop_token_ids=ends)] == [1, 1, 1]
+    # The masks of one request are in the rows of no other, nor in those of later steps.
+    for text in texts(stop_token_ids=ends, min_tokens=6):
+        assert len(text) > 6 and not set(ends) & set(text[:6])
+    assert texts() == free
+
+
 def test_shared_prefixes(make_engine, oracle: GreedyOracle) -> None:
     engine = make_engine(max_inflight_steps=2)
     prefix = random.Random(5).choices(range(3, 256), k=100)

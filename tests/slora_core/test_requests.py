@@ -87,6 +87,25 @@ def test_several_steps_in_one() -> None:
     ]
 
 
+def test_what_was_cached_of_prompts_is_told_with_their_tokens() -> None:
+    output = StepOutput()
+    output.add("a", 5)
+    later = StepOutput(["b"], [6], {"b": FinishReason.STOP}, {"b": 16})
+    output.extend(later)
+    assert output.deltas() == [
+        Delta("a", [5]),
+        Delta("b", [6], FinishReason.STOP, num_cached_tokens=16),
+    ]
+    assert Delta.of("r", [1], None, 16) == Delta("r", [1], num_cached_tokens=16)
+
+
+@pytest.mark.parametrize("min_tokens", [-1, 6])
+def test_min_tokens_out_of_range(min_tokens: int) -> None:
+    with pytest.raises(InvalidRequestError, match="0 to max_tokens, which is 5") as caught:
+        SamplingParams(max_tokens=5, min_tokens=min_tokens)
+    assert caught.value.param == "min_tokens"
+
+
 def test_an_error_beside_tokens() -> None:
     error = InvalidRequestError("no", "prompt")
     assert Delta.of("r", [1], error) == Delta("r", [1], None, error)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
 from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
@@ -74,7 +75,7 @@ class World:
             async def is_ready():
                 return True
 
-            ingress = Ingress(service, self.registry, is_ready, max_body_bytes=10_000)
+            ingress = Ingress(service, self.registry, is_ready, BodyReader(10_000, 5.0, 10_000))
             transport = httpx.ASGITransport(api_app(ingress, lambda app: nullcontext()))
             async with httpx.AsyncClient(transport=transport, base_url="http://slora") as client:
                 return await work(client)

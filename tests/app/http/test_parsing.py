@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import pytest
@@ -99,8 +100,11 @@ def test_missing_field_is_named(kind, name):
         ("max_tokens", 1.5),
         ("max_tokens", "5"),
         ("max_tokens", True),
+        ("min_tokens", -1),
+        ("min_tokens", 2.5),
+        ("min_tokens", True),
         ("stop", [""]),
-        ("stop", ""),
+        ("stop", ["x", ""]),
         ("stop", [1]),
         ("stop", ["x"] * 17),
         ("stop", {}),
@@ -173,7 +177,36 @@ def test_a_whole_surrogate_pair_and_a_byte_order_mark():
         ("both", "frequency_penalty", -1),
         ("both", "logit_bias", {"5": 1}),
         ("both", "user", 5),
-        ("completion", "best_of", 2),
+        ("both", "skip_special_tokens", False),
+        ("both", "include_stop_str_in_output", True),
+        ("both", "detokenize", False),
+        ("both", "use_beam_search", True),
+        ("both", "best_of", 2),
+        ("both", "length_penalty", 0.5),
+        ("both", "early_stopping", True),
+        ("both", "repetition_penalty", 1.1),
+        ("both", "truncate_prompt_tokens", 100),
+        ("both", "prompt_logprobs", 0),
+        ("both", "priority", 1),
+        ("both", "response_format", {"type": "json_object"}),
+        ("both", "guided_json", {"type": "object"}),
+        ("both", "structured_outputs", {"regex": "a"}),
+        ("both", "return_token_ids", True),
+        ("both", "kv_transfer_params", {"do_remote_decode": True}),
+        ("both", "cache_salt", "x"),
+        ("both", "request_id", "x"),
+        ("both", "bad_words", ["x"]),
+        ("both", "allowed_token_ids", [5]),
+        ("both", "vllm_xargs", {"a": 1}),
+        ("chat", "add_generation_prompt", False),
+        ("chat", "continue_final_message", True),
+        ("chat", "add_special_tokens", True),
+        ("chat", "echo", True),
+        ("chat", "chat_template", "{{ messages }}"),
+        ("chat", "documents", [{"title": "a", "text": "b"}]),
+        ("chat", "mm_processor_kwargs", {"a": 1}),
+        ("chat", "include_reasoning", False),
+        ("completion", "prompt_embeds", "x"),
         ("completion", "echo", True),
         ("completion", "suffix", "x"),
         ("completion", "logprobs", 0),
@@ -181,7 +214,6 @@ def test_a_whole_surrogate_pair_and_a_byte_order_mark():
         ("chat", "top_logprobs", 3),
         ("chat", "tools", [{"type": "function"}]),
         ("chat", "tool_choice", "required"),
-        ("chat", "response_format", {"type": "json_object"}),
         ("chat", "reasoning_effort", "low"),
     ],
 )
@@ -189,7 +221,7 @@ def test_unsupported_parameter_is_named(kind, name, value):
     for each in ("chat", "completion") if kind == "both" else (kind,):
         error = refused(each, **{name: value})
         assert error.param == name
-        assert "not supported" in str(error)
+        assert f"{name}=" in str(error) and "not supported" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +232,20 @@ def test_unsupported_parameter_is_named(kind, name, value):
         ("completion", {"best_of": 1, "echo": False, "suffix": None, "logprobs": None}),
         ("chat", {"logprobs": False, "tools": None, "response_format": {"type": "text"}}),
         ("chat", {"tools": [], "tool_choice": "none", "parallel_tool_calls": True}),
+        ("both", {"stop": ""}),
+        ("both", {"stop": []}),
+        ("both", {"skip_special_tokens": True, "spaces_between_special_tokens": True}),
+        ("chat", {"add_generation_prompt": True, "continue_final_message": False}),
+        ("both", {"include_stop_str_in_output": False, "detokenize": True, "echo": False}),
+        ("both", {"best_of": 1, "use_beam_search": False, "length_penalty": 1.0}),
+        ("both", {"early_stopping": False, "priority": 0, "return_token_ids": False}),
+        ("both", {"truncate_prompt_tokens": None, "prompt_logprobs": None, "cache_salt": None}),
+        ("both", {"guided_json": None, "guided_regex": None, "guided_choice": None}),
+        ("both", {"guided_grammar": None, "kv_transfer_params": None, "logits_processors": None}),
+        ("both", {"response_format": {"type": "text"}, "min_tokens": 0, "min_p": None}),
+        ("chat", {"documents": None, "mm_processor_kwargs": None, "chat_template_kwargs": None}),
+        ("chat", {"documents": [], "add_special_tokens": False, "chat_template_kwargs": {}}),
+        ("completion", {"add_special_tokens": True, "min_tokens": 0.0}),
     ],
 )
 def test_parameters_that_change_nothing(kind, fields):
@@ -371,3 +417,214 @@ def test_sampling_params_carry_every_field():
     assert (params.stop_token_ids, params.stop) == ((5,), ("x",))
     assert parse("chat").sampling_params(1, seed=7).seed == 7
     assert parse("chat", top_k=-1).sampling_params(1, seed=7).top_k == 0
+
+
+# Every field of vLLM 0.26's two requests at its default, but for messages and prompt.
+VLLM_DEFAULTS = {
+    "frequency_penalty": 0.0,
+    "logit_bias": None,
+    "max_tokens": None,
+    "n": 1,
+    "presence_penalty": 0.0,
+    "response_format": None,
+    "seed": None,
+    "stop": [],
+    "stream": False,
+    "stream_options": None,
+    "temperature": None,
+    "top_p": None,
+    "user": None,
+    "use_beam_search": False,
+    "top_k": None,
+    "min_p": None,
+    "repetition_penalty": None,
+    "length_penalty": 1.0,
+    "stop_token_ids": [],
+    "include_stop_str_in_output": False,
+    "ignore_eos": False,
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "truncate_prompt_tokens": None,
+    "truncation_side": None,
+    "prompt_logprobs": None,
+    "logprob_token_ids": None,
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "echo": False,
+    "structured_outputs": None,
+    "priority": 0,
+    "request_id": None,
+    "return_tokens_as_token_ids": None,
+    "return_token_ids": None,
+    "return_token_offsets": False,
+    "cache_salt": None,
+    "kv_transfer_params": None,
+    "ec_transfer_params": None,
+    "vllm_xargs": None,
+    "repetition_detection": None,
+    "thinking_token_budget": None,
+}
+VLLM_CHAT_DEFAULTS = {
+    **VLLM_DEFAULTS,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "max_completion_tokens": None,
+    "tools": None,
+    "tool_choice": "none",
+    "reasoning_effort": None,
+    "include_reasoning": True,
+    "parallel_tool_calls": True,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "add_special_tokens": False,
+    "documents": None,
+    "chat_template": None,
+    "chat_template_kwargs": None,
+    "media_io_kwargs": None,
+    "mm_processor_kwargs": None,
+    "return_prompt_text": None,
+    "return_assistant_tokens_mask": False,
+}
+VLLM_COMPLETION_DEFAULTS = {
+    **VLLM_DEFAULTS,
+    "logprobs": None,
+    "suffix": None,
+    "prompt_embeds": None,
+    "add_special_tokens": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("chat", VLLM_CHAT_DEFAULTS), ("completion", VLLM_COMPLETION_DEFAULTS)]
+)
+def test_every_field_of_vllm_at_its_default(kind, fields):
+    assert parse(kind, **fields) == parse(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "given", "kept"),
+    [
+        ("both", "max_tokens", 128.0, 128),
+        ("chat", "max_completion_tokens", 128.0, 128),
+        ("both", "min_tokens", 2.0, 2),
+        ("both", "seed", -5.0, -5),
+        ("both", "top_k", 40.0, 40),
+        ("both", "stop_token_ids", [5.0, 6], [5, 6]),
+        ("completion", "prompt", [5.0, 6], [[5, 6]]),
+        ("completion", "prompt", [[5.0], [6]], [[5], [6]]),
+    ],
+)
+def test_a_float_without_a_fraction_is_an_integer(kind, name, given, kept):
+    for each in ("chat", "completion") if kind == "both" else (kind,):
+        value = getattr(parse(each, **{name: given}), name)
+        assert json.dumps(value) == json.dumps(kept)
+
+
+@pytest.mark.parametrize("value", [128.5, "128.0", 1e999])
+def test_other_numbers_are_no_integers(value):
+    body = json.dumps({**COMPLETION, "max_tokens": value}).replace("Infinity", "1e999")
+    with pytest.raises(InvalidRequestError, match="max_tokens.* integer"):
+        parse_body(CompletionRequest, body.encode())
+
+
+def test_min_tokens_above_max_tokens():
+    error = refused("completion", min_tokens=6, max_tokens=5)
+    assert error.param == "min_tokens"
+    assert str(error) == "min_tokens is 6; it must be 0 to max_tokens, which is 5"
+    request = parse("completion", min_tokens=5, max_tokens=5)
+    assert request.sampling_params(5, seed=0).min_tokens == 5
+
+
+def test_names_of_participants_reach_the_template():
+    messages = [
+        {"role": "user", "content": "hi", "name": "ann"},
+        {"role": "developer", "content": "x", "name": None},
+    ]
+    given = [m.as_template_input() for m in parse("chat", messages=messages).messages]
+    assert given == [
+        {"role": "user", "content": "hi", "name": "ann"},
+        {"role": "system", "content": "x"},
+    ]
+    assert refused("chat", messages=[{**messages[0], "name": 5}]).param == "messages"
+
+
+@pytest.mark.parametrize("extra", [{}, {"tool_calls": []}, {"tool_calls": None}])
+@pytest.mark.parametrize("content", [{"content": None}, {}])
+def test_an_assistant_without_content(extra, content):
+    message = {"role": "assistant", **content, **extra}
+    request = parse("chat", messages=[message, *CHAT["messages"]])
+    assert request.messages[0].as_template_input() == {"role": "assistant", "content": ""}
+
+
+def test_arguments_of_the_chat_template():
+    kwargs = {"enable_thinking": False, "documents_shown": [1, {"a": None}]}
+    assert parse("chat", chat_template_kwargs=kwargs).chat_template_kwargs == kwargs
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"messages": []}, "may not have messages"),
+        ({"tokenize": True}, "may not have tokenize"),
+        ({"add_generation_prompt": False}, "may not have add_generation_prompt"),
+        ({"chat_template": "x"}, "may not have chat_template"),
+        ({"bos_token": "x"}, "may not have bos_token"),
+        ({"a b": 1}, "has 'a b', which is no name"),
+        ({"": 1}, "has '', which is no name"),
+        ({"text": "x" * 5000}, "has 5012 bytes; it must have 4096 at most"),
+        ([], "valid dictionary"),
+        ("enable_thinking", "valid dictionary"),
+    ],
+)
+def test_wrong_arguments_of_the_chat_template(kwargs, message):
+    error = refused("chat", chat_template_kwargs=kwargs)
+    assert error.param == "chat_template_kwargs" and message in str(error)
+
+
+def test_no_name_of_what_renders_a_template_is_left_to_a_request():
+    from transformers import PreTrainedTokenizerBase
+
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in parameters.keys() - {"kwargs"}:
+        assert refused("chat", chat_template_kwargs={name: 1}).param == "chat_template_kwargs"
+
+
+def test_usage_in_every_event():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    request = parse("chat", stream=True, stream_options=options)
+    assert request.include_usage and request.continuous_usage
+    assert not parse("chat", stream=True, stream_options={"include_usage": True}).continuous_usage
+    assert not parse("chat").continuous_usage
+    error = refused("chat", stream=True, stream_options={"continuous_usage_stats": 1})
+    assert error.param == "stream_options"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("load", {"lora_int_id": 7, "is_3d_lora_weight": False, "pinned": False}),
+        ("load", {"lora_int_id": None, "base_model_name": None, "pinned": None}),
+        ("load", {"lora_int_id": 7.0}),
+        ("unload", {"lora_int_id": 7}),
+        ("unload", {"lora_int_id": None}),
+    ],
+)
+def test_fields_of_other_servers_adapters(kind, fields):
+    assert parse(kind, **fields) == parse(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("load", "pinned", True),
+        ("load", "is_3d_lora_weight", True),
+        ("load", "lora_int_id", "7"),
+        ("load", "base_model_name", 5),
+        ("unload", "lora_int_id", True),
+    ],
+)
+def test_fields_of_adapters_that_would_change_something(kind, name, value):
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(kind, **{name: value})
+    assert caught.value.param == name

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import threading
+import time
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import openai
 import pytest
 from ray.exceptions import TaskCancelledError
 
+from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
 from app.http.parsing import parse_body
 from app.http.routes import Ingress, api_app
@@ -24,6 +26,7 @@ from slora_core.text.tokenizer import Tokenizer
 from tests.app.api_errors import error_of
 from tests.app.fakes import FakeEngine, FakeRegistry, make_record
 from tests.tiny_tokenizer import VOCAB_SIZE, byte_ids, make_tokenizer
+from tests.virtual_time import run_in_virtual_time
 
 LIMITS = ModelLimits(
     context_len=100,
@@ -45,6 +48,7 @@ class Server:
         self.engine = FakeEngine()
         self.registry = FakeRegistry("sql", "json")
         self.is_ready = True
+        self.max_body_bytes = 10_000
         self.tokenizer = tokenizer
 
     def make_app(self):
@@ -54,7 +58,9 @@ class Server:
         async def is_ready():
             return self.is_ready
 
-        ingress = Ingress(service, self.registry, is_ready, max_body_bytes=10_000)
+        ingress = Ingress(
+            service, self.registry, is_ready, BodyReader(self.max_body_bytes, 5.0, 2**24)
+        )
         return api_app(ingress, lambda app: nullcontext())
 
     def call(self, work):
@@ -104,6 +110,15 @@ def events_of(response):
     return [json.loads(line) for line in lines]
 
 
+def usage_of(num_prompt, num_output, num_cached=0):
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
 def test_completion(server):
     answer = server.complete().json()
     assert answer["id"].startswith("cmpl-")
@@ -111,7 +126,7 @@ def test_completion(server):
     assert answer["choices"] == [
         {"index": 0, "text": "hello world", "logprobs": None, "finish_reason": "length"}
     ]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 11, "total_tokens": 13}
+    assert answer["usage"] == usage_of(2, 11)
     [request] = server.engine.requests
     assert (request.prompt_ids, request.adapter_id) == (byte_ids(b"hi"), None)
     assert request.sampling.max_tokens == 16
@@ -150,6 +165,32 @@ def test_stream_with_usage(server):
     assert [event["usage"] for event in events[:-1]] == [None] * 4
     assert events[-1]["choices"] == []
     assert events[-1]["usage"]["completion_tokens"] == 11
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_stream_with_usage_in_every_event(server, chat, include_usage):
+    server.engine.num_cached_tokens = 1
+    options = {"continuous_usage_stats": True, "include_usage": include_usage}
+    send = server.chat if chat else server.complete
+    events = events_of(send(stream=True, stream_options=options))
+    num_prompt = len(server.engine.requests[0].prompt_ids)
+    expected = [usage_of(num_prompt, count, 1) for count in (3, 6, 9, 11)]
+    if include_usage:
+        expected.append(expected[-1])
+        assert events[-1]["choices"] == []
+    assert [event["usage"] for event in events] == expected
+    plain = events_of(send(stream=True))
+    assert [e["choices"] for e in events[:4]] == [e["choices"] for e in plain]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_has_what_of_the_prompts_was_cached(server, stream):
+    server.engine.num_cached_tokens = 16
+    fields = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = server.complete(prompt=["x" * 20, "y" * 30], **fields)
+    answer = events_of(response)[-1] if stream else response.json()
+    assert answer["usage"] == usage_of(50, 22, 32)
 
 
 def test_several_prompts(server):
@@ -201,6 +242,48 @@ def test_sampling_fields_reach_the_engine(server):
     assert (params.min_p, params.seed, params.max_tokens) == (0.1, 7, 9)
 
 
+def test_min_tokens_hold_back_ends_of_the_text(server):
+    # "hello wor" is 9 tokens long, so " wor" is complete before the text may end.
+    for min_tokens, expected in ((8, "hello"), (9, "hello world"), (11, "hello world")):
+        answer = server.complete(stop=" wor", min_tokens=min_tokens).json()
+        assert answer["choices"][0]["text"] == expected
+        assert server.engine.requests[-1].sampling.min_tokens == min_tokens
+    # A stop string that begins before and is complete later ends it.
+    for min_tokens, expected in ((9, "hello wor"), (10, "hello wor"), (11, "hello world")):
+        answer = server.complete(stop=["ld", " wo"], min_tokens=min_tokens).json()
+        assert answer["choices"][0]["text"] == expected
+
+
+def test_min_tokens_beyond_max_tokens(server):
+    error = error_of(server.complete(min_tokens=20), 400)
+    assert error["param"] == "min_tokens"
+    assert "min_tokens is 20" in error["message"] and "16" in error["message"]
+    error = error_of(server.chat(min_tokens=6, max_completion_tokens=5), 400)
+    assert error["param"] == "min_tokens"
+
+
+def test_what_a_template_shows(server):
+    messages = [{"role": "user", "content": "hi", "name": "ann"}, {"role": "assistant"}]
+    for fields, end in (({}, ""), ({"enable_thinking": False}, "(no thoughts)")):
+        assert server.chat(messages=messages, chat_template_kwargs=fields).status_code == 200
+        prompt = server.tokenizer.decode(server.engine.requests[-1].prompt_ids)
+        assert prompt == "user ann: hiassistant: assistant: " + end
+
+
+def test_an_argument_that_the_template_cannot_take(server, tmp_path):
+    template = "{{ messages[0]['content'] + suffix }}"
+    server.tokenizer = Tokenizer(make_tokenizer(tmp_path, chat_template=template))
+    assert server.chat(chat_template_kwargs={"suffix": "!"}).status_code == 200
+    assert error_of(server.chat(chat_template_kwargs={"suffix": 5}), 400)["param"] == "messages"
+
+
+def test_a_prompt_without_special_tokens(server, tmp_path):
+    server.tokenizer = Tokenizer(make_tokenizer(tmp_path, adds_bos=True))
+    for fields, first in (({}, [1]), ({"add_special_tokens": False}, [])):
+        server.complete(**fields)
+        assert server.engine.requests[-1].prompt_ids == first + byte_ids(b"hi")
+
+
 def test_models(server):
     server.get("/v1/models")
     cards = server.call(_list_after_a_miss).json()["data"]
@@ -235,6 +318,20 @@ def test_load_is_seen_at_once(server):
         return await client.post("/v1/completions", json={"model": "new", "prompt": "x"})
 
     error_of(server.call(work), 404)
+
+
+def test_a_load_names_the_base_model(server):
+    body = {"lora_path": "/adapters/new", "lora_int_id": 7, "pinned": False}
+    for index, base in enumerate(("base", "/base", None)):
+        fields = {**body, "lora_name": f"new-{index}", "base_model_name": base}
+        assert server.post("/v1/load_lora_adapter", fields).status_code == 200
+    fields = {**body, "lora_name": "other", "base_model_name": "other/base"}
+    error = error_of(server.post("/v1/load_lora_adapter", fields), 400)
+    assert error["param"] == "base_model_name"
+    assert all(name in error["message"] for name in ("'other/base'", "'base'", "'/base'"))
+    assert "other" not in server.registry.records
+    unload = {"lora_name": "new-0", "lora_int_id": 7}
+    assert server.post("/v1/unload_lora_adapter", unload).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["base", "", " a", "a\n", "ä", "x" * 129])
@@ -565,3 +662,126 @@ def test_lifespan_runs(tokenizer):
     with TestClient(api_app(ingress, lifespan)):
         assert seen == ["start"]
     assert seen == ["start", "stop"]
+
+
+ADMIN = [
+    ("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "p"}),
+    ("/v1/unload_lora_adapter", {"lora_name": "sql"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), ADMIN)
+@pytest.mark.parametrize("content_type", ["text/plain", "", "application/x-www-form-urlencoded"])
+def test_a_web_page_cannot_change_the_server_by_a_form(server, path, body, content_type):
+    async def work(client):
+        headers = {"Content-Type": content_type} if content_type else {}
+        return await client.post(path, content=json.dumps(body).encode(), headers=headers)
+
+    error = error_of(server.call(work), 415)
+    assert error["type"] == "UnsupportedMediaTypeError" and "application/json" in error["message"]
+    assert set(server.registry.records) == {"sql", "json"}
+
+
+@pytest.mark.parametrize(("path", "body"), ADMIN)
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://slora:8001", "https://slora.evil.example"]
+)
+def test_a_page_of_another_site_cannot_change_the_server(server, path, body, origin):
+    answer = server.call(lambda client: client.post(path, json=body, headers={"Origin": origin}))
+    assert "may not change this server, which is slora" in error_of(answer, 403)["message"]
+    assert set(server.registry.records) == {"sql", "json"}
+
+
+@pytest.mark.parametrize("headers", [{}, {"Origin": "http://slora"}, {"Origin": "http://SLORA"}])
+def test_its_own_pages_and_programs_can(server, headers):
+    path, body = ADMIN[1]
+    headers = {**headers, "Content-Type": "Application/JSON; charset=utf-8"}
+    content = json.dumps(body).encode()
+    answer = server.call(lambda client: client.post(path, content=content, headers=headers))
+    assert answer.status_code == 200 and set(server.registry.records) == {"json"}
+
+
+def test_a_prompt_of_megabytes_is_refused_by_its_beginning(tokenizer):
+    server = Server(tokenizer)
+    server.max_body_bytes = 2**24
+    text = "hello world " * (2**23 // 12)
+    started = time.process_time()
+    for answer, param in (
+        (server.complete(prompt=text), "prompt"),
+        (server.chat(messages=[{"role": "user", "content": text}]), "messages"),
+    ):
+        error = error_of(answer, 400)
+        assert error["param"] == param and "has more than 99 tokens" in error["message"]
+    # All of it, the reading of the JSON too; to encode the texts takes more than ten times as long.
+    assert time.process_time() - started < 1.5
+
+
+class TestAStreamThatWaits:
+    """Its first token comes later than somebody on the way may wait for a sign of life."""
+
+    @staticmethod
+    def stream(server, work=None):
+        async def run():
+            transport = httpx.ASGITransport(server.make_app())
+            async with httpx.AsyncClient(transport=transport, base_url="http://slora") as client:
+                body = {"model": "base", "prompt": "hi", "stream": True}
+                answer = await client.post("/v1/completions", json=body, timeout=None)
+                return answer, asyncio.get_running_loop().time()
+
+        return run_in_virtual_time(run())
+
+    def test_has_a_status_and_comments(self, server):
+        server.engine.delay_s = 12.0
+        answer, _ = self.stream(server)
+        assert answer.status_code == 200
+        lines = answer.text.split("\n\n")
+        # After 5 s and 10 s.
+        assert lines[:2] == [": the request waits"] * 2 and lines[2].startswith("data: {")
+        assert not any(line.startswith(":") for line in lines[2:])
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == "hello world"
+
+    def test_that_fails_late_has_an_error_event(self, server):
+        server.engine.delay_s = 7.0
+        server.engine.errors = {0: EngineDeadError("dead")}
+        answer, _ = self.stream(server)
+        assert answer.status_code == 200
+        comment, event, end = answer.text.split("\n\n")
+        assert comment == ": the request waits" and end == ""
+        assert json.loads(event.removeprefix("data: "))["error"]["code"] == 503
+
+    def test_that_fails_early_has_a_status(self, server):
+        server.engine.delay_s = 4.0
+        server.engine.errors = {0: EngineDeadError("dead")}
+        assert self.stream(server)[0].status_code == 503
+
+    def test_is_aborted_as_soon_as_its_client_leaves(self, server):
+        async def run():
+            app = server.make_app()
+            sent = []
+            left = asyncio.Event()
+
+            async def receive():
+                if not sent_body:
+                    sent_body.append(True)
+                    body = json.dumps({"model": "base", "prompt": "hi", "stream": True}).encode()
+                    return {"type": "http.request", "body": body, "more_body": False}
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                sent.append(message)
+
+            sent_body = []
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+            scope |= {"query_string": b"", "raw_path": b"/v1/completions", "root_path": ""}
+            serving = asyncio.create_task(app(scope, receive, send))
+            await asyncio.sleep(8)
+            assert sent[0]["status"] == 200 and server.engine.num_closed_early == 0
+            left.set()
+            await asyncio.sleep(1)
+            assert server.engine.num_closed_early == 1
+            await serving
+
+        server.engine.delay_s = 100.0
+        run_in_virtual_time(run())

@@ -5,6 +5,7 @@ vLLM is a stand-in here: it sees what the backend asks of it, not whether vLLM w
 
 import importlib.util
 import json
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -17,6 +18,8 @@ from benchmarks.engine.peft_backend import PeftBackend
 
 TINY = ["--shape", "tiny", "--batches", "1", "3", "--streams", "3", "--prompt-len", "24"]
 TINY += ["--decode-steps", "4", "--lengths", "4", "12", "--num-requests", "8"]
+# By which vLLM 0.26 starts its engine; "fork" where CUDA does not look initialised.
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 ON_CPU = ["--device", "cpu", "--dtype", "float32"]
 
 
@@ -61,11 +64,14 @@ def test_peft_applies_the_adapters_that_a_case_names():
 @pytest.fixture
 def vllm(monkeypatch):
     """A stand-in that answers every request; the calls it saw."""
-    calls = SimpleNamespace(options={}, generate=[])
+    calls = SimpleNamespace(options={}, generate=[], start_methods=[])
+    # What a user may have set; put back at the end.
+    monkeypatch.setenv(START_METHOD, "fork")
 
     class LLM:
         def __init__(self, **options):
             calls.options = options
+            calls.start_methods.append(os.environ[START_METHOD])
 
         def generate(self, prompts, params, *, use_tqdm, lora_request):
             calls.generate.append((prompts, params, lora_request))
@@ -74,8 +80,15 @@ def vllm(monkeypatch):
 
     package, lora, request = (ModuleType(n) for n in ("vllm", "vllm.lora", "vllm.lora.request"))
     package.__spec__ = ModuleSpec("vllm", None)
-    package.LLM = LLM
     package.SamplingParams = SimpleNamespace
+
+    def imported(name):
+        if name != "LLM":
+            raise AttributeError(name)
+        calls.start_methods.append(os.environ[START_METHOD])
+        return LLM
+
+    package.__getattr__ = imported
     request.LoRARequest = lambda name, number, path: (name, number, path)
     for module in (package, lora, request):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -101,6 +114,12 @@ def test_vllm(vllm, capsys):
         assert name == f"adapter-{number - 1}"
         assert path.endswith(f"/adapter-{(number - 1) % 64}")
     assert vllm.generate[0][2] is None
+
+
+def test_vllm_starts_no_process_by_fork(vllm, capsys):
+    rows_of(capsys, "decode", "--backend", "vllm", "--base-only")
+    # When it is imported, and when it starts its engine.
+    assert vllm.start_methods == ["spawn", "spawn"]
 
 
 def test_vllm_without_lora(vllm, capsys):

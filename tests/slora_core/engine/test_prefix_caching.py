@@ -86,6 +86,59 @@ def test_texts_on_shared_prefixes(
     assert pages == stats.num_pages
 
 
+def _cached_tokens(engine: Engine, entries: list[Request]) -> list[dict[str, int]]:
+    """Run the entries one after the other; what each step told of prompts, where it told any."""
+    told = []
+    for entry in entries:
+        engine.add_request(entry)
+        while engine.has_work:
+            output = engine.step()
+            assert output.cached_tokens.keys() <= set(output.request_ids)
+            told += [output.cached_tokens] if output.cached_tokens else []
+    return told
+
+
+@pytest.mark.parametrize("inflight", [1, 2])
+def test_the_first_token_comes_with_what_was_cached(
+    model_dir: Path, oracle: GreedyOracle, inflight: int
+) -> None:
+    engine = _engine(model_dir, oracle, max_inflight_steps=inflight)
+    entries = [_entry([10 + i], kind) for kind in (None, "v1", "v2") for i in range(3)]
+    told = _cached_tokens(engine, entries)
+    # The first on each adapter finds nothing, the next two six full pages of sixteen.
+    ids = [entry.request_id for entry in entries]
+    assert told == [{ids[i]: 96} for i in (1, 2, 4, 5, 7, 8)]
+    assert sum(sum(each.values()) for each in told) == engine.stats().num_cached_prompt_tokens
+    # A text that is continued was told of where it began.
+    begun = replace(_entry([11], None), output_ids=[30, 31], request_id="continued")
+    assert _cached_tokens(engine, [begun]) == []
+    assert _cached_tokens(_engine(model_dir, oracle, prefix_caching=False), entries[:3]) == []
+
+
+def test_a_preempted_request_tells_of_its_first_start(
+    model_dir: Path, oracle: GreedyOracle
+) -> None:
+    # Six shared pages and five of its own for each of four are more than the pool has.
+    engine = _engine(
+        model_dir, oracle, num_pool_tokens=16 * 18, admission_output_tokens=0, max_inflight_steps=1
+    )
+    _cached_tokens(engine, [_entry([9], None)])
+    entries = [_entry([10 + i] * 3, None) for i in range(4)]
+    entries = [
+        replace(entry, sampling=replace(entry.sampling, max_tokens=60, ignore_eos=False))
+        for entry in entries
+    ]
+    for entry in entries:
+        engine.add_request(entry)
+    told: dict[str, int] = {}
+    while engine.has_work:
+        cached = engine.step().cached_tokens
+        assert not cached.keys() & told.keys()
+        told |= cached
+    assert engine.stats().num_preemptions > 0
+    assert told == {entry.request_id: 96 for entry in entries}
+
+
 def test_a_conversation_computes_only_its_new_turns(model_dir: Path, oracle: GreedyOracle) -> None:
     engine = _engine(model_dir, oracle)
     conversation = list(PREFIX)

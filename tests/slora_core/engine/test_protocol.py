@@ -13,7 +13,7 @@ from slora_core.requests import Request, SamplingParams, StepOutput
 
 MESSAGES = [
     Request([1, 2, 3], SamplingParams(), "adapter", [4], request_id="r"),
-    StepOutput(["r"], [5], {"s": InvalidRequestError("too long", "max_tokens")}),
+    StepOutput(["r"], [5], {"s": InvalidRequestError("too long", "max_tokens")}, {"r": 16}),
     "",
     b"x" * 100_000,
 ]

@@ -46,9 +46,15 @@ class World:
         self.timers.clear()
         callback()
 
-    def step(self, tokens: dict[str, int], **endings: FinishReason | SLoRAError) -> None:
+    def step(
+        self,
+        tokens: dict[str, int],
+        cached_tokens: dict[str, int] | None = None,
+        **endings: FinishReason | SLoRAError,
+    ) -> None:
         """What a step gave: at most one token of each request."""
-        self.streams.take(StepOutput(list(tokens), list(tokens.values()), dict(endings)))
+        output = StepOutput(list(tokens), list(tokens.values()), dict(endings), cached_tokens or {})
+        self.streams.take(output)
 
 
 async def due(stream: DeltaStream) -> list[Delta]:
@@ -109,6 +115,26 @@ async def test_tokens_that_come_no_oftener_than_the_timer_do_not_wait() -> None:
         assert await due(stream) == []
         # From the last time that any went out, not from when these came.
         assert [when for when, _ in world.timers] == pytest.approx([world.now + 0.3])
+
+
+@on_loop
+async def test_the_first_delta_tells_what_of_the_prompt_was_cached() -> None:
+    world = await World.make()
+    failed = EngineDeadError("dead")
+    names = ("r", "at once", "failed")
+    streams = [world.streams.open(name) for name in names]
+    cached = {"r": 16, "at once": 32, "failed": 48, "unread": 64}
+    endings = {"at once": LENGTH, "failed": failed}
+    world.step(dict.fromkeys(names, 5), cached, **endings)
+    first, at_once, with_error = [await due(stream) for stream in streams]
+    assert first == [Delta("r", [5], num_cached_tokens=16)]
+    assert at_once == [Delta("at once", [5], LENGTH, num_cached_tokens=32)]
+    assert with_error == [
+        Delta("failed", [5], num_cached_tokens=48),
+        Delta("failed", [], error=failed),
+    ]
+    world.step({"r": 6}, r=LENGTH)
+    assert await due(streams[0]) == [Delta("r", [6], LENGTH)]
 
 
 @on_loop

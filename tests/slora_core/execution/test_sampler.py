@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slora_core.execution.sampler import BLOCK_ROWS, SamplingBatch, rows_by_block, sample, uniform
+from slora_core.execution.sampler import (
+    BLOCK_ROWS,
+    SamplingBatch,
+    mask_tokens,
+    rows_by_block,
+    sample,
+    uniform,
+)
+from slora_core.execution.step_inputs import MaskedTokens
 from slora_core.requests import SamplingParams
 
 VOCAB = 60
@@ -330,3 +338,17 @@ def test_uniform_is_uniform_and_below_one() -> None:
         (uniform(seeds, torch.zeros_like(seeds)), uniform(seeds + 1, seeds * 0))
     )
     assert abs(torch.corrcoef(neighbours)[0, 1]) < 0.02
+
+
+def test_masked_tokens_are_never_sampled() -> None:
+    logits = torch.zeros(200, VOCAB)
+    logits[:, 7] = 5.0
+    kept = logits.clone()
+    mask_tokens(logits, MaskedTokens([1, 1, 150], [7, 8, 9]))
+    expected = kept.clone()
+    expected[1, 7] = expected[1, 8] = expected[150, 9] = float("-inf")
+    assert torch.equal(logits, expected)
+    assert sample(logits, None).tolist() == [7, 0, *[7] * 198]
+    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(200)]
+    sampled = sample(logits[1].expand(200, -1), _batch(params)).tolist()
+    assert not {7, 8} & set(sampled) and len(set(sampled)) > 20

@@ -1,5 +1,6 @@
 """A plan becomes rows, tables and segments: each tensor against what the plan says."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -244,6 +245,30 @@ def test_sampling_settings_follow_the_rows_that_sample(steps: Steps) -> None:
     # Only where a token may be cut is anything sorted.
     assert [rows.tolist() for rows in sampling.filtered_rows] == [[0]]
     assert steps.builder.build(_plan((last, 4)).chunks).sampling is None
+
+
+def test_ends_of_rows_short_of_their_min_tokens_are_masked() -> None:
+    model = dataclasses.replace(MODEL, eos_token_ids=(2, 3))
+    builder = StepBuilder(model, ENGINE, None)
+    free = _request("free", 2, 3, computed=4, pages=[0, 1])
+    short = _request("short", 2, 3, computed=4, pages=[2, 3], min_tokens=4, stop_token_ids=(3, 9))
+    ignoring = _request(
+        "ignoring", 2, 1, computed=2, pages=[4], min_tokens=9, stop_token_ids=(7,), ignore_eos=True
+    )
+    reached = _request("reached", 2, 3, computed=4, pages=[5, 6], min_tokens=3)
+    no_ends = _request("no ends", 2, 1, computed=2, pages=[7], min_tokens=3, ignore_eos=True)
+    unfinished = _request("unfinished", 9, pages=[8, 9], min_tokens=5)
+    chunks = _plan((free, 5), (short, 5), (ignoring, 3), (reached, 5), (unfinished, 8)).chunks
+    masked = builder.build(chunks).masked
+    assert masked is not None
+    rows = [chunk.request for chunk in chunks if chunk.samples]
+    entries = {
+        (rows[row].request_id, token_id)
+        for row, token_id in zip(masked.rows, masked.token_ids, strict=True)
+    }
+    assert entries == {("short", 2), ("short", 3), ("short", 9), ("ignoring", 7)}
+    assert len(masked.rows) == 4
+    assert builder.build(_plan((free, 5), (reached, 5), (no_ends, 3)).chunks).masked is None
 
 
 def test_a_step_in_which_every_row_samples_needs_no_rows(steps: Steps) -> None:

@@ -37,6 +37,13 @@ def test_expected_total_tokens(assumed: int | None, num_output: int, expected: i
     assert expected_total_tokens(_request(10, 100, num_output), config) == expected
 
 
+@pytest.mark.parametrize(("min_tokens", "expected"), [(0, 30), (20, 30), (50, 60), (100, 110)])
+def test_a_request_is_not_expected_to_end_before_its_min_tokens(min_tokens, expected) -> None:
+    config = EngineConfig(admission_output_tokens=20)
+    sampling = SamplingParams(max_tokens=100, min_tokens=min_tokens)
+    assert expected_total_tokens(RequestState(Request([1] * 10, sampling)), config) == expected
+
+
 def test_nothing_but_max_tokens_ends_a_request() -> None:
     config = EngineConfig(admission_output_tokens=20)
     for stops, expected in (({}, 110), ({"stop_token_ids": (5,)}, 30), ({"stop": ("x",)}, 30)):

@@ -1,0 +1,72 @@
+"""Reading of request bodies: how large, how long it may take, and how much at once.
+
+Owns the limits, so that neither a client that sends slowly nor many that send much cost others
+anything. It knows no format.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.requests import Request
+
+from app.http.errors import BodyTimeoutError, BodyTooLargeError
+from slora_core.errors import OverloadedError
+
+# Of each body, bytes that do not count among those in flight: ordinary requests are not refused
+# for the sake of large ones.
+FREE_BYTES = 2**16
+
+
+class BodyReader:
+    """Args:
+    max_bytes: of one body.
+    timeout_s: from the first look at a request to its body's end.
+    max_inflight_bytes: of all bodies that are being read or parsed, beyond `FREE_BYTES` each.
+    """
+
+    def __init__(self, max_bytes: int, timeout_s: float, max_inflight_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._max_inflight_bytes = max_inflight_bytes
+        self._num_inflight_bytes = 0
+
+    @asynccontextmanager
+    async def reading(self, request: Request) -> AsyncIterator[bytes]:
+        """The whole body, which counts as in flight until the context ends.
+
+        Raises:
+            BodyTooLargeError, BodyTimeoutError: its own fault.
+            OverloadedError: too much is in flight.
+            ClientDisconnect: nobody is there any more.
+        """
+        num_counted = 0
+        parts: list[bytes] = []
+        num_bytes = 0
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                async for part in request.stream():
+                    num_bytes += len(part)
+                    if num_bytes > self._max_bytes:
+                        raise BodyTooLargeError(f"the body has more than {self._max_bytes} bytes")
+                    more = max(0, num_bytes - FREE_BYTES) - num_counted
+                    if self._num_inflight_bytes + more > self._max_inflight_bytes:
+                        raise OverloadedError(
+                            f"bodies of more than {self._max_inflight_bytes} bytes are being read "
+                            "already; try again"
+                        )
+                    self._num_inflight_bytes += more
+                    num_counted += more
+                    parts.append(part)
+        except TimeoutError:
+            self._num_inflight_bytes -= num_counted
+            raise BodyTimeoutError(
+                f"the body did not come within {self._timeout_s:g} s; {num_bytes} bytes of it did"
+            ) from None
+        except BaseException:
+            self._num_inflight_bytes -= num_counted
+            raise
+        try:
+            yield b"".join(parts)
+        finally:
+            self._num_inflight_bytes -= num_counted
