@@ -27,6 +27,13 @@ class SLoRAArgs(BaseModel):
     # "dummy" fills the model with random weights, for benchmarks of speed.
     load_format: Literal["safetensors", "dummy"] = "safetensors"
 
+    # The base model's chat template: Jinja source, or a file that holds it. None: that of the
+    # model's own files. Adapters may bring their own.
+    chat_template: str | None = None
+    # Where temperature, top_p, top_k and min_p come from where a request is silent: "auto" is the
+    # model's generation_config.json, "openai" the defaults of OpenAI's API: temperature 1, no cut.
+    generation_config: Literal["auto", "openai"] = "auto"
+
     # Directory whose subdirectories are PEFT adapters, registered by name at start.
     adapters_dir: str | None = None
     # Directories beside `adapters_dir` from which /v1/load_lora_adapter may read. Nothing else is

@@ -10,12 +10,13 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from app.args import SLoRAArgs
-from app.http.server import IngressServer, model_limits
+from app.http.server import IngressServer, model_limits, sampling_defaults
 from app.models.geometry import adapter_geometry
 from app.registry.client import REGISTRY_DEPLOYMENT
 from app.registry.deployment import RegistryServer
 from app.replica.server import EngineServer
 from app.routing.serve_router import AffinityRouter
+from slora_core.text.folder_text import TemplateSourceError, check_template
 
 # Ray only counts CPUs; ingress and registry wait most of the time.
 CPUS_PER_INGRESS = 0.2
@@ -42,6 +43,7 @@ def build(args: SLoRAArgs) -> Application:
     # Both read the model's config: page size and context are checked against it.
     adapter_geometry(args)
     model_limits(args)
+    sampling_defaults(args)
     if args.adapters_dir is not None and not Path(args.adapters_dir).is_dir():
         raise ValueError(f"adapters_dir: the directory {args.adapters_dir} does not exist")
     registry = serve.deployment(RegistryServer).options(
@@ -98,9 +100,30 @@ def with_absolute_paths(args: SLoRAArgs) -> SLoRAArgs:
         update={
             "model": model,
             "served_model_name": args.base_model_name,
+            "chat_template": template_source(args.chat_template),
             "adapters_dir": absolute(args.adapters_dir),
             "allowed_adapter_roots": args.adapter_roots,
             "registry_state_path": absolute(args.registry_state_path),
             "packed_cache_dir": absolute(args.packed_cache_dir),
         }
     )
+
+
+def template_source(given: str | None) -> str | None:
+    """A chat template's source, which may be given as the file that holds it.
+
+    Raises:
+        ValueError: no such file, or no template.
+    """
+    if given is None:
+        return None
+    # A template that is one line of text without any Jinja would be no template.
+    is_source = "{" in given or "\n" in given
+    try:
+        source = given if is_source else Path(given).expanduser().read_text()
+        check_template(source)
+    except OSError as error:
+        raise ValueError(f"chat_template: cannot read {given}: {error.strerror}") from None
+    except TemplateSourceError as error:
+        raise ValueError(f"chat_template {error}") from None
+    return source

@@ -18,7 +18,17 @@ PRODUCT = ("kernels", "slora_core", "app")
 # From the bottom; a module of slora_core imports its own level and those below it. A dotted name is
 # a module apart from its package.
 CORE_LEVELS = [
-    {"config", "models.config", "dtypes", "errors", "requests", "stats", "stage_timer", "text"},
+    {
+        "config",
+        "models.config",
+        "dtypes",
+        "errors",
+        "requests",
+        "stats",
+        "stage_timer",
+        "text",
+        "tokenizer_files",
+    },
     {"memory", "attention", "layers"},
     {"models", "adapters"},
     {"scheduling", "execution"},
@@ -35,6 +45,8 @@ SERVING_LIBRARIES = {"ray", "starlette", "fastapi", "pydantic", "uvicorn"}
 TRANSFORMERS_MODULES = {
     "slora_core/text/tokenizer.py",
     "slora_core/text/chat_template.py",
+    "slora_core/text/folder_text.py",
+    "slora_core/text/incremental_decoder.py",
     "app/models/gguf.py",
 }
 TRANSFORMERS_LIBRARIES = {"transformers", "jinja2", "tokenizers"}

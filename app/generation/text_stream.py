@@ -11,8 +11,7 @@ from typing import NamedTuple, Protocol
 
 from app.generation.text_ends import TextEndedError
 from slora_core.requests import Delta, FinishReason, Request
-from slora_core.text.detokenizer import Detokenizer
-from slora_core.text.incremental_decoder import IncrementalDecoder
+from slora_core.text.detokenizer import Detokenizer, TextDecoder
 
 
 class TextPiece(NamedTuple):
@@ -53,7 +52,7 @@ class Generation:
         index: int,
         request: Request,
         deltas: AsyncGenerator[Delta, None],
-        decoder: IncrementalDecoder,
+        decoder: TextDecoder,
         is_end: Callable[[int], bool],
     ) -> None:
         self.index = index

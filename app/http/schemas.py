@@ -20,6 +20,7 @@ from app.http.field_types import (
     TemplateKwargs,
     TokenLimit,
 )
+from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
 from slora_core.requests import SamplingParams
 
 Number = TypeVar("Number", int, float)
@@ -63,21 +64,21 @@ class SamplingFields(RequestModel):
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
-    def sampling_params(self, max_tokens: int, seed: int) -> SamplingParams:
-        """As the engine takes them; `seed` is used where the request has none.
-
-        Where it is silent, the defaults are OpenAI's.
+    def sampling_params(
+        self, max_tokens: int, seed: int, defaults: GenerationDefaults = OPENAI_DEFAULTS
+    ) -> SamplingParams:
+        """As the engine takes them; `seed` and `defaults` are used where the request is silent.
 
         Raises:
             InvalidRequestError: a value outside its range.
         """
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=_or(self.temperature, 1.0),
-            top_p=_or(self.top_p, 1.0),
+            temperature=_or(self.temperature, defaults.temperature),
+            top_p=_or(self.top_p, defaults.top_p),
             # -1 is how other servers say "all".
-            top_k=0 if self.top_k == -1 else _or(self.top_k, 0),
-            min_p=_or(self.min_p, 0.0),
+            top_k=0 if self.top_k == -1 else _or(self.top_k, defaults.top_k),
+            min_p=_or(self.min_p, defaults.min_p),
             seed=seed if self.seed is None else self.seed,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
@@ -212,6 +213,10 @@ class ModelCard(BaseModel):
     # The base model of an adapter.
     parent: str | None = None
     max_model_len: int | None = None
+    # Tokens that end a text unless a request ignores them.
+    eos_token_ids: list[int] = []
+    # Settings of sampling where a request is silent.
+    default_sampling: dict[str, float] = {}
     # What to know of an adapter that is served all the same.
     warnings: list[str] = []
 

@@ -22,7 +22,8 @@ from app.http.service import CompletionService
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
-from slora_core.models.registry import load_model_config
+from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
+from slora_core.models.registry import load_generation_defaults, load_model_config
 from slora_core.text.tokenizer import Tokenizer
 
 # How long /health waits for an engine replica and believes its last answer, seconds.
@@ -48,9 +49,10 @@ class IngressServer:
             args.base_model_name,
             args.model or args.base_model_name,
             model_limits(args),
-            Tokenizer(model_dir),
+            Tokenizer(model_dir, args.chat_template),
             self._view,
             EngineClient(self._engine),
+            sampling_defaults(args),
         )
         bodies = BodyReader(args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes)
         ingress = Ingress(service, self._registry, self._is_ready, bodies)
@@ -91,3 +93,10 @@ def model_limits(args: SLoRAArgs) -> ModelLimits:
         eos_token_ids=frozenset(model.eos_token_ids),
         page_tokens=engine.page_tokens,
     )
+
+
+def sampling_defaults(args: SLoRAArgs) -> GenerationDefaults:
+    """What the model's files, or OpenAI's API, have where a request is silent."""
+    if args.generation_config == "openai":
+        return OPENAI_DEFAULTS
+    return load_generation_defaults(resolve_model(args.model))

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Protocol
 
 from app.generation.client import Renew
@@ -23,6 +24,7 @@ from slora_core.errors import (
     InvalidRequestError,
     PromptTooLongError,
 )
+from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
 from slora_core.requests import Delta, Request, SamplingParams
 from slora_core.text.incremental_decoder import MAX_CONTEXT
 from slora_core.text.tokenizer import Tokenizer
@@ -50,6 +52,7 @@ class CompletionService:
         tokenizer: Tokenizer,
         registry: RegistryView,
         engine: Engine,
+        defaults: GenerationDefaults = OPENAI_DEFAULTS,
     ) -> None:
         self.base_model_name = base_model_name
         self.registry = registry
@@ -57,6 +60,8 @@ class CompletionService:
         self._limits = limits
         self._tokenizer = tokenizer
         self._engine = engine
+        # Of sampling, where a request is silent.
+        self._defaults = defaults
         self._started_at = int(time.time())
 
     async def complete(self, body: CompletionRequest) -> Answer:
@@ -86,7 +91,7 @@ class CompletionService:
                 room = self._output_room(prompt_ids, record)
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
-            sampling = body.sampling_params(max_tokens, seed + index)
+            sampling = self._sampling(body, max_tokens, seed + index, record)
             request = _request(body, f"{answer_id}-{index}", prompt_ids, sampling, record)
             generations.append(self._generation(index, request, record))
         return Answer(body, generations, answer_id)
@@ -98,13 +103,16 @@ class CompletionService:
         messages = [message.as_template_input() for message in body.messages]
         with _naming("messages"):
             prompt_ids = await self._tokenizer.encode_chat(
-                messages, body.chat_template_kwargs, self._limits.max_prompt_len
+                messages,
+                body.chat_template_kwargs,
+                self._limits.max_prompt_len,
+                None if record is None else record.text.chat_template,
             )
         limit = body.token_limit
         self._limits.check_context(len(prompt_ids), "messages", limit, body.limit_name)
         if limit is None:
             limit = self._output_room(prompt_ids, record)
-        sampling = body.sampling_params(limit, secrets.randbits(62))
+        sampling = self._sampling(body, limit, secrets.randbits(62), record)
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         request = _request(body, answer_id, prompt_ids, sampling, record)
         return Answer(body, [self._generation(0, request, record)], answer_id)
@@ -116,6 +124,8 @@ class CompletionService:
             created=self._started_at,
             root=self._base_model_root,
             max_model_len=self._limits.context_len,
+            eos_token_ids=sorted(self._limits.eos_token_ids),
+            default_sampling=asdict(self._defaults),
         )
         adapters = sorted(self.registry.records.values(), key=lambda record: record.name)
         return [base, *(self.adapter_card(record) for record in adapters)]
@@ -127,6 +137,8 @@ class CompletionService:
             root=record.path,
             parent=self.base_model_name,
             max_model_len=self._limits.context_len,
+            eos_token_ids=sorted({*self._limits.eos_token_ids, *record.text.eos_token_ids}),
+            default_sampling=asdict(self._defaults),
             warnings=list(record.warnings),
         )
 
@@ -147,6 +159,22 @@ class CompletionService:
                 f"base_model_name is {name!r}; the base model is {served[0]!r} from {served[1]!r}",
                 "base_model_name",
             )
+
+    def _sampling(
+        self, body: SamplingFields, max_tokens: int, seed: int, record: AdapterRecord | None
+    ) -> SamplingParams:
+        """A body's settings, with what ends a text beside what the body names.
+
+        The end tokens of an adapter, and special tokens among the stop strings: no text shows them.
+        """
+        sampling = body.sampling_params(max_tokens, seed, self._defaults)
+        ends = [self._tokenizer.special_token_id(stop) for stop in sampling.stop]
+        if record is not None and not sampling.ignore_eos:
+            ends += record.text.eos_token_ids
+        more = tuple(token_id for token_id in ends if token_id is not None)
+        if not more:
+            return sampling
+        return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *more))
 
     async def _resolve(self, name: str) -> AdapterRecord | None:
         return None if name == self.base_model_name else await self.registry.find(name)

@@ -6,6 +6,7 @@ from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.whole_tensors import BaseModelTensors
 from slora_core.models.registry import load_model_config
+from slora_core.text.folder_text import BaseText
 
 
 def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:
@@ -23,3 +24,9 @@ def registry_rules(args: SLoRAArgs) -> AdapterRules:
         frozenset() if is_dummy else frozenset(names),
         None if is_dummy else BaseModelTensors(resolve_model(args.model)),
     )
+
+
+def base_text(args: SLoRAArgs) -> BaseText:
+    """What the registry compares an adapter's tokenizer files with."""
+    model_dir = resolve_model(args.model)
+    return BaseText(model_dir, load_model_config(model_dir).eos_token_ids)

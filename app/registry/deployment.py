@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from app import ray_private
 from app.args import SLoRAArgs
-from app.models.geometry import adapter_geometry, registry_rules
+from app.models.geometry import adapter_geometry, base_text, registry_rules
 from app.registry.client import NAMESPACE
 from app.registry.registry import AdapterRegistry, RegistrySnapshot
 from app.registry.state import AdapterRecord, StateFile
@@ -106,6 +106,7 @@ def _open_registry(args: SLoRAArgs, app_name: str) -> AdapterRegistry:
         ClusterState(app_name) if path is None else StateFile(Path(path)),
         {args.base_model_name},
         registry_rules(args),
+        base_text(args),
     )
     if args.adapters_dir is not None:
         registry.scan(args.adapters_dir)

@@ -8,6 +8,7 @@ from pathlib import Path
 from slora_core.adapters.peft_config import CONFIG_FILE
 from slora_core.adapters.peft_weights import WEIGHTS_FILE
 from slora_core.errors import AdapterNameError, AdapterPathError, UnsupportedPathError
+from slora_core.tokenizer_files import TEXT_FILES
 
 # What needs no escape in a URL's path or a shell's double quotes.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+=,~()-]{0,127}")
@@ -35,7 +36,7 @@ def check_name(name: str, reserved: Collection[str]) -> None:
 
 
 def confined_path(path: str | Path, roots: Sequence[Path]) -> Path:
-    """The real path of an adapter directory that lies, with its two files, in one of `roots`.
+    """The real path of an adapter directory that lies, with its files, in one of `roots`.
 
     `roots` are real paths; a relative path is looked up under each of them. The files of a snapshot
     in a hub cache under a root may lie among the blobs of the snapshot's own repository. Nothing is
@@ -84,7 +85,8 @@ def _all_inside(directory: Path, roots: Sequence[Path]) -> bool:
         return False
     repository = _hub_repository(directory)
     allowed = roots if repository is None else [*roots, repository / _BLOBS]
-    files = [os.path.realpath(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    names = (CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES)
+    files = [os.path.realpath(directory / name) for name in names]
     return all(_is_inside(Path(file), allowed) for file in files)
 
 

@@ -33,6 +33,8 @@ from slora_core.errors import (
     AdapterTooLargeError,
     SLoRAError,
 )
+from slora_core.text.adapter_text import AdapterText
+from slora_core.text.folder_text import BaseText, read_adapter_text
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +57,10 @@ class AdapterRegistry:
     An adapter must leave room for a request in an engine's pool of `num_pool_pages`; None is a
     pool that engines size when they start and tell by `report_pool`, and is not remembered.
     `allowed_roots` are the directories that adapters may come from. `reserved_names` cannot be
-    given to an adapter (the base model's name); `rules` are for its files. Every change raises
-    `revision` and is written to `store`, from which a new registry takes up where this one ended;
-    registrations whose files have changed since are checked again, and dropped with a warning if
-    that fails or if the pool is too small for them now.
+    given to an adapter (the base model's name); `rules` and `base_text` are for its files. Every
+    change raises `revision` and is written to `store`, from which a new registry takes up where
+    this one ended; registrations whose files have changed since are checked again, and dropped
+    with a warning if that fails or if the pool is too small for them now.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class AdapterRegistry:
         store: StateStore | None = None,
         reserved_names: Collection[str] = (),
         rules: AdapterRules | None = None,
+        base_text: BaseText | None = None,
     ) -> None:
         self._rules = rules
+        self._base_text = base_text
         self._geometry = geometry
         self._num_pool_pages = num_pool_pages
         self._roots = [Path(os.path.realpath(root)) for root in allowed_roots]
@@ -193,6 +197,10 @@ class AdapterRegistry:
         """Check an adapter's files; the version is given by `_register`."""
         summary = inspect_peft_adapter(directory, self._geometry, self._rules)
         self._check_size(name, summary.num_pages)
+        text = AdapterText()
+        warnings: tuple[str, ...] = ()
+        if self._base_text is not None:
+            text, warnings = read_adapter_text(directory, self._base_text)
         return AdapterRecord(
             name=name,
             adapter_id=summary.adapter_id,
@@ -202,7 +210,8 @@ class AdapterRegistry:
             num_pages=summary.num_pages,
             nbytes=summary.nbytes,
             loaded_at=time.time(),
-            warnings=summary.warnings,
+            warnings=(*summary.warnings, *warnings),
+            text=text,
         )
 
     def _register(self, record: AdapterRecord, stamp: FilesStamp) -> AdapterRecord:

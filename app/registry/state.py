@@ -17,12 +17,14 @@ from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_config import CONFIG_FILE
 from slora_core.adapters.peft_weights import WEIGHTS_FILE
 from slora_core.text.adapter_text import AdapterText
+from slora_core.tokenizer_files import TEXT_FILES
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 
-# Size, time and inode of an adapter's two files; None where one cannot be read.
+# Size, time and inode of an adapter's files; None where one of the two that it must have cannot be
+# read.
 FilesStamp = tuple[int, ...] | None
 
 
@@ -120,10 +122,12 @@ def geometry_key(geometry: AdapterGeometry) -> str:
 def files_stamp(directory: str | Path) -> FilesStamp:
     """A cheap sign of whether an adapter's files have changed."""
     stamp: list[int] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE, *TEXT_FILES):
         try:
             status = os.stat(Path(directory) / name)
         except OSError:
+            if name in TEXT_FILES:
+                continue
             return None
         stamp += [status.st_size, status.st_mtime_ns, status.st_ino]
     return tuple(stamp)

@@ -4,23 +4,26 @@ What the decoder does not implement is refused by name.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slora_core.errors import UnsupportedModelError
 from slora_core.models.config import LayerSpec, ModelConfig
 from slora_core.models.family import HFConfig, rms_norm_eps
+from slora_core.models.generation_defaults import GenerationDefaults, generation_defaults
 from slora_core.models.llama import LLAMA
 from slora_core.models.mistral import MISTRAL
 from slora_core.models.phi3 import PHI3
 from slora_core.models.qwen2 import QWEN2
 from slora_core.models.qwen3 import QWEN3
+from slora_core.tokenizer_files import GENERATION_FILE, TokenizerFiles, end_ids
 
 FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3)}
 
 
 def load_model_config(model_dir: Path) -> ModelConfig:
-    """Read `model_dir/config.json` and `generation_config.json` where there is one.
+    """Read `model_dir/config.json`, and what ends a text of its other files where there are any.
 
     Raises:
         UnsupportedModelError: no config or a damaged one, an unknown family, or an option that
@@ -29,15 +32,32 @@ def load_model_config(model_dir: Path) -> ModelConfig:
     path = model_dir / "config.json"
     if not path.is_file():
         raise UnsupportedModelError(f"{path} does not exist; a Hugging Face model directory has it")
-    generation_path = model_dir / "generation_config.json"
-    generation = _read_object(generation_path) if generation_path.is_file() else {}
-    return parse_model_config(_read_object(path), generation)
+    tokenizer_end = TokenizerFiles(model_dir).eos_token_id
+    return parse_model_config(_read_object(path), _generation_config(model_dir), tokenizer_end)
 
 
-def parse_model_config(config: HFConfig, generation: HFConfig) -> ModelConfig:
-    """Build a `ModelConfig` from the two JSON objects; raises as `load_model_config`."""
+def load_generation_defaults(model_dir: Path) -> GenerationDefaults:
+    """How the model's files want its tokens chosen; raises as `generation_defaults`."""
+    return generation_defaults(_generation_config(model_dir))
+
+
+def _generation_config(model_dir: Path) -> dict[str, Any]:
+    path = model_dir / GENERATION_FILE
+    return _read_object(path) if path.is_file() else {}
+
+
+def parse_model_config(
+    config: HFConfig, generation: HFConfig, tokenizer_end: int | None = None
+) -> ModelConfig:
+    """Build a `ModelConfig` from the two JSON objects; raises as `load_model_config`.
+
+    A text ends at what either of them says, and at the tokenizer's own end.
+    """
+    ends = [*end_ids(generation), *end_ids(config)]
+    if tokenizer_end is not None:
+        ends.append(tokenizer_end)
     try:
-        return _model_config(config, generation)
+        return _model_config(config, ends)
     except KeyError as error:
         raise UnsupportedModelError(f"the model's config.json lacks {error}") from None
 
@@ -52,7 +72,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _model_config(config: HFConfig, generation: HFConfig) -> ModelConfig:
+def _model_config(config: HFConfig, end_token_ids: Sequence[int]) -> ModelConfig:
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -71,7 +91,11 @@ def _model_config(config: HFConfig, generation: HFConfig) -> ModelConfig:
         max_position_embeddings=min([config["max_position_embeddings"], *windows]),
         rms_norm_eps=rms_norm_eps(config),
         tie_word_embeddings=config.get("tie_word_embeddings", False),
-        eos_token_ids=_eos_token_ids(config, generation),
+        eos_token_ids=tuple(
+            token_id
+            for token_id in dict.fromkeys((*end_token_ids, *end_ids(config)))
+            if token_id < config["vocab_size"]
+        ),
     )
 
 
@@ -91,10 +115,3 @@ def _refuse_unlike_the_decoder(layers: tuple[LayerSpec, ...]) -> None:
             raise UnsupportedModelError(
                 f"layer {index} has the activation {layer.mlp.activation!r}; the decoder has 'silu'"
             )
-
-
-def _eos_token_ids(config: HFConfig, generation: HFConfig) -> tuple[int, ...]:
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)

@@ -1,6 +1,6 @@
-"""What an adapter's folder says of text: which tokens end it, and its own chat template.
+"""What an adapter's folder says of text beside the base model's files: plain data.
 
-Plain data that travels with the adapter's registration; the ingress uses it.
+It travels with the adapter's registration; `folder_text` makes it, the ingress uses it.
 """
 
 from dataclasses import dataclass

@@ -5,8 +5,15 @@ ingress makes one for each and feeds it the engine's tokens.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from slora_core.text.incremental_decoder import IncrementalDecoder
+
+class TextDecoder(Protocol):
+    """Text of one request's tokens as they come, as of `incremental_decoder`."""
+
+    def push(self, token_ids: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
 
 
 class StopMatcher:
@@ -69,9 +76,7 @@ class Detokenizer:
         min_tokens: stop strings that its first so many tokens complete do not count.
     """
 
-    def __init__(
-        self, decoder: IncrementalDecoder, stop: Sequence[str] = (), min_tokens: int = 0
-    ) -> None:
+    def __init__(self, decoder: TextDecoder, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._decoder = decoder
         self._matcher = StopMatcher(stop)
         self._has_stop = bool(stop)

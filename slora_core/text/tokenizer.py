@@ -21,11 +21,13 @@ LONG_TEXT_CHARS = 8192
 class Tokenizer:
     """Encodes prompts and chats, decodes token ids; safe to call from several threads.
 
+    `chat_template` is Jinja source in place of the directory's.
+
     Raises:
         UnsupportedModelError: the directory has no tokenizer that the fast backend can run.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, chat_template: str | None = None) -> None:
         from transformers import AutoTokenizer
 
         try:
@@ -48,7 +50,7 @@ class Tokenizer:
             token.content: token_id for token_id, token in added.items() if token.special
         }
         self.special_ids = frozenset(self._special_tokens.values())
-        self.chat_template = ChatTemplate(hf_tokenizer)
+        self.chat_template = ChatTemplate(hf_tokenizer, chat_template)
 
     def encode(
         self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
@@ -77,10 +79,12 @@ class Tokenizer:
         messages: Sequence[dict[str, Any]],
         template_kwargs: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
+        template: str | None = None,
     ) -> list[int]:
         """Token ids of a chat, the model's answer about to begin.
 
-        `template_kwargs` are what the chat template sees beside the messages.
+        `template_kwargs` are what the chat template sees beside the messages; `template` is one in
+        place of the model's.
 
         Raises:
             InvalidRequestError: as `ChatTemplate.render`.
@@ -88,9 +92,11 @@ class Tokenizer:
         """
         num_chars = sum(len(str(message.get("content", ""))) for message in messages)
         if num_chars < LONG_TEXT_CHARS:
-            text = self.chat_template.render(messages, template_kwargs)
+            text = self.chat_template.render(messages, template_kwargs, template)
         else:
-            text = await asyncio.to_thread(self.chat_template.render, messages, template_kwargs)
+            text = await asyncio.to_thread(
+                self.chat_template.render, messages, template_kwargs, template
+            )
         return await self.encode_async(text, False, max_tokens)
 
     def decoder(self, prompt_ids: Sequence[int] = ()) -> IncrementalDecoder:

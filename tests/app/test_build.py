@@ -1,7 +1,7 @@
 import pytest
 
 from app.args import SLoRAArgs
-from app.build import build, with_absolute_paths
+from app.build import build, template_source, with_absolute_paths
 from app.http.server import model_limits
 from app.registry.client import REGISTRY_DEPLOYMENT
 from slora_core.errors import UnsupportedModelError
@@ -69,3 +69,14 @@ def test_limits_of_model_and_pool(model):
     record = make_record("a")
     rooms = [(None, None), (None, 6), (None, 4), (record, 4), (record, 2)]
     assert [limits.output_room(10, *room) for room in rooms] == [90, 86, 54, 22, 1]
+
+
+def test_a_chat_template_is_source_or_a_file_of_it(tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
+    assert template_source(str(file)) == template_source("{{ messages }}") == "{{ messages }}"
+    assert template_source(None) is None
+    with pytest.raises(ValueError, match="chat_template: cannot read .*nowhere: No such file"):
+        template_source(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="chat_template is not valid Jinja in line 1"):
+        template_source("{% if %}")

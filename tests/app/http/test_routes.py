@@ -22,6 +22,7 @@ from slora_core.errors import (
     InvalidAdapterError,
     InvalidRequestError,
 )
+from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
 from slora_core.text.tokenizer import Tokenizer
 from tests.app.api_errors import error_of
 from tests.app.fakes import FakeEngine, FakeRegistry, make_record
@@ -49,11 +50,14 @@ class Server:
         self.registry = FakeRegistry("sql", "json")
         self.is_ready = True
         self.max_body_bytes = 10_000
+        self.defaults = OPENAI_DEFAULTS
         self.tokenizer = tokenizer
 
     def make_app(self):
         view = RegistryView(self.registry)
-        service = CompletionService("base", "/base", LIMITS, self.tokenizer, view, self.engine)
+        service = CompletionService(
+            "base", "/base", LIMITS, self.tokenizer, view, self.engine, self.defaults
+        )
 
         async def is_ready():
             return self.is_ready
@@ -785,3 +789,24 @@ class TestAStreamThatWaits:
 
         server.engine.delay_s = 100.0
         run_in_virtual_time(run())
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_text(server):
+    server.complete(stop=["</s>", "x"], stop_token_ids=[7])
+    [request] = server.engine.requests
+    assert request.sampling.stop == ("</s>", "x")
+    assert request.sampling.stop_token_ids == (7, 2)
+
+
+def test_the_models_defaults_hold_where_a_request_is_silent(server):
+    server.defaults = GenerationDefaults(temperature=0.7, top_p=0.8, top_k=20, min_p=0.1)
+    server.complete()
+    server.chat(temperature=0, top_k=-1)
+    silent, given = (request.sampling for request in server.engine.requests)
+    assert (silent.temperature, silent.top_p, silent.top_k, silent.min_p) == (0.7, 0.8, 20, 0.1)
+    assert (given.temperature, given.top_p, given.top_k, given.min_p) == (0, 0.8, 0, 0.1)
+    for card in server.get("/v1/models").json()["data"]:
+        assert card["default_sampling"] == {
+            "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.1
+        }  # fmt: skip
+        assert card["eos_token_ids"] == [2]

@@ -110,18 +110,59 @@ def test_fields_that_may_be_missing_or_null() -> None:
     "generation,eos",
     [
         ({}, (128001, 128008, 128009)),
-        ({"eos_token_id": 7}, (7,)),
-        ({"eos_token_id": [7, 9]}, (7, 9)),
-        ({"eos_token_id": None}, ()),
+        ({"eos_token_id": 7}, (7, 128001, 128008, 128009)),
+        ({"eos_token_id": [7, 128009]}, (7, 128009, 128001, 128008)),
+        # What the model's own config says counts still.
+        ({"eos_token_id": None}, (128001, 128008, 128009)),
         ({"temperature": 0.6}, (128001, 128008, 128009)),
     ],
 )
-def test_generation_config_decides_the_end_of_sequence(
+def test_a_text_ends_at_what_either_config_says(
     tmp_path: Path, generation: dict, eos: tuple[int, ...]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_32_1B))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert load_model_config(tmp_path).eos_token_ids == eos
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "tokenizer_config.json": {
+                "eos_token": "<end>",
+                "added_tokens_decoder": {"77": {"content": "<end>"}},
+            }
+        },
+        {
+            "tokenizer_config.json": {"eos_token": {"content": "<end>"}},
+            "tokenizer.json": {"added_tokens": [{"id": 77, "content": "<end>"}]},
+        },
+        {
+            "special_tokens_map.json": {"eos_token": "<end>"},
+            "tokenizer.json": {"model": {"vocab": {"a": 0, "<end>": 77}}},
+        },
+        {
+            "tokenizer_config.json": {"eos_token": "b"},
+            "tokenizer.json": {
+                "model": {"vocab": [[f"t{i}", 0.0] for i in range(77)] + [["b", 0]]}
+            },
+        },
+    ],
+)
+def test_and_at_the_tokenizers_own_end(tmp_path: Path, files: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_32_1B))
+    for name, fields in files.items():
+        (tmp_path / name).write_text(json.dumps(fields))
+    assert load_model_config(tmp_path).eos_token_ids == (128001, 128008, 128009, 77)
+
+
+@pytest.mark.parametrize("broken", ["", "[", "[1]", '{"eos_token": 5}', '{"eos_token": "<end>"}'])
+def test_tokenizer_files_that_say_nothing_change_nothing(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_32_1B))
+    for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
+        (tmp_path / name).write_text(broken)
+    assert load_model_config(tmp_path).eos_token_ids == (128001, 128008, 128009)
 
 
 def test_biases() -> None:
