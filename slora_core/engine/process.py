@@ -208,7 +208,7 @@ class AsyncEngine:
 
     def _check_alive(self) -> None:
         if self._death is not None:
-            raise EngineDeadError(self._death)
+            raise EngineDeadError(self._death, was_running=False)
 
     def _send(self, message: object) -> None:
         if self._death is None and self._transport is not None:
