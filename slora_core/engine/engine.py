@@ -147,6 +147,9 @@ class Engine:
         """Capture one of the graphs that steps lacked, with nothing in flight; may take seconds.
 
         Where it fails, steps of its shape go on without one.
+
+        Raises:
+            torch.AcceleratorError: the device has failed with it.
         """
         assert not self._inflight
         shape = self.runner.late_graphs.next()
@@ -154,6 +157,7 @@ class Engine:
             self.runner.capture(self.builder.build_as([], shape))
         except Exception:
             logger.warning("no graph could be captured of %s", shape, exc_info=True)
+            self.runner.synchronize()
         else:
             logger.info("captured a graph that the start had not: %s", shape)
 

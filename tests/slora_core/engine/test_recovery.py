@@ -287,6 +287,27 @@ def test_where_nobody_can_be_blamed_the_engine_ends_and_names_the_step(engine: E
     assert engine.step_request_ids() == failed[-1]
 
 
+def test_a_step_that_fails_on_the_device_is_named(engine: Engine) -> None:
+    """Also where another was launched after it, which has none of its requests."""
+    first, second = (
+        Request([5, 6, 7], SamplingParams(max_tokens=1), request_id=name)
+        for name in ("first", "second")
+    )
+
+    class FailingHandle(StepHandle):
+        def token_ids(self) -> list[int]:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    engine._run = lambda plan: FailingHandle(torch.empty(0))  # type: ignore[method-assign]
+    engine.add_request(first)
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+        engine.add_request(second)
+        engine.step()
+    in_flight = ["first", "second"][: engine.config.max_inflight_steps]
+    assert engine.step_request_ids() == in_flight
+
+
 def test_who_comes_and_who_leaves_while_others_are_tried(engine: Engine) -> None:
     expected = run(engine, requests())
     fail_where(engine, is_poisoned)
