@@ -146,7 +146,7 @@ class Engine:
     def capture_late_graph(self) -> None:
         """Capture one of the graphs that steps lacked, with nothing in flight; may take seconds.
 
-        Where it fails, steps of its shape go on without one.
+        Where it fails, steps of its shape and of those still to be captured go on without one.
 
         Raises:
             torch.AcceleratorError: the device has failed with it.
@@ -156,7 +156,8 @@ class Engine:
         try:
             self.runner.capture(self.builder.build_as([], shape))
         except Exception:
-            logger.warning("no graph could be captured of %s", shape, exc_info=True)
+            logger.warning("no graph was captured of %s, and none will be", shape, exc_info=True)
+            self.runner.late_graphs.stop()
             self.runner.synchronize()
         else:
             logger.info("captured a graph that the start had not: %s", shape)
