@@ -95,7 +95,8 @@ class Engine:
         self._recovery = Recovery(self.scheduler)
         # Told, before a step is launched, the ids of requests that are computed for the first time.
         self.on_begin: Callable[[list[str]], None] = lambda request_ids: None
-        self._planned = StepPlan()
+        # The step planned last; None where that was begun and not done.
+        self._planned: StepPlan | None = StepPlan()
         # Launched and not committed, the oldest first.
         self._inflight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._num_finished = self._num_aborted = self._num_refused = self._num_steps = 0
@@ -134,6 +135,8 @@ class Engine:
 
     def step_request_ids(self) -> list[str]:
         """Requests of the steps that are launched, or were about to be."""
+        if self._planned is None:
+            return self.scheduler.running_ids()
         plans = [*(plan for plan, _ in self._inflight), self._planned]
         ids = (chunk.request.request_id for plan in plans for chunk in plan.chunks)
         return list(dict.fromkeys(ids))
@@ -304,6 +307,7 @@ class Engine:
         Raises:
             StepFailedError: what was planned did not run.
         """
+        self._planned = None
         plan = self._planned = self.scheduler.schedule()
         if plan.chunks:
             begun = [chunk.request for chunk in plan.chunks if not chunk.request.has_begun]
@@ -331,10 +335,9 @@ class Engine:
     def _commit(self) -> StepOutput:
         """Take the tokens of the oldest step in flight, waiting for them."""
         plan, handle = self._inflight[0]
-        # May raise what became of the step on the device, which is named then.
-        token_ids = handle.token_ids()
+        output = self.scheduler.commit(plan, handle.token_ids())
+        # Not before: what fails at it, on the device or here, is said to have failed in this step.
         self._inflight.popleft()
-        output = self.scheduler.commit(plan, token_ids)
         self._num_steps += 1
         self._num_output_tokens += len(output.token_ids)
         self._num_finished += len(output.endings)

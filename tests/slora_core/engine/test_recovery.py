@@ -19,7 +19,7 @@ from slora_core.errors import EngineFaultError, SLoRAError
 from slora_core.execution.step_handle import StepHandle
 from slora_core.models.registry import load_model_config
 from slora_core.models.weights import load_weights
-from slora_core.requests import FinishReason, Request, SamplingParams, StepPlan
+from slora_core.requests import FinishReason, Request, RequestState, SamplingParams, StepPlan
 from tests.factories import make_model, make_random_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -306,6 +306,25 @@ def test_a_step_that_fails_on_the_device_is_named(engine: Engine) -> None:
         engine.step()
     in_flight = ["first", "second"][: engine.config.max_inflight_steps]
     assert engine.step_request_ids() == in_flight
+
+
+def test_a_plan_that_fails_names_whom_it_was_about_to_start(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the requests of the plan before."""
+    engine.generate(requests()[:1])
+    compute = engine.scheduler._compute
+
+    def fail(plan: StepPlan, request: RequestState, end: int) -> None:
+        compute(plan, request, end)
+        assert request.request_id != "r2", "a defect of the scheduler"
+
+    monkeypatch.setattr(engine.scheduler, "_compute", fail)
+    for request in requests()[1:4]:
+        engine.add_request(request)
+    with pytest.raises(AssertionError, match="a defect"):
+        engine.step()
+    assert engine.step_request_ids() == ["r1", "r2"]
 
 
 def test_who_comes_and_who_leaves_while_others_are_tried(engine: Engine) -> None:
