@@ -97,9 +97,10 @@ class SLoRAArgs(BaseModel):
     # Ray sets OMP_NUM_THREADS to 1 in its workers, which would halve a CPU engine's speed.
     num_threads: int | None = Field(default=None, ge=1)
     # Seconds without a sign of life after which an engine is taken for hung and replaced, its
-    # requests ended with an error. Signs come between steps: longer than the longest step, which
-    # on a CPU is one of `max_batched_tokens` of a large model's prompts.
-    engine_stall_timeout_s: float = Field(default=60.0, ge=1.0)
+    # requests ended with an error. Signs come between steps, so it must be longer than the longest
+    # step. None: on CUDA 60, a hundred times that; on the CPU 600, since a step of 512 tokens of an
+    # 8B model takes minutes on a few cores.
+    engine_stall_timeout_s: float | None = Field(default=None, ge=1.0)
     # Processes that take HTTP requests; one serves some thousand tokens a second.
     num_ingress_replicas: int = Field(default=1, ge=1)
 
@@ -157,6 +158,11 @@ class SLoRAArgs(BaseModel):
     def num_ongoing_requests(self) -> int:
         """`max_ongoing_requests`, or the default."""
         return self.max_ongoing_requests or 4 * self.num_running_requests
+
+    @property
+    def stall_timeout_s(self) -> float:
+        """`engine_stall_timeout_s`, or the device's default."""
+        return self.engine_stall_timeout_s or (600.0 if self.device == "cpu" else 60.0)
 
     @property
     def base_model_name(self) -> str:

@@ -71,7 +71,10 @@ class StoreFullError(SLoRAError):
 
 
 class StoreGoneError(SLoRAError):
-    """The adapter store, or the one that gave a location, has ended; it is made anew in seconds."""
+    """The adapter store, or the one that gave a location, has ended; it is made anew in seconds.
+
+    Or its memory cannot be mapped at the moment: either way a new lease is needed.
+    """
 
 
 class UnsupportedModelError(SLoRAError):

@@ -20,7 +20,7 @@ class LeftRequests:
         self.num_ended_by_text = 0
 
     def left(self, request_id: str) -> None:
-        """The request was closed before the engine ended it."""
+        """The engine ended the request because it was left."""
         self._match(request_id, self._told, self._left)
 
     def ended_by_text(self, request_ids: Iterable[str]) -> None:

@@ -41,7 +41,8 @@ class EngineServer:
         self._replica_id = context.replica_id.unique_id
         # Before the engine, so that both start at once.
         store = StoreClient(args)
-        self._engine = AsyncEngine(engine_spec(args), gathering_interval(args))
+        self._left = LeftRequests()
+        self._engine = AsyncEngine(engine_spec(args), gathering_interval(args), self._left.left)
         started_at = time.monotonic()
         info = await self._engine.start()
         logger.info(
@@ -58,7 +59,6 @@ class EngineServer:
         await view.refresh()
         # No request should wait for the store's start.
         await store.stats()
-        self._left = LeftRequests()
         self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
 
@@ -77,15 +77,11 @@ class EngineServer:
             holding = nullcontext() if record is None else self._leases.hold(record)
             async with holding:
                 with self._engine.generate(request) as stream:
-                    try:
-                        async for delta in stream:
-                            if delta.error is not None:
-                                # Also for the lease, which may have to be replaced.
-                                raise delta.error
-                            yield delta
-                    finally:
-                        if not stream.has_ended:
-                            self._left.left(request.request_id)
+                    async for delta in stream:
+                        if delta.error is not None:
+                            # Also for the lease, which may have to be replaced.
+                            raise delta.error
+                        yield delta
         except EngineDeadError as error:
             told = EngineDeadError(str(error), self._replica_id, error.was_running)
             yield Delta(request.request_id, [], error=told)
@@ -98,7 +94,7 @@ class EngineServer:
     async def stats(self) -> dict[str, Any]:
         """The engine's counters, and which replica and process they are of."""
         stats = asdict(await self._engine.stats())
-        # The engine takes whoever is left for an abort.
+        # The engine counts whatever was left as aborted.
         stats["num_finished"] += self._left.num_ended_by_text
         stats["num_aborted"] -= self._left.num_ended_by_text
         identity = {
@@ -162,5 +158,5 @@ def engine_spec(args: SLoRAArgs) -> EngineSpec:
         load_format=args.load_format,
         engine=args.engine_config(),
         num_threads=num_threads,
-        stall_s=args.engine_stall_timeout_s,
+        stall_s=args.stall_timeout_s,
     )

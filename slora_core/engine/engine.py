@@ -11,19 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from slora_core.adapters.page_layout import AdapterGeometry, PackedAdapter
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.dtypes import torch_dtype
-from slora_core.engine.recovery import Recovery
-from slora_core.errors import (
-    AdapterNotFoundError,
-    AdapterTooLargeError,
-    InvalidRequestError,
-    SLoRAError,
-)
+from slora_core.engine.recovery import Recovery, StepFailedError
+from slora_core.engine.request_checks import check_request
+from slora_core.errors import AdapterNotFoundError, AdapterTooLargeError, SLoRAError
 from slora_core.execution.memory_profile import profile_num_pages
 from slora_core.execution.model_runner import ModelRunner
 from slora_core.execution.step_builder import StepBuilder
@@ -45,15 +39,6 @@ logger = logging.getLogger(__name__)
 
 # Slots are only table rows; more of them than pages could never be in use.
 MAX_ADAPTER_SLOTS = 4096
-
-
-class _StepFailedError(Exception):
-    """A planned step did not run: what else is on the device is as it was."""
-
-    def __init__(self, plan: StepPlan, error: Exception) -> None:
-        super().__init__(str(error))
-        self.plan = plan
-        self.error = error
 
 
 class Engine:
@@ -110,7 +95,8 @@ class Engine:
         self._recovery = Recovery(self.scheduler)
         # Told, before a step is launched, the ids of requests that are computed for the first time.
         self.on_begin: Callable[[list[str]], None] = lambda request_ids: None
-        self._planned = StepPlan()
+        # The step planned last; None where that was begun and not done.
+        self._planned: StepPlan | None = StepPlan()
         # Launched and not committed, the oldest first.
         self._inflight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._num_finished = self._num_aborted = self._num_refused = self._num_steps = 0
@@ -149,6 +135,8 @@ class Engine:
 
     def step_request_ids(self) -> list[str]:
         """Requests of the steps that are launched, or were about to be."""
+        if self._planned is None:
+            return self.scheduler.running_ids()
         plans = [*(plan for plan, _ in self._inflight), self._planned]
         ids = (chunk.request.request_id for plan in plans for chunk in plan.chunks)
         return list(dict.fromkeys(ids))
@@ -161,14 +149,19 @@ class Engine:
     def capture_late_graph(self) -> None:
         """Capture one of the graphs that steps lacked, with nothing in flight; may take seconds.
 
-        Where it fails, steps of its shape go on without one.
+        Where it fails, steps of its shape and of those still to be captured go on without one.
+
+        Raises:
+            torch.AcceleratorError: the device has failed with it.
         """
         assert not self._inflight
         shape = self.runner.late_graphs.next()
         try:
             self.runner.capture(self.builder.build_as([], shape))
         except Exception:
-            logger.warning("no graph could be captured of %s", shape, exc_info=True)
+            logger.warning("no graph was captured of %s, and none will be", shape, exc_info=True)
+            self.runner.late_graphs.stop()
+            self.runner.synchronize()
         else:
             logger.info("captured a graph that the start had not: %s", shape)
 
@@ -212,7 +205,9 @@ class Engine:
                 than the context or the pool holds.
             AdapterNotFoundError: its adapter was not added.
         """
-        self._validate(request)
+        check_request(request, self.model.vocab_size, self.config.context_len(self.model))
+        if request.adapter_id is not None and not self.has_adapter(request.adapter_id):
+            raise AdapterNotFoundError(f"no adapter {request.adapter_id!r} was added")
         state = RequestState(request)
         if self._recovery.is_going:
             self.scheduler.check_fits(state)
@@ -252,10 +247,13 @@ class Engine:
                 while self._inflight:
                     output.extend(self._commit())
                 plan = self._launch()
-        except _StepFailedError as failure:
+        except StepFailedError as failure:
+            # Its pages become others': nothing may write to them any more. Raises where it is the
+            # device that has failed.
+            self.runner.synchronize()
             while self._inflight:
                 output.extend(self._commit())
-            self._recovery.after_failure(failure.plan, failure.error)
+            self._recovery.after_failure(failure)
             plan, has_failed = StepPlan(), True
         refused = self.scheduler.take_refused()
         self._num_refused += len(refused)
@@ -307,8 +305,9 @@ class Engine:
         """Plan a step, and launch it if anything can run.
 
         Raises:
-            _StepFailedError: what was planned did not run; the device is as usable as before.
+            StepFailedError: what was planned did not run.
         """
+        self._planned = None
         plan = self._planned = self.scheduler.schedule()
         if plan.chunks:
             begun = [chunk.request for chunk in plan.chunks if not chunk.request.has_begun]
@@ -316,62 +315,30 @@ class Engine:
                 request.has_begun = True
             if begun:
                 self.on_begin([request.request_id for request in begun])
-            try:
-                handle = self._run(plan)
-            except torch.AcceleratorError:
-                # Whatever comes after it on this device fails too.
-                raise
-            except Exception as error:
-                raise _StepFailedError(plan, error) from error
-            self._inflight.append((plan, handle))
+            self._inflight.append((plan, self._run(plan)))
         return plan
 
     def _run(self, plan: StepPlan) -> StepHandle:
-        """Copy the adapters that a plan asks for, and start its step."""
-        for load in plan.adapter_loads:
-            adapter = self._host_copies[load.adapter_id]
-            self.builder.shapes.adapter_loaded(load.slot, adapter.layout)
-            self.runner.load_adapter(load, adapter)
-        return self.runner.run(self.builder.build(plan.chunks))
+        """Copy the adapters that a plan asks for, and start its step; raises as `_launch`."""
+        copying: str | None = None
+        try:
+            for load in plan.adapter_loads:
+                copying = load.adapter_id
+                adapter = self._host_copies[copying]
+                self.builder.shapes.adapter_loaded(load.slot, adapter.layout)
+                self.runner.load_adapter(load, adapter)
+            copying = None
+            return self.runner.run(self.builder.build(plan.chunks))
+        except Exception as error:
+            raise StepFailedError(plan, error, copying) from error
 
     def _commit(self) -> StepOutput:
         """Take the tokens of the oldest step in flight, waiting for them."""
-        plan, handle = self._inflight.popleft()
+        plan, handle = self._inflight[0]
         output = self.scheduler.commit(plan, handle.token_ids())
+        # Not before: what fails at it, on the device or here, is said to have failed in this step.
+        self._inflight.popleft()
         self._num_steps += 1
         self._num_output_tokens += len(output.token_ids)
         self._num_finished += len(output.endings)
         return output
-
-    def _validate(self, request: Request) -> None:
-        if not request.prompt_ids:
-            raise InvalidRequestError(
-                "the prompt is empty; it must have at least one token", "prompt"
-            )
-        self._check_token_ids(request.prompt_ids, "the prompt")
-        max_tokens = request.sampling.max_tokens
-        if request.output_ids:
-            self._check_token_ids(request.output_ids, "the answer so far")
-            if len(request.output_ids) >= max_tokens:
-                raise InvalidRequestError(
-                    f"the answer so far has {len(request.output_ids)} tokens and max_tokens is "
-                    f"{max_tokens}: nothing is left to generate",
-                    "max_tokens",
-                )
-        context = self.config.context_len(self.model)
-        if len(request.prompt_ids) + max_tokens > context:
-            raise InvalidRequestError(
-                f"the prompt's {len(request.prompt_ids)} tokens and max_tokens "
-                f"{max_tokens} exceed the context of {context} tokens",
-                "max_tokens",
-            )
-        if request.adapter_id is not None and request.adapter_id not in self._host_copies:
-            raise AdapterNotFoundError(f"no adapter {request.adapter_id!r} was added")
-
-    def _check_token_ids(self, token_ids: Sequence[int], where: str) -> None:
-        vocab_size = self.model.vocab_size
-        for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(
-                    f"{where} has token id {token_id}; ids are in [0, {vocab_size})", "prompt"
-                )

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -37,13 +38,13 @@ from slora_core.engine.protocol import (
     receive_message,
     send_message,
 )
-from slora_core.errors import EngineFaultError, SLoRAError
+from slora_core.errors import EngineFaultError, SLoRAError, StoreGoneError
 from slora_core.requests import FinishReason, Request, StepOutput
 
 logger = logging.getLogger(__name__)
 
-# Seconds without messages after which an engine without work does what it put off, and how long
-# each piece of it may take: kernels may have to be compiled.
+# Seconds without work after which an engine does what it put off, and how long each piece of it
+# may take: libraries may have to be set up.
 IDLE_S = 0.5
 CAPTURE_S = 120.0
 
@@ -63,6 +64,7 @@ class EngineLoop:
         # Why adapters that requests may name could not be added.
         self._unusable: dict[str | None, SLoRAError] = {}
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._worked_at = time.monotonic()
         threading.Thread(target=self._read, name="engine-inbox", daemon=True).start()
 
     def run(self) -> None:
@@ -71,13 +73,14 @@ class EngineLoop:
             self.run_once()
 
     def run_once(self) -> None:
-        """Handle the messages that are there, then step, or capture a graph while nothing comes."""
+        """Handle the messages that are there, then step, or capture a graph after a while idle."""
         self._handle_messages(block=not self._engine.has_work)
         if self._engine.has_work:
             output = self._engine.step()
             if output:
                 self._send(output)
-        elif self._engine.has_late_graphs and self._inbox.empty():
+            self._worked_at = time.monotonic()
+        elif self._engine.has_late_graphs and time.monotonic() >= self._worked_at + IDLE_S:
             self._send(Busy(CAPTURE_S, "it captures a CUDA graph"))
             self._engine.capture_late_graph()
 
@@ -132,8 +135,14 @@ class EngineLoop:
                 self._engine.add_adapter(self._slabs.open(location))
             except SLoRAError as error:
                 self._unusable[adapter_id] = error
+            except (OSError, MemoryError) as error:
+                # For want of memory or descriptors, which may be there for a lease anew.
+                logger.exception("adapter %s cannot be mapped", adapter_id)
+                self._unusable[adapter_id] = StoreGoneError(
+                    f"the engine cannot map the adapter's memory: {error}"
+                )
             except Exception as error:
-                # Such as no memory for the mapping: a matter of this adapter's requests alone.
+                # A matter of this adapter's requests alone.
                 logger.exception("adapter %s cannot be used", adapter_id)
                 self._unusable[adapter_id] = EngineFaultError(
                     f"the engine cannot use the adapter's pages: {error!r}"
@@ -207,12 +216,18 @@ def main() -> None:
         return
     except Exception as error:
         logger.exception("the engine process ends")
-        reason = str(error) if isinstance(error, SLoRAError) else traceback.format_exc()
-        request_ids = () if engine is None else tuple(engine.step_request_ids())
-        if request_ids:
-            logger.error("the requests of its step: %s", ", ".join(request_ids))
-        send_message(connection, Failed(reason, request_ids))
+        send_message(connection, _failed(error, engine))
         sys.exit(1)
+
+
+def _failed(error: Exception, engine: Engine | None) -> Failed:
+    """What the owner is told of the end; after a start clients are, too, and get no traceback."""
+    if engine is None:
+        return Failed(str(error) if isinstance(error, SLoRAError) else traceback.format_exc())
+    request_ids = tuple(engine.step_request_ids())
+    if request_ids:
+        logger.error("the requests of its step: %s", ", ".join(request_ids))
+    return Failed(f"the engine ended, since it failed: {error!r}", request_ids)
 
 
 def _default_threads(device: str) -> int:

@@ -61,10 +61,15 @@ class AsyncEngine:
 
     Args:
         interval_s: for how long tokens gather in a stream, seconds, by the number of streams.
+        on_left: told the id of each request that the engine aborted because its stream was left;
+            not of one that had ended by then.
     """
 
     def __init__(
-        self, spec: EngineSpec, interval_s: Callable[[int], float] = lambda num_streams: 0.0
+        self,
+        spec: EngineSpec,
+        interval_s: Callable[[int], float] = lambda num_streams: 0.0,
+        on_left: Callable[[str], None] = lambda request_id: None,
     ) -> None:
         self._spec = spec
         self._process: subprocess.Popen[bytes] | None = None
@@ -73,7 +78,7 @@ class AsyncEngine:
         self._transport: asyncio.Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: asyncio.Future[EngineInfo] | None = None
-        self._streams = DeltaStreams(interval_s, self.abort)
+        self._streams = DeltaStreams(interval_s, self.abort, on_left)
         self._calls: dict[int, asyncio.Future[object]] = {}
         self._call_ids = itertools.count()
         self._watchdog: Watchdog | None = None
@@ -208,7 +213,7 @@ class AsyncEngine:
 
     def _check_alive(self) -> None:
         if self._death is not None:
-            raise EngineDeadError(self._death)
+            raise EngineDeadError(self._death, was_running=False)
 
     def _send(self, message: object) -> None:
         if self._death is None and self._transport is not None:

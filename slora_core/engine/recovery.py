@@ -1,8 +1,9 @@
 """Finds which request a failed step is to be blamed on, so that it alone is refused.
 
-After a failure every request starts anew, one after another: a step that fails then, with one
-newcomer among requests that have just been through a step, is the newcomer's fault. Texts do not
-change by it, since random numbers depend on seed and index alone. Where nobody can be blamed the
+An adapter that cannot be copied costs the requests that name it. After any other failure every
+request starts anew, one after another: a step that fails then, with one newcomer among requests
+that have just been through a step, is the newcomer's fault. Texts do not change by it, since random
+numbers depend on seed and index alone. Where nobody can be blamed, or step after step fails, the
 engine has to end. Knows the scheduler; `Engine` tells it of steps.
 """
 
@@ -18,6 +19,20 @@ logger = logging.getLogger(__name__)
 # Steps without a failure after which one that nobody was blamed for is forgotten.
 FORGET_AFTER_STEPS = 1000
 
+# Failures with no step that ran between them, of which more are no request's fault. So many bad
+# requests at once cost their engine its life, and are refused by their client after the second.
+MAX_FAILURES_IN_A_ROW = 5
+
+
+class StepFailedError(Exception):
+    """A planned step did not run. `adapter_id` is of the adapter whose copy failed, if one did."""
+
+    def __init__(self, plan: StepPlan, error: Exception, adapter_id: str | None) -> None:
+        super().__init__(str(error))
+        self.plan = plan
+        self.error = error
+        self.adapter_id = adapter_id
+
 
 class Recovery:
     """Requests that wait to be tried, and the one that is: no other starts meanwhile."""
@@ -30,6 +45,8 @@ class Recovery:
         self._num_tokens = 0
         # Steps left in which a failure is no second chance any more.
         self._num_steps_left = 0
+        self._has_just_failed = False
+        self._num_in_a_row = 0
 
     def __len__(self) -> int:
         """Requests that are not tried yet."""
@@ -52,6 +69,9 @@ class Recovery:
 
     def before_step(self) -> None:
         """Let the next request start where the one on trial has passed."""
+        if not self._has_just_failed:
+            self._num_in_a_row = 0
+        self._has_just_failed = False
         newcomer = self._newcomer
         is_on_trial = newcomer is not None and not newcomer.ended
         if newcomer is not None and is_on_trial and len(newcomer.output_ids) == self._num_tokens:
@@ -64,26 +84,52 @@ class Recovery:
         elif self._num_steps_left:
             self._num_steps_left -= 1
 
-    def after_failure(self, plan: StepPlan, error: Exception) -> None:
+    def after_failure(self, failure: StepFailedError) -> None:
         """A step failed before it ran, and no other is in flight.
 
         Raises:
-            Exception: `error`, where nobody could be blamed for the failure before this one either.
+            Exception: the step's own, where nobody could be blamed for the failure before this one
+                either, or where step after step fails.
         """
-        self._scheduler.abandon(plan)
+        self._scheduler.abandon(failure.plan)
+        self._has_just_failed = True
+        self._num_in_a_row += 1
+        if self._num_in_a_row > MAX_FAILURES_IN_A_ROW:
+            raise failure.error
         newcomer, self._newcomer = self._newcomer, None
-        if newcomer is not None and any(chunk.request is newcomer for chunk in plan.chunks):
-            logger.error("request %s is refused", newcomer.request_id, exc_info=error)
-            fault = EngineFaultError(
-                f"the engine failed when it computed this request, and not others: {error!r}"
+        was_going = newcomer is not None or bool(self._untried)
+        waiting = [*self._scheduler.take_waiting(), *self._untried.values()]
+        self._untried.clear()
+        is_on_trial = any(chunk.request is newcomer for chunk in failure.plan.chunks)
+        if failure.adapter_id is not None:
+            blamed = [r for r in waiting if r.adapter_id == failure.adapter_id]
+            reason = f"the engine cannot copy the adapter to its device: {failure.error!r}"
+        elif is_on_trial:
+            blamed = [r for r in waiting if r is newcomer]
+            reason = (
+                "the engine failed when it computed this request, and not others: "
+                f"{failure.error!r}"
             )
-            self._scheduler.refuse(newcomer.request_id, fault)
-            self._num_steps_left = 0
-        elif self._num_steps_left:
-            raise error
         else:
-            self._num_steps_left = FORGET_AFTER_STEPS
-            names = ", ".join(chunk.request.request_id for chunk in plan.chunks)
-            logger.error("a step failed; its requests are tried again: %s", names, exc_info=error)
-        again = {request.request_id: request for request in self._scheduler.take_waiting()}
-        self._untried = OrderedDict(again | self._untried)
+            blamed, reason = [], ""
+            self._give_second_chance(failure)
+        if is_on_trial:
+            self._num_steps_left = 0
+        for request in waiting:
+            if request in blamed:
+                logger.error("request %s is refused", request.request_id, exc_info=failure.error)
+                self._scheduler.add(request)
+                self._scheduler.refuse(request.request_id, EngineFaultError(reason))
+            elif was_going or failure.adapter_id is None:
+                self._untried[request.request_id] = request
+            else:
+                self._scheduler.add(request)
+
+    def _give_second_chance(self, failure: StepFailedError) -> None:
+        if self._num_steps_left:
+            raise failure.error
+        self._num_steps_left = FORGET_AFTER_STEPS
+        names = ", ".join(chunk.request.request_id for chunk in failure.plan.chunks)
+        logger.error(
+            "a step failed; its requests are tried again: %s", names, exc_info=failure.error
+        )

@@ -91,11 +91,18 @@ class DeltaStreams:
     Args:
         interval_s: seconds for which tokens gather, by the number of open streams.
         abort: called with the id of a request whose stream is closed before its end.
+        on_left: called with that id once the engine has aborted it, had it not ended before.
     """
 
-    def __init__(self, interval_s: Callable[[int], float], abort: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        interval_s: Callable[[int], float],
+        abort: Callable[[str], None],
+        on_left: Callable[[str], None],
+    ) -> None:
         self._interval_s = interval_s
         self._abort = abort
+        self._on_left = on_left
         self._streams: dict[str, DeltaStream] = {}
         # Those with tokens that wait for the timer.
         self._gathering: list[DeltaStream] = []
@@ -126,6 +133,8 @@ class DeltaStreams:
             stream = streams.get(request_id)
             if stream is not None:
                 stream.end(ending)
+            elif ending is FinishReason.ABORT:
+                self._on_left(request_id)
         if self._gathering and self._timer is None:
             # From the last time on: where a step takes longer than that, nothing waits.
             loop = asyncio.get_running_loop()

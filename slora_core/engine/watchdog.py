@@ -37,11 +37,12 @@ class Watchdog:
         self._watching = asyncio.create_task(self._watch())
 
     def heard(self) -> None:
-        """The engine sent something."""
+        """The engine sent something, which also ends what it had announced."""
         self._num_silent_looks = 0
+        self._quiet_until = 0.0
 
     def announced(self, seconds: float, reason: str) -> None:
-        """The engine said that it may be silent for so long."""
+        """The engine said that it may be silent for so long, or until it is heard again."""
         logger.info("the engine is busy, for up to %.0f s: %s", seconds, reason)
         self._quiet_until = self._loop.time() + seconds
 

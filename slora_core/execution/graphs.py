@@ -59,8 +59,13 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads may register memory meanwhile.
         capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-        with _without_garbage_collection(), capture:
-            forward(inputs, None)
+        stream = torch.cuda.current_stream(self._device)
+        try:
+            with _without_garbage_collection(), capture:
+                forward(inputs, None)
+        finally:
+            # Where the capture itself cannot be ended, torch leaves its own stream the current one.
+            torch.cuda.set_stream(stream)
         self._graphs[shape] = _Graph(graph, inputs)
 
     def replay(self, shape: StepShape, fields: IntFields) -> torch.Tensor:

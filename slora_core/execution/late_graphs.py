@@ -13,7 +13,7 @@ MAX_LATE_GRAPHS = 64
 
 
 class LateGraphs:
-    """Each shape is given out once: one whose capture fails is not tried again."""
+    """Each shape is given out once."""
 
     def __init__(self, max_graphs: int = MAX_LATE_GRAPHS) -> None:
         self._max_graphs = max_graphs
@@ -29,6 +29,11 @@ class LateGraphs:
         if shape not in self._known and len(self._known) < self._max_graphs:
             self._known.add(shape)
             self._waiting.append(shape)
+
+    def stop(self) -> None:
+        """Give out no more: a capture failed, and left less memory or worse to the next ones."""
+        self._max_graphs = 0
+        self._waiting.clear()
 
     def next(self) -> StepShape:
         """The shape to capture, the first that was wanted."""

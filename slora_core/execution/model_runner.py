@@ -113,6 +113,15 @@ class ModelRunner:
         """Launch every kernel that the step launches, each once."""
         self._forward(inputs.fields.to(self._device), inputs.shape, num_layers=1)
 
+    def synchronize(self) -> None:
+        """Wait for all steps and copies that were started.
+
+        Raises:
+            torch.AcceleratorError: the device has failed, and does for whatever comes.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def num_graphs(self) -> int:
         return 0 if self._graphs is None else len(self._graphs)
 

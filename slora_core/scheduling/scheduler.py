@@ -76,6 +76,10 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    def running_ids(self) -> list[str]:
+        """Of requests that hold pages, in the order of their admission."""
+        return [request.request_id for request in self._running]
+
     @property
     def num_cached_prompt_tokens(self) -> int:
         return self._running.num_cached_prompt_tokens

@@ -24,6 +24,7 @@ def test_defaults_are_the_demo():
         ({"spill_factor": 0.5}, "spill_factor"),
         ({"flush_interval_s": -1}, "flush_interval_s"),
         ({"max_pieces_per_s": 0}, "max_pieces_per_s"),
+        ({"engine_stall_timeout_s": 0}, "engine_stall_timeout_s"),
         ({"store_capacity_bytes": 2**20, "store_extent_bytes": 2**21}, "store_extent_bytes"),
         ({"served_model_name": ""}, "served_model_name"),
     ],
@@ -58,7 +59,9 @@ def test_a_gpu_has_defaults_of_its_own():
     config = gpu.engine_config()
     assert config.num_pool_tokens is None and config.memory_utilization == 0.5
     assert (config.max_batched_tokens, config.max_running_requests) == (8192, 256)
-    assert gpu.num_ongoing_requests == 1024
+    assert (gpu.num_ongoing_requests, gpu.stall_timeout_s) == (1024, 60)
+    assert SLoRAArgs().stall_timeout_s == 600
+    assert SLoRAArgs(engine_stall_timeout_s=5).stall_timeout_s == 5
     cpu = SLoRAArgs().engine_config()
     assert (cpu.num_pages, cpu.max_batched_tokens, cpu.max_running_requests) == (1536, 512, 64)
     assert SLoRAArgs(max_running_requests=10, max_ongoing_requests=5).num_ongoing_requests == 5

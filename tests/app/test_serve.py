@@ -35,6 +35,8 @@ pytestmark = pytest.mark.serve
 
 NUM_REPLICAS = 2
 SPILL_QUEUE_LEN = 4
+# Far more than a step of the tiny model takes, also on a busy machine.
+STALL_TIMEOUT_S = 6
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,7 @@ def app(ray_cluster, tmp_path_factory):
         num_replicas=NUM_REPLICAS,
         spill_queue_len=SPILL_QUEUE_LEN,
         max_body_bytes=2**20,
+        engine_stall_timeout_s=STALL_TIMEOUT_S,
         registry_state_path=str(root / "registry.json"),
     ) as app:
         yield app
@@ -476,13 +479,21 @@ def test_load_while_serving(app):
     assert statuses == {200}
 
 
-@pytest.mark.parametrize("victim", ["engine_pid", "replica_pid"])
-def test_a_killed_process_fails_its_streams_and_the_service_recovers(app, victim):
+@pytest.mark.parametrize(
+    ("victim", "end"),
+    [
+        ("engine_pid", signal.SIGKILL),
+        ("replica_pid", signal.SIGKILL),
+        # It hangs: it neither computes nor ends.
+        ("engine_pid", signal.SIGSTOP),
+    ],
+)
+def test_a_dead_or_hung_process_fails_its_streams_and_the_service_recovers(app, victim, end):
     with app.stream() as response:
         lines = response.iter_lines()
         next(lines)
         [busy] = [stats for stats in app.stats() if stats["num_running"]]
-        os.kill(busy[victim], signal.SIGKILL)
+        os.kill(busy[victim], end)
         rest = [line for line in lines if line]
     error = json.loads(rest[-1].removeprefix("data: "))["error"]
     assert (error["type"], error["code"]) == ("ServiceUnavailableError", 503)

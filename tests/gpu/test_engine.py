@@ -16,6 +16,8 @@ from slora_core.engine.engine import Engine
 from slora_core.errors import UnsupportedModelError
 from slora_core.execution import step_shapes
 from slora_core.execution.int_fields import IntFields
+from slora_core.execution.memory_profile import _costliest_sampling, _sampling_bytes
+from slora_core.execution.sampler import SamplingBatch, sample
 from slora_core.execution.step_handle import StepHandle
 from slora_core.execution.step_inputs import StepInputs, StepShape
 from slora_core.models.registry import load_model_config
@@ -177,20 +179,6 @@ def test_sixty_adapters_loaded_again_and_again(make_engine, model_dir: Path, tmp
     assert engine.stats().num_adapter_loads > 2 * len(paths)
 
 
-def test_a_rank_without_graphs_is_captured_when_it_is_first_used(make_engine) -> None:
-    entries = make_entries(4, seed=9, kinds=("rank100-all",))
-    # With a prefix cache the second time would take other, smaller steps.
-    engine = make_engine(prefix_caching=False)
-    graphs = engine.runner._graphs
-    before = len(graphs)
-    assert {s.lora.max_rank for s in graphs._graphs if s.lora is not None} == {16, 32, 64}
-    texts = engine.generate(entries)
-    captured = len(graphs)
-    assert captured > before
-    assert engine.generate(entries) == texts == make_engine(cuda_graphs=False).generate(entries)
-    assert len(graphs) == captured, "the second time they were there"
-
-
 def test_seeds_sample_the_same_text_eagerly_in_graphs_and_on_the_cpu(make_engine) -> None:
     entries = make_entries(10, temperature=0.8, top_k=40, top_p=0.9, seed=7)
     texts = [
@@ -214,6 +202,26 @@ def test_the_pool_takes_what_memory_leaves(model_dir: Path) -> None:
     assert list(engine.startup_s) == ["weights", "profile", "pool", "kernels", "graphs"]
     [text] = engine.generate([Request([5, 6, 7], SamplingParams(ignore_eos=True))])
     assert len(text) == 16
+
+
+def test_sampling_takes_no_more_than_the_profile_reserves(model_dir: Path) -> None:
+    rows, vocab = 256, 32_000
+    model = replace(load_model_config(model_dir), vocab_size=vocab)
+    config = EngineConfig(device="cuda", dtype="bfloat16", max_running_requests=rows)
+    logits = torch.randn(rows, vocab, device="cuda")
+    reserved = _sampling_bytes(model, config)
+    # Twice the rows have twice the logits; what else there is a block takes, whatever the rows.
+    twice = _sampling_bytes(model, replace(config, max_running_requests=2 * rows))
+    assert reserved > 2 * logits.nbytes and twice - reserved < 1.1 * logits.nbytes
+    for num_filtered in (0, 100, rows):
+        sampling = replace(_costliest_sampling(rows), filtered_rows=list(range(num_filtered)))
+        batch = SamplingBatch.of(sampling, logits.device)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        sample(logits, batch)
+        taken = torch.cuda.max_memory_allocated() - before
+        assert logits.nbytes + taken <= reserved * 1.01
 
 
 def test_no_memory_left_for_the_pool(model_dir: Path) -> None:

@@ -15,7 +15,7 @@ from slora_core.adapters.page_layout import plan_layout
 from slora_core.adapters.slab_format import AdapterLocation, ExtentId
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
-from slora_core.engine.main import EngineLoop
+from slora_core.engine.main import EngineLoop, _failed
 from slora_core.engine.protocol import (
     AbortRequest,
     AddAdapter,
@@ -52,6 +52,10 @@ pytestmark = [
 
 SAMPLING = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 ERROR = OverloadedError("too late")
+
+
+def ignore(request_id: str) -> None:
+    """For ids that nobody wants to know here."""
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +148,7 @@ def test_a_request_refused_after_it_was_queued_reaches_the_client(
     """One that runs and one that waits, beside one that goes on."""
 
     async def main() -> dict[str, list[Delta]]:
-        streams = DeltaStreams(lambda num_streams: 0.0, lambda request_id: None)
+        streams = DeltaStreams(lambda num_streams: 0.0, ignore, ignore)
         opened = {name: streams.open(name) for name in ("running", "waiting", "other")}
         owner.send(*map(_request, opened))
         owner.loop.run_once()
@@ -214,6 +218,15 @@ def test_an_abort_is_told_once_and_only_of_what_is_there(owner: Owner, engine: E
     assert _told(owner.received()) == {"r": FinishReason.ABORT}
 
 
+def test_an_end_is_told_without_a_traceback_once_clients_hear_of_it(engine: Engine) -> None:
+    engine.add_request(_request("a"))
+    engine.step()
+    failed = _failed(MemoryError("no memory"), engine)
+    assert failed.reason == "the engine ended, since it failed: MemoryError('no memory')"
+    assert failed.request_ids == ("a",)
+    assert _failed(InvalidRequestError("why"), None).reason == "why"
+
+
 def test_each_request_is_named_once_before_its_first_step(owner: Owner, engine: Engine) -> None:
     owner.send(_request("a"), _request("b"))
     owner.loop.run_once()
@@ -247,7 +260,8 @@ def test_a_defect_at_one_message_costs_the_others_nothing(
         messages += owner.received()
     told = _told(messages)
     assert "Cannot allocate memory" in str(told["a"]) and "a defect" in str(told["bad"])
-    assert isinstance(told["a"], EngineFaultError) and isinstance(told["bad"], EngineFaultError)
+    # Of the former a new lease is tried.
+    assert isinstance(told["a"], StoreGoneError) and isinstance(told["bad"], EngineFaultError)
     assert told["c"] is FinishReason.LENGTH
     engine.check_integrity()
 
@@ -258,14 +272,17 @@ def test_an_idle_loop_captures_what_steps_lacked_and_says_so(
     wanted = [1, 2]
     monkeypatch.setattr(Engine, "has_late_graphs", property(lambda engine: bool(wanted)))
     monkeypatch.setattr(engine, "capture_late_graph", wanted.pop)
-    monkeypatch.setattr("slora_core.engine.main.IDLE_S", 0.01)
-    # Nothing is put off while there is work.
+    monkeypatch.setattr("slora_core.engine.main.IDLE_S", 1000.0)
     owner.send(_request("a"))
     owner.loop.run_once()
-    assert len(wanted) == 2
     while engine.has_work:
         owner.loop.run_once()
+    # Nor just after work, be it that messages come.
+    owner.send()
+    owner.loop.run_once()
+    assert len(wanted) == 2
     owner.received()
+    monkeypatch.setattr("slora_core.engine.main.IDLE_S", 0.01)
     owner.loop.run_once()
     owner.loop.run_once()
     assert wanted == []

@@ -264,8 +264,10 @@ def test_killed_engine_fails_its_requests_and_later_ones(model_dir: Path) -> Non
         assert isinstance(deltas[-1].error, EngineDeadError)
         assert not any(delta.is_last for delta in deltas[:-1])
         assert not engine.is_alive()
-        with pytest.raises(EngineDeadError):
+        assert deltas[-1].error.was_running
+        with pytest.raises(EngineDeadError) as caught:
             engine.generate(Request(PROMPT, GREEDY))
+        assert caught.value.was_running is False
         with pytest.raises(EngineDeadError):
             await engine.stats()
         engine.close()

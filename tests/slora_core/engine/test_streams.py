@@ -18,7 +18,8 @@ class World:
 
     def __init__(self, interval_s: Callable[[int], float]) -> None:
         self.aborted: list[str] = []
-        self.streams = DeltaStreams(interval_s, self.aborted.append)
+        self.left: list[str] = []
+        self.streams = DeltaStreams(interval_s, self.aborted.append, self.left.append)
         self.now = 100.0
         # Of timers that are set: when, and what they call.
         self.timers: list[tuple[float, Callable[[], object]]] = []
@@ -204,7 +205,9 @@ def test_nothing_is_lost_and_only_the_last_finishes(
     num_tokens: int, interval_s: float, pause_s: float
 ) -> None:
     async def main() -> list[Delta]:
-        streams = DeltaStreams(lambda num_streams: interval_s, lambda request_id: None)
+        def ignore(request_id: str) -> None: ...
+
+        streams = DeltaStreams(lambda num_streams: interval_s, ignore, ignore)
 
         async def feed() -> None:
             for token in range(num_tokens):
@@ -324,14 +327,28 @@ def test_closing_early_aborts(leave: Callable[[DeltaStream], Awaitable[None]]) -
         assert world.aborted == ["r"] and len(world.streams) == 0
         # What comes still, of it or of ids that were never open, is nobody's.
         world.step({"r": 2, "unknown": 3}, r=FinishReason.ABORT)
-        assert world.timers == []
+        assert world.timers == [] and world.left == ["r"]
         # Its id is free.
         with world.streams.open("r") as again:
             world.step({"r": 4}, r=LENGTH)
             assert await due(again) == [Delta("r", [4], LENGTH)]
-        assert world.aborted == ["r"]
+        assert world.aborted == world.left == ["r"]
 
     asyncio.run(main())
+
+
+@on_loop
+async def test_a_request_that_ended_before_its_abort_was_not_left() -> None:
+    """Its end was on the way, or waited for the reader, when the stream was closed."""
+    world = await World.make()
+    for is_told_before in (False, True):
+        with world.streams.open("r"):
+            world.step({"r": 1})
+            if is_told_before:
+                world.step({"r": 2}, r=LENGTH)
+        if not is_told_before:
+            world.step({"r": 2}, r=LENGTH)
+    assert world.aborted == ["r", "r"] and world.left == []
 
 
 @on_loop
@@ -353,7 +370,7 @@ async def test_an_abort_by_id_ends_a_stream_that_is_read_on() -> None:
         world.step({"r": 1})
         world.step({}, r=FinishReason.ABORT)
         assert await due(stream) == [Delta("r", [1], FinishReason.ABORT)]
-    assert world.aborted == []
+    assert world.aborted == world.left == []
 
 
 @on_loop

@@ -67,6 +67,19 @@ def test_what_was_announced_does_not_count() -> None:
     run_in_virtual_time(main())
 
 
+def test_what_was_announced_ends_with_the_next_message() -> None:
+    async def main() -> None:
+        engine = Engine()
+        engine.hangs = True
+        engine.watchdog.announced(1000.0, "it captures a graph")
+        await asyncio.sleep(5.0)
+        engine.watchdog.heard()
+        await asyncio.sleep(2 * STALL_S)
+        assert len(engine.stalls) == 1
+
+    run_in_virtual_time(main())
+
+
 def test_any_message_is_a_sign() -> None:
     async def main() -> None:
         engine = Engine()

@@ -76,7 +76,7 @@ def test_a_step_without_its_graph_runs_and_is_captured_later(
     assert [shape.num_rows for shape in graphs.captured] == [16, 1]
 
 
-def test_a_capture_that_fails_is_told_and_not_tried_again(
+def test_a_capture_that_fails_is_told_and_the_last(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     graphs = engine.runner._graphs
@@ -84,8 +84,8 @@ def test_a_capture_that_fails_is_told_and_not_tried_again(
     graphs.fails = True
     tokens = _generate(engine)
     with caplog.at_level(logging.WARNING):
-        while engine.has_late_graphs:
-            engine.capture_late_graph()
-    assert caplog.text.count("no graph could be captured of StepShape") == 2
+        engine.capture_late_graph()
+    assert "no graph was captured of StepShape" in caplog.text
+    assert not engine.has_late_graphs
     assert _generate(engine) == tokens
     assert not engine.has_late_graphs
