@@ -66,6 +66,11 @@ class SLoRAArgs(BaseModel):
     max_batched_tokens: int | None = Field(default=None, ge=1)
     # Requests computed in one step; None: 64 on the CPU, 256 on CUDA.
     max_running_requests: int | None = Field(default=None, ge=1)
+    # Share of a step's prompt tokens, from 0 to below 1, that the oldest prompt leaves to those
+    # behind it while any wait, the shortest first. 0.5 keeps short prompts from waiting for a long
+    # one, which takes at most 1 / (1 - 0.5) = 2 times as many steps as alone; 0 is first come,
+    # first served.
+    shared_prefill_fraction: float = Field(default=0.5, ge=0.0, lt=1.0)
     # Prompt + output, tokens; None: the model's own limit.
     max_model_len: int | None = Field(default=None, ge=2)
     # Keep the KV of past requests, while there is room, for later ones of the same adapter that
@@ -190,6 +195,7 @@ class SLoRAArgs(BaseModel):
             memory_utilization=self.memory_utilization,
             max_batched_tokens=self.max_batched_tokens or (512 if on_cpu else 8192),
             max_running_requests=self.num_running_requests,
+            shared_prefill_fraction=self.shared_prefill_fraction,
             max_model_len=self.max_model_len,
             admission_output_tokens=self.admission_output_tokens,
             prefix_caching=self.prefix_caching,

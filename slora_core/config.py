@@ -20,7 +20,8 @@ class EngineConfig:
     """Settings of one engine.
 
     Raises:
-        ValueError: a size below 1, a pool of less than one page, or an unknown dtype.
+        ValueError: a size below 1, a share out of its range, a pool of less than one page, or an
+            unknown dtype.
     """
 
     # Device of weights and pool: "cpu" or "cuda".
@@ -40,6 +41,11 @@ class EngineConfig:
     max_batched_tokens: int = 512
     # Requests computed in one step.
     max_running_requests: int = 64
+    # Share, from 0 to below 1, of a step's prompt tokens that the oldest prompt leaves to those
+    # behind it while any wait, the shortest first. Beside them a long prompt takes up to
+    # 1 / (1 - share) times as many steps as alone: 0.5 bounds that by 2, and gives short ones as
+    # much. 0 is first come, first served.
+    shared_prefill_fraction: float = 0.5
     # Prompt + output, tokens; None takes the model's own limit.
     max_model_len: int | None = None
     # Output tokens a request is assumed to produce when it is admitted (never more than its
@@ -73,6 +79,11 @@ class EngineConfig:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.max_inflight_steps not in (1, 2):
             raise ValueError(f"max_inflight_steps is {self.max_inflight_steps}; it must be 1 or 2")
+        if not 0.0 <= self.shared_prefill_fraction < 1.0:
+            raise ValueError(
+                f"shared_prefill_fraction is {self.shared_prefill_fraction}; it must be at least 0 "
+                "and below 1"
+            )
         if not 0.0 < self.memory_utilization <= 1.0:
             raise ValueError(
                 f"memory_utilization is {self.memory_utilization}; it must be above 0 and at most 1"

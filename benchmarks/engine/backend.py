@@ -16,6 +16,7 @@ from benchmarks.engine.check import check_logits
 from benchmarks.engine.driver import EngineDriver
 from benchmarks.engine.dummy_adapters import DummyAdapters
 from benchmarks.engine.figures import Figures
+from benchmarks.engine.long_prompt import behind_long_prompt
 from benchmarks.engine.rows import decode_rows, prefill_rows, spread_rows, trace_rows
 from benchmarks.engine.workloads import SETTINGS, SHAPES, STANDARD, WIDE, WIDE_KEPT
 from slora_core.config import EngineConfig
@@ -109,6 +110,10 @@ def prefix(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
             yield {"requests": requests, "batch": args.streams, "prefix_len": length, **row}
 
 
+def long_prompt(driver: EngineDriver, args: argparse.Namespace) -> Iterator[Figures]:
+    yield behind_long_prompt(driver, args.streams, args.prompt_len, args.long_prompt_len)
+
+
 WORKLOADS: dict[str, Callable[[EngineDriver, argparse.Namespace], Iterator[Figures]]] = {
     "decode": decode,
     "sync-free": sync_free,
@@ -119,6 +124,7 @@ WORKLOADS: dict[str, Callable[[EngineDriver, argparse.Namespace], Iterator[Figur
     "online": online,
     "cold": cold,
     "prefix": prefix,
+    "long-prompt": long_prompt,
 }
 
 
@@ -143,6 +149,7 @@ class EngineBackend:
             max_batched_tokens=args.max_batched_tokens,
             max_running_requests=args.max_running_requests,
             max_inflight_steps=1 if args.device == "cpu" else 2,
+            shared_prefill_fraction=args.shared_prefill_fraction,
             admission_output_tokens=args.admission_output_tokens,
             prefix_caching="prefix" in args.workloads,
         )

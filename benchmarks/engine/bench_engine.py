@@ -21,6 +21,7 @@ from benchmarks.engine.peft_backend import PeftBackend
 from benchmarks.engine.vllm_backend import VllmBackend
 from benchmarks.engine.workloads import SETTINGS, SHAPES
 from benchmarks.report import add_output_option, make_row, publish
+from slora_core.config import EngineConfig
 
 
 class Backend(Protocol):
@@ -80,6 +81,12 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     ours.add_argument("--check", action="store_true", help="logits against transformers first")
     ours.add_argument("--num-pool-tokens", type=_count, help="default: what the memory leaves")
     ours.add_argument(
+        "--shared-prefill-fraction",
+        type=_fraction,
+        default=EngineConfig.shared_prefill_fraction,
+        help="of a step's prompt tokens, left to prompts behind the oldest; 0: first come",
+    )
+    ours.add_argument(
         "--admission-output-tokens", type=_count, help="output assumed of a request; its own if not"
     )
 
@@ -109,6 +116,9 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--num-spread", type=_count, default=2000, help="requests, each its adapter")
     sizes.add_argument("--rate", type=_rate, help="of online; default: 70%% of its throughput")
     sizes.add_argument("--num-cold", type=_count, default=20, help="adapters loaded when idle")
+    sizes.add_argument(
+        "--long-prompt-len", type=_count, default=3072, help="before --streams of --prompt-len"
+    )
     sizes.add_argument("--load-tokens", type=_count, default=512, help="of streams beside loads")
     sizes.add_argument("--load-rate", type=_rate, default=20.0, help="adapters loaded a second")
 
@@ -155,6 +165,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 0 and below 1")
     return value
 
 

@@ -63,14 +63,21 @@ class PrefixCache:
     def idle_page_ids(self) -> list[int]:
         return [page.page_id for page in self._pages.values() if not page.num_users]
 
-    def match(self, adapter_id: str | None, token_ids: Sequence[int]) -> list[PrefixPage]:
+    def match(
+        self, adapter_id: str | None, token_ids: Sequence[int], after: int | None = None
+    ) -> list[PrefixPage]:
         """The longest run of pages for the tokens, all but the last two at most.
 
         One token more than sampling needs is left to compute: the first step of a request then is
         a prefill, which may bring any number of pages, and never a decode.
+
+        Args:
+            after: id of the page here that has the tokens before; None where these are the first.
         """
         found: list[PrefixPage] = []
-        node: PrefixRoot | PrefixPage | None = self._roots.get(adapter_id)
+        node = self._roots.get(adapter_id) if after is None else self._pages[after]
+        if isinstance(node, PrefixPage) and node.detached:
+            return found
         size = self._page_tokens
         for start in range(0, len(token_ids) - size - 1, size):
             page = node.children.get(tuple(token_ids[start : start + size])) if node else None
@@ -95,6 +102,13 @@ class PrefixCache:
             self.num_shared_pages += not page.num_sharers
             page.num_sharers += 1
         return [page.page_id for page in pages]
+
+    def share(self, page_ids: Sequence[int]) -> None:
+        """Count pages that a request computed as ones that it found, as those behind them are."""
+        for page_id in page_ids:
+            page = self._pages[page_id]
+            self.num_shared_pages += not page.num_sharers
+            page.num_sharers += 1
 
     def extend(
         self,

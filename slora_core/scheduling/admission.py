@@ -19,11 +19,11 @@ from slora_core.scheduling.running_set import RunningSet
 _RETRY_STEPS = 8
 
 
-def expected_total_tokens(request: RequestState, config: EngineConfig) -> int:
+def expected_total_tokens(request: RequestState, config: EngineConfig, num_planned: int = 0) -> int:
     """Prompt + output tokens the request is assumed to reach.
 
     Its max_tokens where nothing can stop it before. Else at least its min_tokens and one more than
-    it has, pending ones included, unless those are its max_tokens.
+    it has, pending ones and `num_planned` more included, unless those are its max_tokens.
     """
     limit, sampling = request.max_total_tokens, request.sampling
     runs_on = sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
@@ -31,7 +31,7 @@ def expected_total_tokens(request: RequestState, config: EngineConfig) -> int:
         return limit
     num_output = max(config.admission_output_tokens, sampling.min_tokens)
     expected = len(request.prompt_ids) + num_output
-    return min(limit, max(expected, request.num_tokens + 1))
+    return min(limit, max(expected, request.num_tokens + num_planned + 1))
 
 
 class PeakEstimate:
@@ -47,8 +47,9 @@ class PeakEstimate:
         # (remaining tokens negated, tokens on pages of its own), ascending.
         self._lengths = sorted(self._length(r, r.num_matched_pages) for r in requests)
 
-    def add(self, request: RequestState) -> None:
-        insort(self._lengths, self._length(request, request.num_matched_pages))
+    def add(self, request: RequestState, num_planned: int = 0) -> None:
+        """One more request, which has `num_planned` tokens more once this step is planned."""
+        insort(self._lengths, self._length(request, request.num_matched_pages, num_planned))
 
     def pages(self, candidate: RequestState | None = None, num_matched_pages: int = 0) -> int:
         """The peak, with a candidate beside the requests where one is given.
@@ -69,10 +70,13 @@ class PeakEstimate:
                 peak = rounded_up
         return peak // page_tokens
 
-    def _length(self, request: RequestState, num_matched_pages: int) -> tuple[int, int]:
-        num_tokens = request.num_tokens
+    def _length(
+        self, request: RequestState, num_matched_pages: int, num_planned: int = 0
+    ) -> tuple[int, int]:
+        num_tokens = request.num_tokens + num_planned
         num_own = num_tokens - num_matched_pages * self._config.page_tokens
-        return num_tokens - expected_total_tokens(request, self._config), num_own
+        expected = expected_total_tokens(request, self._config, num_planned)
+        return num_tokens - expected, num_own
 
 
 class Admission:
@@ -104,6 +108,10 @@ class Admission:
         self._estimate = None
         self._postponed_steps -= 1
 
+    def estimate_anew(self) -> None:
+        """Forget what was estimated: a running request found pages that others have computed."""
+        self._estimate = None
+
     def fits(self, request: RequestState) -> bool:
         """Whether the request may start beside what runs, with what `started` in this step."""
         attempt = request, self._running.num_released
@@ -113,13 +121,15 @@ class Admission:
             self._estimate = PeakEstimate(self._running, self._config)
         if self._has_room(request, self._estimate):
             return True
-        self._postponed, self._postponed_steps = attempt, _RETRY_STEPS
+        # What a prompt computes may be found by others, each step anew.
+        if not any(running.num_uncomputed > 1 for running in self._running):
+            self._postponed, self._postponed_steps = attempt, _RETRY_STEPS
         return False
 
     def started(self, request: RequestState) -> None:
-        """The request runs from this step on."""
+        """The request runs from this step on, in which it may sample its first token."""
         assert self._estimate is not None
-        self._estimate.add(request)
+        self._estimate.add(request, 1)
 
     def _has_room(self, request: RequestState, estimate: PeakEstimate) -> bool:
         new_pinned = 0

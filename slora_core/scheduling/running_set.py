@@ -1,6 +1,7 @@
 """The requests that hold pages, a place in the device's tables and an adapter.
 
-Owns when they give them back. The scheduler decides who starts, grows and leaves.
+Owns how they get them and when they give them back. The scheduler and its prefill planner decide
+who starts, grows and leaves.
 """
 
 from collections import Counter
@@ -8,9 +9,10 @@ from collections.abc import Iterable, Iterator
 
 from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
-from slora_core.memory.page_pool import PagePool, pages_for
+from slora_core.memory.eviction import EvictionQueue
+from slora_core.memory.page_pool import PageOwner, PagePool, pages_for
 from slora_core.memory.prefix_cache import PrefixCache
-from slora_core.requests import AdapterLoad, RequestState
+from slora_core.requests import AdapterLoad, RequestState, StepPlan
 
 
 class RunningSet:
@@ -24,11 +26,14 @@ class RunningSet:
         self,
         config: EngineConfig,
         pool: PagePool,
+        queue: EvictionQueue,
         residency: AdapterResidency,
         prefixes: PrefixCache,
     ) -> None:
         self._config = config
+        self._page_tokens = config.page_tokens
         self._pool = pool
+        self._queue = queue
         self._residency = residency
         self._prefixes = prefixes
         self._running: dict[str, RequestState] = {}
@@ -37,7 +42,7 @@ class RunningSet:
         self._free_table_idxs = list(range(config.max_running_requests - 1, -1, -1))
         # How often a request gave back what it held.
         self.num_released = 0
-        # Tokens of prompts that started, found in the prefix cache; not of ones computed anew.
+        # Tokens of prompts found in the prefix cache; not of ones computed anew.
         self.num_cached_prompt_tokens = 0
 
     def __len__(self) -> int:
@@ -73,13 +78,7 @@ class RunningSet:
         Returns the copy that is due where its adapter was not resident.
         """
         # Held before the adapter asks for room, which may evict what is idle.
-        tokens = request.token_ids(0, request.num_tokens)
-        request.page_ids = self._prefixes.acquire(self._prefixes.match(request.adapter_id, tokens))
-        request.num_prefix_pages = request.num_matched_pages = len(request.page_ids)
-        request.num_computed = len(request.page_ids) * self._config.page_tokens
-        if not request.num_preemptions:
-            request.num_cached_tokens = min(request.num_computed, len(request.prompt_ids))
-            self.num_cached_prompt_tokens += request.num_computed
+        self.find_prefix(request)
         load = None
         if request.adapter_id is not None:
             request.adapter_slot, load = self._residency.acquire(
@@ -89,20 +88,65 @@ class RunningSet:
         self._running[request.request_id] = request
         return load
 
-    def computed(self, request: RequestState) -> None:
-        """Let later requests, of this step too, find what the step just planned computes.
+    def find_prefix(self, request: RequestState) -> bool:
+        """Take the pages that the prefix cache has of a prompt from where it is computed on.
 
-        A step writes the KV of all its rows before any row reads it.
+        Nothing is found where that is not the end of a page that others can find too: then it goes
+        on with pages of its own. What it computed before counts as found from now on.
         """
-        known = len(request.prompt_ids) + len(request.output_ids)
-        num_tokens = min(request.num_computed, known)
-        if num_tokens // self._config.page_tokens > request.num_prefix_pages:
-            request.num_prefix_pages = self._prefixes.extend(
-                request.adapter_id,
-                request.token_ids(0, num_tokens),
-                request.page_ids,
-                request.num_prefix_pages,
-            )
+        held = request.num_prefix_pages
+        if len(request.page_ids) != held or request.num_computed != held * self._page_tokens:
+            return False
+        tokens = request.token_ids(request.num_computed, request.num_tokens)
+        last_page = request.page_ids[-1] if held else None
+        found = self._prefixes.match(request.adapter_id, tokens, last_page)
+        if not found:
+            return False
+        self._prefixes.share(request.page_ids[request.num_matched_pages :])
+        request.page_ids += self._prefixes.acquire(found)
+        request.num_prefix_pages = request.num_matched_pages = len(request.page_ids)
+        request.num_computed = len(request.page_ids) * self._page_tokens
+        if not request.num_preemptions:
+            num_found = len(found) * self._page_tokens
+            self.num_cached_prompt_tokens += num_found
+            request.num_cached_tokens += min(num_found, len(request.prompt_ids))
+        return True
+
+    def awaits(self, request: RequestState, other: RequestState) -> bool:
+        """Whether `other` is about to compute the page that `request` will then find."""
+        if not self._config.prefix_caching or request.adapter_id != other.adapter_id:
+            return False
+        held = len(request.page_ids)
+        start, end = held * self._page_tokens, (held + 1) * self._page_tokens
+        # As the cache matches, a prompt computes its last two tokens itself.
+        if request.num_computed != start or end > request.num_tokens - 2:
+            return False
+        return (
+            other.num_computed < end <= other.num_tokens
+            and other.page_ids[:held] == request.page_ids
+            and other.token_ids(start, end) == request.token_ids(start, end)
+        )
+
+    def cover(self, request: RequestState, num_tokens: int) -> int:
+        """Give a request pages for `num_tokens` tokens, or as many as are free or idle.
+
+        Returns for how many of them it has pages.
+        """
+        missing = pages_for(num_tokens, self._page_tokens) - len(request.page_ids)
+        if missing > 0:
+            self._queue.make_room(missing)
+            num_pages = min(missing, self._pool.num_free)
+            request.page_ids += self._pool.allocate(num_pages, PageOwner.KV)
+        return min(num_tokens, len(request.page_ids) * self._page_tokens)
+
+    def compute(self, plan: StepPlan, request: RequestState, end: int) -> None:
+        """Plan the request's tokens up to `end`, and take them for computed from here on."""
+        chunk = plan.add(request, end)
+        request.num_computed = end
+        request.num_inflight += 1
+        request.num_pending += chunk.samples
+        if not chunk.is_decode:
+            self._computed(request)
 
     def end(self, request: RequestState) -> None:
         """Take a request out that will not go on."""
@@ -144,14 +188,29 @@ class RunningSet:
         table_idxs = sorted([*self._free_table_idxs, *(request.table_idx for request in holding)])
         assert table_idxs == list(range(self._config.max_running_requests))
         for request in holding:
-            computed = pages_for(request.num_computed, self._config.page_tokens)
+            computed = pages_for(request.num_computed, self._page_tokens)
             assert len(request.page_ids) >= computed >= request.num_prefix_pages
             assert request.num_prefix_pages >= request.num_matched_pages
             assert request.num_pending <= request.num_inflight <= num_inflight
         assert all(request.ended and request.num_inflight for request in self._draining)
 
+    def _computed(self, request: RequestState) -> None:
+        """Let later requests, of this step too, find what the step just planned computes.
+
+        A step writes the KV of all its rows before any row reads it.
+        """
+        known = len(request.prompt_ids) + len(request.output_ids)
+        num_tokens = min(request.num_computed, known)
+        if num_tokens // self._page_tokens > request.num_prefix_pages:
+            request.num_prefix_pages = self._prefixes.extend(
+                request.adapter_id,
+                request.token_ids(0, num_tokens),
+                request.page_ids,
+                request.num_prefix_pages,
+            )
+
     def _release(self, request: RequestState) -> None:
-        self.computed(request)
+        self._computed(request)
         self._prefixes.release(
             request.page_ids, request.num_prefix_pages, request.num_matched_pages
         )

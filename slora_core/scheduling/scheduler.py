@@ -1,6 +1,7 @@
-"""Decides what each step computes: admission, chunked prefill, preemption, finishing.
+"""Decides what each step computes: decodes, prompts beside them, preemption, finishing.
 
-Owns the running set and every KV page; which request starts next is the waiting queue's to say.
+Owns the running set and every KV page; which request starts next is the waiting queue's to say,
+and the prefill planner divides what a step has for prompts.
 Never touches tensors: it returns a `StepPlan` and is told the sampled tokens by `commit`. Called by
 the engine only, which may plan and launch a step before it commits the ones before.
 """
@@ -11,10 +12,12 @@ from slora_core.adapters.residency import AdapterResidency
 from slora_core.config import EngineConfig
 from slora_core.errors import InvalidRequestError, SLoRAError
 from slora_core.memory.eviction import EvictionQueue
-from slora_core.memory.page_pool import PageOwner, PagePool, pages_for
+from slora_core.memory.page_pool import PagePool, pages_for
 from slora_core.memory.prefix_cache import PrefixCache
 from slora_core.requests import FinishReason, RequestState, StepOutput, StepPlan
 from slora_core.scheduling.admission import Admission
+from slora_core.scheduling.prefill_budget import oldest_share
+from slora_core.scheduling.prefill_planner import PrefillPlanner
 from slora_core.scheduling.running_set import RunningSet
 from slora_core.scheduling.waiting_queue import WaitingQueue
 
@@ -22,10 +25,11 @@ from slora_core.scheduling.waiting_queue import WaitingQueue
 class Scheduler:
     """Continuous batching under a token budget.
 
-    Running requests are kept in the order they were admitted. Decodes go first, then prefill
-    chunks of running requests, then the head of the waiting queue. Where pages run out, idle
-    adapters and prefixes are evicted, then the youngest running request is preempted: it starts
-    anew later. The oldest running request is never preempted, so every step makes progress.
+    Running requests are kept in the order they were admitted. Decodes go first, then prompts,
+    between which the prefill planner divides what is left. Where pages run out, idle adapters and
+    prefixes are evicted, then, for a decode or the oldest prompt, the youngest running request is
+    preempted: it starts anew later. The oldest running request is never preempted, so every step
+    makes progress.
 
     A step is in flight from `schedule` to `commit`, in that order for all steps. What a request
     holds is given back only when no step in flight has a chunk of it: one that ends earlier drains,
@@ -54,13 +58,15 @@ class Scheduler:
         self._adapter_pages = adapter_pages
         self._eos_token_ids = frozenset(eos_token_ids)
         self._waiting = waiting
-        self._running = RunningSet(config, pool, residency, prefixes)
+        self._running = RunningSet(config, pool, queue, residency, prefixes)
         # Waiting and running ones.
         self._requests: dict[str, RequestState] = {}
         # Refused since they were queued, and not told yet.
         self._refused: dict[str, SLoRAError] = {}
         self._num_inflight = 0
-        self._admission = Admission(config, pool, residency, prefixes, self._running, adapter_pages)
+        admission = Admission(config, pool, residency, prefixes, self._running, adapter_pages)
+        self._admission = admission
+        self._prefills = PrefillPlanner(config, self._running, waiting, admission, adapter_pages)
         self.num_preemptions = 0
 
     @property
@@ -135,9 +141,13 @@ class Scheduler:
         included, are committed.
         """
         plan = StepPlan()
-        budget = self._schedule_decodes(plan, self._config.max_batched_tokens)
-        budget = self._schedule_prefills(plan, budget)
-        self._admit(plan, budget)
+        self._admission.begin_step()
+        decodes, oldest = self._grow_running(plan)
+        for request in decodes:
+            self._running.compute(plan, request, request.num_tokens)
+        if not plan.blocked:
+            budget = self._config.max_batched_tokens - len(decodes)
+            self._prefills.schedule(plan, budget, oldest)
         plan.sort()
         self._num_inflight += bool(plan.chunks)
         return plan
@@ -206,75 +216,45 @@ class Scheduler:
             assert not request.num_computed and not request.num_inflight
         assert len(self._requests) == len(self._waiting) + len(self._running)
 
-    def _schedule_decodes(self, plan: StepPlan, budget: int) -> int:
-        """One token of every running request that has just one to compute; returns what is left.
+    def _grow_running(self, plan: StepPlan) -> tuple[list[RequestState], RequestState | None]:
+        """Give running requests pages for what they compute in this step, oldest first.
 
-        All of them or, where the plan is blocked, none: a step of a few costs nearly as much as
-        one of all. Pages that some got by then are theirs in the next step.
+        Returns those that decode, and the oldest one within its prompt, which has pages for its
+        share of the step's prompt tokens. All that decode or, where one finds no pages before the
+        steps in flight are committed, none: a step of a few costs nearly as much as one of all.
+        Pages that some got by then are theirs in the next step.
         """
         decodes: list[RequestState] = []
+        oldest = None
         for request in self._running:
-            if len(decodes) == budget:
-                break
             # One preempted by an older request in this loop has left the running set.
-            if request.num_uncomputed != 1 or request.awaits_last_token or request.table_idx < 0:
+            if request.table_idx < 0 or request.awaits_last_token:
                 continue
-            if self._grow(plan, request, request.num_tokens):
-                decodes.append(request)
-            elif plan.blocked:
-                return 0
-        for request in decodes:
-            self._compute(plan, request, request.num_tokens)
-        return budget - len(decodes)
+            if request.num_uncomputed > 1:
+                if oldest is None:
+                    oldest = request
+                    self._grow(plan, request, self._end_of_share(request))
+            elif len(decodes) < self._config.max_batched_tokens:
+                if self._grow(plan, request, request.num_tokens):
+                    decodes.append(request)
+                elif plan.blocked:
+                    return [], None
+        return decodes, oldest if oldest is not None and oldest.table_idx >= 0 else None
 
-    def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
-        """A chunk of every running request that has more to compute, within the budget."""
-        if budget == 0:
-            return 0
-        for request in [r for r in self._running if r.num_uncomputed > 1]:
-            end = request.num_computed + min(budget, request.num_uncomputed)
-            if budget and request.table_idx >= 0 and self._grow(plan, request, end):
-                budget -= end - request.num_computed
-                self._compute(plan, request, end)
-        return 0 if plan.blocked else budget
-
-    def _admit(self, plan: StepPlan, budget: int) -> None:
-        """Start waiting requests, in the queue's order, while each fits to its expected end."""
-        self._admission.begin_step()
-        while budget and not self._running.is_full:
-            request = self._waiting.head()
-            if request is None or not self._admission.fits(request):
-                return
-            self._waiting.remove(request)
-            adapter_id = request.adapter_id
-            num_pages = 0 if adapter_id is None else self._adapter_pages(adapter_id)
-            load = self._running.start(request, num_pages)
-            if load is not None:
-                plan.adapter_loads.append(load)
-            num_uncomputed = min(budget, request.num_uncomputed)
-            end = request.num_computed + num_uncomputed
-            grown = self._grow(plan, request, end)
-            assert grown, "`fits` counted the pages"
-            self._compute(plan, request, end)
-            self._admission.started(request)
-            budget -= num_uncomputed
-
-    def _compute(self, plan: StepPlan, request: RequestState, end: int) -> None:
-        """Plan the request's tokens up to `end`, and take them for computed from here on."""
-        chunk = plan.add(request, end)
-        request.num_computed = end
-        request.num_inflight += 1
-        request.num_pending += chunk.samples
-        if not chunk.is_decode:
-            self._running.computed(request)
+    def _end_of_share(self, request: RequestState) -> int:
+        """Up to where this step computes the oldest prompt, whoever else wants tokens."""
+        self._running.find_prefix(request)
+        num_decodes = sum(r.num_uncomputed == 1 and not r.awaits_last_token for r in self._running)
+        budget = max(0, self._config.max_batched_tokens - num_decodes)
+        share = oldest_share(budget, self._config.shared_prefill_fraction)
+        return request.num_computed + min(share, request.num_uncomputed)
 
     def _grow(self, plan: StepPlan, request: RequestState, num_tokens: int) -> bool:
         """Make the block table cover `num_tokens`, evicting and preempting where it must.
 
         The youngest running requests are preempted, at last `request` itself (False). Requests
-        are planned oldest first and only the youngest can be within its prompt, so none that is
-        in the step's plan already is preempted. While steps are in flight the plan is marked as
-        blocked instead (False).
+        grow oldest first and before any is in the step's plan, so none that is in it is preempted.
+        While steps in flight hold what is missing the plan is marked as blocked instead (False).
         """
         missing = pages_for(num_tokens, self._config.page_tokens) - len(request.page_ids)
         if missing <= 0:
@@ -292,7 +272,7 @@ class Scheduler:
                 return False
             # Its full pages are a prefix now, and its adapter may be idle.
             self._queue.make_room(missing)
-        request.page_ids += self._pool.allocate(missing, PageOwner.KV)
+        self._running.cover(request, num_tokens)
         return True
 
     def _finish_reason(self, request: RequestState, token_id: int) -> FinishReason | None:

@@ -28,7 +28,8 @@ class WaitingQueue(Protocol):
         """The request to start next, which stays here; None where nothing waits.
 
         While it does not fit nothing else is started, so a policy that would pass it over must
-        name another one.
+        name another one. Which of the prompts that have started are computed first is not its to
+        say: a long one may start some steps before its turn.
         """
 
     def remove(self, request: RequestState) -> None:

@@ -23,6 +23,8 @@ def test_defaults_are_the_demo():
         ({"device": "cuda"}, "gpus_per_replica"),
         ({"spill_factor": 0.5}, "spill_factor"),
         ({"flush_interval_s": -1}, "flush_interval_s"),
+        ({"shared_prefill_fraction": 1}, "shared_prefill_fraction"),
+        ({"shared_prefill_fraction": -0.1}, "shared_prefill_fraction"),
         ({"max_pieces_per_s": 0}, "max_pieces_per_s"),
         ({"engine_stall_timeout_s": 0}, "engine_stall_timeout_s"),
         ({"store_capacity_bytes": 2**20, "store_extent_bytes": 2**21}, "store_extent_bytes"),
@@ -64,6 +66,8 @@ def test_a_gpu_has_defaults_of_its_own():
     assert SLoRAArgs(engine_stall_timeout_s=5).stall_timeout_s == 5
     cpu = SLoRAArgs().engine_config()
     assert (cpu.num_pages, cpu.max_batched_tokens, cpu.max_running_requests) == (1536, 512, 64)
+    assert cpu.shared_prefill_fraction == config.shared_prefill_fraction == 0.5
+    assert SLoRAArgs(shared_prefill_fraction=0).engine_config().shared_prefill_fraction == 0
     assert SLoRAArgs(max_running_requests=10, max_ongoing_requests=5).num_ongoing_requests == 5
 
 

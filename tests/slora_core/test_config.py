@@ -84,6 +84,14 @@ def test_steps_in_flight(value: int) -> None:
         EngineConfig(max_inflight_steps=value)
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_shared_prefill_fraction(value: float) -> None:
+    with pytest.raises(
+        ValueError, match=f"shared_prefill_fraction is {value}; it must be at least 0 and below 1"
+    ):
+        EngineConfig(shared_prefill_fraction=value)
+
+
 def test_pool_of_less_than_a_page() -> None:
     with pytest.raises(ValueError, match="num_pool_tokens is 15; it must be at least page_tokens"):
         EngineConfig(page_tokens=16, num_pool_tokens=15)

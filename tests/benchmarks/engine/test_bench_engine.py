@@ -120,6 +120,18 @@ def test_prefix(capsys):
     ]
 
 
+def test_long_prompt(capsys):
+    sizes = {"long_prompt_len": [1000], "prompt_len": [20], "streams": [7]}
+    [first_come] = run(capsys, "long-prompt", shared_prefill_fraction=[0], **sizes)
+    [shared] = run(capsys, "long-prompt", **sizes)
+    for row in (first_come, shared):
+        # 1,000 tokens, or 7 x 20, in steps of 128.
+        assert (row["long_alone_steps_p50"], row["short_alone_steps_p50"]) == (8, 1)
+        assert row["long_to_alone"] == row["long_ttft_p50_ms"] / row["long_alone_ttft_p50_ms"]
+    assert (first_come["short_steps_p50"], first_come["long_steps_p50"]) == (9, 8)
+    assert (shared["short_steps_p50"], shared["long_steps_p50"]) == (2, 10)
+
+
 @pytest.mark.parametrize(
     "arguments,named",
     [
@@ -135,6 +147,10 @@ def test_prefix(capsys):
         (["trace", "--device", "cpu", "--num-adapters", "-1"], "--num-adapters are [-1]"),
         (["online", "--device", "cpu", "--rate", "0"], "--rate: 0.0 is not above 0"),
         (["decode", "--device", "cpu", "--decode-steps", "1"], "--decode-steps is 1"),
+        (
+            ["long-prompt", "--device", "cpu", "--shared-prefill-fraction", "1"],
+            "--shared-prefill-fraction: 1.0 is not at least 0 and below 1",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments, named, capsys):

@@ -64,6 +64,33 @@ def _check(oracle: GreedyOracle, engine: Engine, entries: list[Request]) -> None
 
 
 @pytest.mark.parametrize("inflight", [1, 2])
+def test_texts_of_prompts_that_share_their_steps(
+    model_dir: Path, oracle: GreedyOracle, inflight: int
+) -> None:
+    """Beside a long prompt, one is overtaken and goes on with what a shorter one computed."""
+    engine = _engine(model_dir, oracle, max_batched_tokens=64, max_inflight_steps=inflight)
+    long = _entry([], None, random.Random(1).choices(range(3, 256), k=400))
+    entries = [long, _entry([8] * 60, "v1"), _entry([9] * 30, "wide"), _entry([7] * 9, None)]
+    states = [engine.add_request(entry) for entry in entries]
+    for _ in range(2):
+        engine.step()
+    # The same prefix, behind one of that adapter.
+    entries += [_entry([6] * 5, "v1"), _entry([5] * 3, "v1")]
+    states += [engine.add_request(entry) for entry in entries[4:]]
+    within = 0
+    while engine.has_work:
+        engine.step()
+        within = max(within, sum(0 < s.num_computed < len(s.prompt_ids) for s in states))
+    for entry, state in zip(entries, states, strict=True):
+        expected = oracle.generate(entry.prompt_ids, MAX_TOKENS, entry.adapter_id)
+        assert_same_greedy(oracle, entry.prompt_ids, state.output_ids, expected, entry.adapter_id)
+    engine.check_integrity()
+    assert within >= 3
+    # Of three with that adapter, computed once between them.
+    assert engine.stats().num_cached_prompt_tokens >= 2 * 96
+
+
+@pytest.mark.parametrize("inflight", [1, 2])
 @pytest.mark.parametrize("budget", [256, 40])
 def test_texts_on_shared_prefixes(
     model_dir: Path, oracle: GreedyOracle, budget: int, inflight: int

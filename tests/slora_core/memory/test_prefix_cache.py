@@ -86,6 +86,39 @@ def test_a_page_is_found_by_all_tokens_before_it() -> None:
     assert len(cache.prefixes.match(None, other)) == 1
 
 
+def test_pages_are_found_behind_a_page_that_is_held() -> None:
+    cache = Cache(20)
+    tokens = _tokens(14)
+    short = cache.add(tokens[:5])
+    assert cache.prefixes.match(None, tokens[4:], short.page_ids[0]) == []
+    long = cache.add(tokens)
+    found = cache.prefixes.match(None, tokens[4:], short.page_ids[0])
+    assert [page.page_id for page in found] == long.page_ids[1:3]
+    assert cache.prefixes.match(None, _tokens(10, seed=1), short.page_ids[0]) == []
+    # What the first one computed, and the second found, counts as found by both.
+    assert cache.prefixes.num_shared_pages == 1
+    cache.prefixes.share(short.page_ids[: short.num_held])
+    assert cache.prefixes.num_shared_pages == 1
+    short.num_matched = short.num_held
+    long.release()
+    cache.check(short)
+    assert cache.prefixes.num_shared_pages == 1, "of the one that is left"
+    cache.prefixes.drop("another adapter")
+    short.release()
+    cache.check()
+    assert cache.prefixes.num_shared_pages == 0
+
+
+def test_nothing_is_found_behind_a_page_of_an_adapter_that_was_dropped() -> None:
+    cache = Cache(20)
+    short, long = cache.add(_tokens(5), "a"), cache.add(_tokens(14), "a")
+    cache.prefixes.drop("a")
+    assert cache.prefixes.match("a", _tokens(14)[4:], short.page_ids[0]) == []
+    short.release()
+    long.release()
+    cache.check()
+
+
 def test_nothing_is_shared_between_adapters() -> None:
     cache = Cache(20)
     for adapter_id in (None, "version-1", "version-2"):

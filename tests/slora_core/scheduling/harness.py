@@ -43,6 +43,7 @@ def make_config(
     assumed: int | None = None,
     inflight: int = 1,
     prefix_caching: bool = False,
+    shared: float = 0.5,
 ) -> EngineConfig:
     return EngineConfig(
         page_tokens=page_tokens,
@@ -52,6 +53,7 @@ def make_config(
         admission_output_tokens=assumed,
         max_inflight_steps=inflight,
         prefix_caching=prefix_caching,
+        shared_prefill_fraction=shared,
     )
 
 
@@ -187,6 +189,7 @@ class Harness:
         self.num_blocked += plan.blocked
         self._follow_running(plan, preemptions)
         self._check_limits(plan)
+        self._check_budget(plan)
         self._load_adapters(plan)
         if plan.chunks:
             self.inflight.append((plan, [self._launch_chunk(chunk) for chunk in plan.chunks]))
@@ -286,12 +289,12 @@ class Harness:
         assert not (preempted and self.inflight), "preempted with steps in flight"
         self.running = [request for request in self.running if request not in preempted]
         self._queue(preempted + self.waiting)
-        started = [c.request for c in plan.chunks if c.request not in self.running]
-        assert {r.request_id for r in started} == {
-            r.request_id for r in self.waiting[: len(started)]
-        }, "a request was overtaken"
-        self.running += self.waiting[: len(started)]
+        # Some of them wait for their first chunk.
+        started = [request for request in self.waiting if request.table_idx >= 0]
+        assert started == self.waiting[: len(started)], "a request was overtaken"
+        self.running += started
         del self.waiting[: len(started)]
+        assert all(chunk.request in self.running for chunk in plan.chunks)
         for request in self.waiting:
             assert not request.page_ids and request.num_computed == 0
 
@@ -311,6 +314,18 @@ class Harness:
         for is_decode in (True, False):
             slots = [chunk.slot for chunk in plan.chunks if chunk.is_decode is is_decode]
             assert slots == sorted(slots), "an adapter's rows are not one segment"
+
+    def _check_budget(self, plan: StepPlan) -> None:
+        """A page of tokens is left only where pages lack; only so many prompts are cut."""
+        cut = [chunk for chunk in plan.chunks if not (chunk.samples or chunk.is_decode)]
+        assert len(cut) <= 3, "the oldest, the longest beside it, and one more of what that leaves"
+        within = [request for request in self.running if request.num_uncomputed > 1]
+        num_tokens = sum(chunk.end - chunk.start for chunk in plan.chunks)
+        # Prompts that share a step stop at the end of a page.
+        slack = self.config.page_tokens if self.config.shared_prefill_fraction else 1
+        if within and not plan.blocked and num_tokens <= self.config.max_batched_tokens - slack:
+            idle_adapters = self.pool.num_owned(PageOwner.ADAPTER) - self.residency.num_pinned_pages
+            assert not self.pool.num_free + self.prefixes.num_idle_pages + idle_adapters
 
     def _load_adapters(self, plan: StepPlan) -> None:
         for load in plan.adapter_loads:

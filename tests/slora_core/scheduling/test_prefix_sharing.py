@@ -1,5 +1,7 @@
 """Requests that begin alike: what is computed once, what a full pool still admits, what stays."""
 
+import random
+
 import pytest
 
 from slora_core.memory.page_pool import PageOwner
@@ -127,3 +129,82 @@ def test_a_dropped_adapter_leaves_nothing() -> None:
     harness.drop_adapter("x")
     harness.run_to_end()
     assert harness.pool.num_free == 20
+
+
+def _prompt(name: str, seed: int, num_shared: int, num_own: int) -> RequestState:
+    """`num_shared` tokens that go with the seed, then tokens of its own."""
+    shared = random.Random(seed).choices(range(3, 1000), k=num_shared)
+    own = random.Random(name).choices(range(3, 1000), k=num_own)
+    return RequestState(
+        Request(shared + own, SamplingParams(max_tokens=2, ignore_eos=True), request_id=name)
+    )
+
+
+def _run_to_end(harness: Harness) -> int:
+    """How many tokens of prompts were computed."""
+    num_tokens = 0
+    while harness.live:
+        plan = harness.launch()
+        for chunk in plan.chunks:
+            num_tokens += max(0, min(chunk.end, len(chunk.request.prompt_ids)) - chunk.start)
+        harness.flush()
+    return num_tokens
+
+
+def test_a_prompt_waits_for_what_the_oldest_is_about_to_compute() -> None:
+    harness = _harness(200, budget=20)
+    harness.add(_prompt("first", 1, 80, 6))
+    # The same document, and something else behind it.
+    harness.add(_prompt("second", 1, 80, 3))
+    harness.add(_prompt("other", 2, 0, 5))
+    assert _computed(harness) == {"first": (0, 15), "other": (0, 5)}
+    harness.flush()
+    for start, end in ((15, 34), (34, 54), (54, 74)):
+        shape = _computed(harness)
+        harness.flush()
+        assert shape.pop("other", None) in (None, (5, 6))
+        assert shape == {"first": (start, end)}
+    # The last of what they share, and at once what the second one has of its own.
+    assert _computed(harness) == {"first": (74, 86), "second": (80, 83)}
+    harness.flush()
+    harness.run_to_end()
+
+
+def test_a_prompt_that_was_overtaken_finds_what_the_shorter_one_computed() -> None:
+    harness = _harness(200, budget=16)
+    harness.add(_prompt("long", 1, 0, 100))
+    harness.add(_prompt("longer", 2, 20, 9))
+    assert _computed(harness) == {"long": (0, 8), "longer": (0, 8)}
+    harness.flush()
+    harness.add(_prompt("shorter", 2, 20, 3))
+    # It goes on from where the other one is.
+    longer = harness.live["longer"]
+    assert _computed(harness) == {"long": (8, 16), "shorter": (8, 16)}
+    harness.flush()
+    assert (longer.num_matched_pages, harness.prefixes.num_shared_pages) == (0, 2)
+    assert _computed(harness) == {"long": (16, 25), "shorter": (16, 23)}
+    harness.flush()
+    # Two pages that it computed and three that it found.
+    assert (longer.num_matched_pages, harness.prefixes.num_shared_pages) == (5, 5)
+    assert _computed(harness)["longer"] == (20, 24)
+    assert harness.scheduler.num_cached_prompt_tokens == 8 + 12
+    harness.flush()
+    harness.run_to_end()
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+@pytest.mark.parametrize("num_long", [0, 1])
+def test_sharing_a_step_computes_no_prefix_twice(num_long: int, shared: float) -> None:
+    harness = _harness(400, budget=64, max_running=30, shared=shared)
+    for index in range(num_long):
+        harness.add(_prompt(f"long-{index}", index, 0, 500))
+    rng = random.Random(5)
+    families = {seed: 4 * rng.randint(5, 70) for seed in range(10, 14)}
+    num_own = 0
+    for index in range(40):
+        seed = rng.choice(list(families))
+        own = rng.randint(2, 20)
+        harness.add(_prompt(f"{seed}-{index}", seed, families[seed], own))
+        num_own += own
+    once = num_long * 500 + sum(families.values()) + num_own
+    assert once <= _run_to_end(harness) <= 1.01 * once

@@ -179,9 +179,10 @@ def test_a_stalled_prefill_does_not_starve_behind_small_requests(inflight: int) 
     gap=st.integers(0, 5),
     inflight=st.sampled_from([1, 2]),
     prefix_caching=st.booleans(),
+    shared=st.sampled_from([0.0, 0.5]),
 )
 def test_without_an_assumed_length_whole_prompts_never_preempt(
-    requests, page_tokens, gap, inflight, prefix_caching
+    requests, page_tokens, gap, inflight, prefix_caching, shared
 ) -> None:
     """The estimate of `admission_output_tokens` None is exact where each prompt is one chunk."""
     num_pages = pages_for(150, page_tokens)
@@ -191,6 +192,7 @@ def test_without_an_assumed_length_whole_prompts_never_preempt(
         budget=1000,
         inflight=inflight,
         prefix_caching=prefix_caching,
+        shared=shared,
     )
     harness = Harness(config, {"a": 1, "b": 2})
     for index, (num_prompt, max_tokens, adapter_id, first_token) in enumerate(requests):
@@ -248,6 +250,7 @@ operations = st.lists(
     eos_chance=st.sampled_from([0.0, 0.1]),
     inflight=st.sampled_from([1, 2]),
     prefix_caching=st.booleans(),
+    shared=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
 )
 def test_random_operations(
     operations,
@@ -260,6 +263,7 @@ def test_random_operations(
     eos_chance,
     inflight,
     prefix_caching,
+    shared,
 ) -> None:
     # Room for a few requests of any size beside the drawn tokens, so that most are accepted.
     num_pages = pages_for(40 + pool_tokens, page_tokens)
@@ -271,6 +275,7 @@ def test_random_operations(
         assumed=assumed,
         inflight=inflight,
         prefix_caching=prefix_caching,
+        shared=shared,
     )
     harness = Harness(config, ADAPTERS, max_slots, eos_chance)
     accepted = left = 0
@@ -333,6 +338,7 @@ def test_random_operations_under_pressure(seed: int, prefix_caching: bool, infli
         assumed=rng.choice([0, 1, 3]),
         inflight=inflight,
         prefix_caching=prefix_caching,
+        shared=rng.choice([0.0, 0.3, 0.5, 0.8]),
     )
     sizes = {f"adapter-{index}": rng.randint(1, max(1, num_pages // 6)) for index in range(6)}
     max_slots = rng.randint(4, 6)

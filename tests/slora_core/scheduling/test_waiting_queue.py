@@ -169,6 +169,7 @@ def test_random_operations(seed: int, inflight: int) -> None:
         assumed=rng.choice([0, 3]),
         inflight=inflight,
         prefix_caching=seed % 2 == 1,
+        shared=rng.choice([0.0, 0.5]),
     )
     left = 0
     for number in range(50):
