@@ -317,8 +317,8 @@ def test_bad_adapters(app):
     assert "use_dora" in error_of(app.load("bad", dora), 400)["message"]
     bias = adapter("bias", bias="all")
     assert "bias" in error_of(app.load("bad", bias), 400)["message"]
-    saved = adapter("saved", modules_to_save=["lm_head"])
-    assert "modules_to_save" in error_of(app.load("bad", saved), 400)["message"]
+    pattern = adapter("pattern", rank_pattern={"(?=q)": 4})
+    assert "rank_pattern" in error_of(app.load("bad", pattern), 400)["message"]
     pickled = adapter("pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "safetensors" in error_of(app.load("bad", pickled), 400)["message"]
@@ -328,6 +328,15 @@ def test_bad_adapters(app):
     error_of(app.load("bad", truncated), 400)
     error_of(app.load("bad", app.extra_dir / "missing"), 400)
     assert "bad" not in app.names()
+
+
+def test_what_is_unusual_is_told_and_served(app):
+    path = make_random_adapter(app.extra_dir / "saved", app.model, modules_to_save=["lm_head"])
+    answer = app.load("unusual", path)
+    [warning] = answer.json()["warnings"]
+    assert answer.status_code == 200 and "modules_to_save" in warning and "lm_head" in warning
+    assert app.complete("unusual").status_code == 200
+    app.unload("unusual")
 
 
 def test_an_adapter_of_another_shape(app, tmp_path_factory):
