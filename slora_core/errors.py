@@ -62,6 +62,10 @@ class UnsupportedPathError(InvalidAdapterError):
     """An adapter path that names something other than a directory, such as an address."""
 
 
+class AdapterChangingError(InvalidAdapterError):
+    """Files that somebody is writing while they are read; trying again helps."""
+
+
 class AdapterUnavailableError(SLoRAError):
     """A registered adapter whose bytes nothing has any more: no files, no packed copy."""
 

@@ -139,7 +139,7 @@ class CompletionService:
             max_model_len=self._limits.context_len,
             eos_token_ids=sorted({*self._limits.eos_token_ids, *record.text.eos_token_ids}),
             default_sampling=asdict(self._defaults),
-            warnings=list(record.warnings),
+            warnings=_warnings(record),
         )
 
     async def model_card(self, name: str) -> ModelCard:
@@ -198,6 +198,12 @@ class CompletionService:
                 raise error
             raise InvalidRequestError(str(error), "model") from error
         return newer
+
+
+def _warnings(record: AdapterRecord) -> list[str]:
+    if record.unavailable is None:
+        return list(record.warnings)
+    return [*record.warnings, f"its files cannot be used at the moment: {record.unavailable}"]
 
 
 @contextmanager

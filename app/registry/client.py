@@ -32,5 +32,5 @@ class RegistryClient:
     async def unload(self, name: str) -> None:
         await result_of(self._handle.unload.remote(name))
 
-    async def report_pool(self, num_pages: int) -> None:
-        await result_of(self._handle.report_pool.remote(num_pages))
+    async def report_pool(self, replica_id: str, num_pages: int) -> None:
+        await result_of(self._handle.report_pool.remote(replica_id, num_pages))

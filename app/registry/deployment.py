@@ -17,6 +17,8 @@ from app import ray_private
 from app.args import SLoRAArgs
 from app.models.geometry import adapter_geometry, base_text, registry_rules
 from app.registry.client import NAMESPACE
+from app.registry.inspector import AdapterInspector
+from app.registry.pools import LivingPools
 from app.registry.registry import AdapterRegistry, RegistrySnapshot
 from app.registry.state import AdapterRecord, StateFile
 from app.remote_errors import returns_errors
@@ -24,6 +26,9 @@ from app.remote_errors import returns_errors
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Seconds between two looks at files that are away and at which engines live.
+LOOK_AGAIN_S = 10.0
 
 
 class RegistryServer:
@@ -33,6 +38,7 @@ class RegistryServer:
         app_name = serve.get_replica_context().app_name
         self._changed = asyncio.Event()
         self._registry = await asyncio.to_thread(_open_registry, args, app_name)
+        self._looking = asyncio.create_task(self._look_again())
 
     async def snapshot(self) -> RegistrySnapshot:
         return self._registry.snapshot()
@@ -58,9 +64,17 @@ class RegistryServer:
         return await self._change(lambda: self._registry.unload(name))
 
     @returns_errors
-    async def report_pool(self, num_pages: int) -> None:
-        """An engine started with a pool of this size."""
-        await self._change(lambda: self._registry.report_pool(num_pages))
+    async def report_pool(self, replica_id: str, num_pages: int) -> None:
+        """A living engine replica has a pool of this size."""
+        await self._change(lambda: self._registry.report_pool(replica_id, num_pages))
+
+    async def _look_again(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            try:
+                await self._change(self._registry.look_again)
+            except Exception:
+                logger.exception("the registrations could not be looked at again")
 
     async def _change(self, change: Callable[[], T]) -> T:
         """Run a change in a thread and wake the polls, also where the caller has left."""
@@ -99,14 +113,14 @@ class ClusterState:
 def _open_registry(args: SLoRAArgs, app_name: str) -> AdapterRegistry:
     path = args.registry_state_path
     engine = args.engine_config()
+    inspector = AdapterInspector(
+        adapter_geometry(args), args.adapter_roots, registry_rules(args), base_text(args)
+    )
     registry = AdapterRegistry(
-        adapter_geometry(args),
-        None if engine.num_pool_tokens is None else engine.num_pages,
-        args.adapter_roots,
+        inspector,
+        LivingPools(None if engine.num_pool_tokens is None else engine.num_pages),
         ClusterState(app_name) if path is None else StateFile(Path(path)),
         {args.base_model_name},
-        registry_rules(args),
-        base_text(args),
     )
     if args.adapters_dir is not None:
         registry.scan(args.adapters_dir)

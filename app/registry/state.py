@@ -49,6 +49,8 @@ class AdapterRecord:
     warnings: tuple[str, ...] = ()
     # What its folder says of text beside the base model's files.
     text: AdapterText = AdapterText()
+    # Why its files cannot be used at the moment; it is served from packed copies where there are.
+    unavailable: str | None = None
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:

@@ -19,7 +19,7 @@ from app.args import SLoRAArgs
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
-from app.registry.registry import RegistrySnapshot
+from app.registry.pools import REPORT_EVERY_S
 from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
@@ -54,13 +54,13 @@ class EngineServer:
         self._pid = info.pid
         self._num_pages = info.num_pages
         self._registry = RegistryClient(registry)
-        self._reporting: asyncio.Task[None] | None = None
-        view = RegistryView(self._registry, self._drop_adapters, self._report_pool)
+        view = RegistryView(self._registry, self._drop_adapters)
         await view.refresh()
         # No request should wait for the store's start.
         await store.stats()
         self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
+        self._reporting = asyncio.create_task(self._report_pool())
 
     async def generate(
         self,
@@ -130,12 +130,15 @@ class EngineServer:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
         return str(serve.get_replica_context().rank.rank)
 
-    def _report_pool(self, snapshot: RegistrySnapshot) -> None:
-        """Tell the registry of a smaller pool than it knows of, also where it has restarted."""
-        known = snapshot.num_pool_pages
-        if known is None or known > self._num_pages:
-            # Kept, or the loop could lose it; one that fails is made up for by the next snapshot.
-            self._reporting = asyncio.create_task(self._registry.report_pool(self._num_pages))
+    async def _report_pool(self) -> None:
+        """Tell the registry of this engine's pool, for as long as there is one."""
+        while self._engine.is_alive():
+            try:
+                await self._registry.report_pool(self._replica_id, self._num_pages)
+            except Exception as error:
+                # It may be away for a while; the next report makes up for this one.
+                logger.info("the registry was not told of the pool: %r", error)
+            await asyncio.sleep(REPORT_EVERY_S)
 
     def _drop_adapters(self, adapter_ids: frozenset[str]) -> None:
         for adapter_id in adapter_ids:

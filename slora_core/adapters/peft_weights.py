@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ class AdapterSummary:
     nbytes: int
     # What of its files is unusual and changes nothing in what is served.
     warnings: tuple[str, ...] = ()
+    # Seconds that reading and hashing them took.
+    read_s: float = 0.0
 
     @property
     def max_rank(self) -> int:
@@ -96,6 +99,7 @@ def read_peft_adapter(
             that the base model or the configured rank does not allow, or holds NaN or infinity;
             or it is one of the embeddings or the head, and not a copy of the base model's.
     """
+    started_at = time.perf_counter()
     directory = Path(directory)
     rules = rules or AdapterRules()
     config_bytes = _read_file(directory, CONFIG_FILE)
@@ -105,6 +109,7 @@ def read_peft_adapter(
     digest = hashlib.sha256(len(config_bytes).to_bytes(8, "little"))
     digest.update(config_bytes)
     digest.update(weights_bytes)
+    read_s = time.perf_counter() - started_at
     tensors = _parse_safetensors(weights_bytes)
     lora_names, whole_names = _sort_names(tensors, geometry)
     warnings = [
@@ -124,6 +129,7 @@ def read_peft_adapter(
         layout=layout,
         nbytes=layout.num_pages * geometry.page_bytes,
         warnings=tuple(warnings),
+        read_s=read_s,
     )
     return summary, weights
 

@@ -18,6 +18,8 @@ from app.http.limits import ModelLimits
 from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
 from app.registry.follower import RegistryView
+from app.registry.inspector import AdapterInspector
+from app.registry.pools import LivingPools
 from app.registry.registry import AdapterRegistry
 from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.peft_weights import read_peft_adapter
@@ -57,9 +59,8 @@ class World:
         self.root = directory / "root"
         self.geometry = make_geometry(self.model)
         base_text = BaseText(self.model, eos_token_ids=(2,))
-        registry = AdapterRegistry(
-            self.geometry, 1000, [self.root], None, ["base"], AdapterRules(**rules), base_text
-        )
+        inspector = AdapterInspector(self.geometry, [self.root], AdapterRules(**rules), base_text)
+        registry = AdapterRegistry(inspector, LivingPools(1000), reserved_names=["base"])
         self.registry = AsyncRegistry(registry)
         self.good = self.add("good")
 
@@ -233,7 +234,8 @@ def test_a_link_to_another_volume_that_is_an_allowed_root(tmp_path):
     (world.root / "link").symlink_to(volume)
     assert world.load("link").status_code == 403
     roots = [world.root, tmp_path / "volume"]
-    world.registry = AsyncRegistry(AdapterRegistry(world.geometry, 1000, roots))
+    inspector = AdapterInspector(world.geometry, roots)
+    world.registry = AsyncRegistry(AdapterRegistry(inspector, LivingPools(1000)))
     assert world.load("link").status_code == 200
 
 

@@ -1,17 +1,23 @@
 """Registrations: versions, refusals, confinement to the roots, and what survives a restart."""
 
+import logging
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from app.registry.inspector import AdapterInspector
+from app.registry.pools import FORGET_AFTER_S, LivingPools
 from app.registry.registry import AdapterRegistry
 from app.registry.state import StateFile
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import inspect_peft_adapter
 from slora_core.errors import (
+    AdapterChangingError,
     AdapterExistsError,
     AdapterNameError,
     AdapterNotFoundError,
@@ -46,15 +52,17 @@ def add(root: Path, model_dir: Path):
 @pytest.fixture
 def make(geometry: AdapterGeometry, root: Path, tmp_path: Path):
     """A registry whose state outlives it."""
-    return lambda **options: AdapterRegistry(
-        **{
-            "geometry": geometry,
-            "num_pool_pages": 1000,
-            "allowed_roots": [root],
-            "store": StateFile(tmp_path / "s" / "state"),
-        }
-        | options
-    )
+
+    def make_registry(
+        geometry=geometry, num_pool_pages=1000, allowed_roots=(root,), pools=None, **options
+    ):
+        return AdapterRegistry(
+            AdapterInspector(geometry, allowed_roots),
+            pools or LivingPools(num_pool_pages),
+            **{"store": StateFile(tmp_path / "s" / "state"), **options},
+        )
+
+    return make_registry
 
 
 def test_load_describes_the_adapter(make, add, geometry) -> None:
@@ -82,30 +90,35 @@ def test_every_change_raises_the_revision(make, add) -> None:
     assert registry.revision == revisions[-1]
 
 
-def test_engines_tell_the_size_of_their_pools(make, add, caplog) -> None:
-    registry = make(num_pool_pages=None)
+def test_the_smallest_living_pool_counts_and_nothing_is_forgotten(make, add) -> None:
+    now = 100.0
+    registry = make(pools=LivingPools(None, clock=lambda: now))
     small, large = (registry.load(f"rank-{r}", add(f"rank-{r}", rank=r)) for r in (4, 64))
     assert registry.snapshot().num_pool_pages is None
-    registry.report_pool(large.num_pages + 1)
-    assert set(registry.records()) == {"rank-4", "rank-64"}
+    registry.report_pool("first", large.num_pages + 1)
     revision = registry.revision
     # Of two engines the smaller one counts; a larger one changes nothing.
-    registry.report_pool(large.num_pages + 9)
+    registry.report_pool("second", large.num_pages + 9)
     assert registry.revision == revision
-    registry.report_pool(small.num_pages + 1)
+    registry.report_pool("third", small.num_pages + 1)
     snapshot = registry.snapshot()
-    assert (set(snapshot.records), snapshot.num_pool_pages) == ({"rank-4"}, small.num_pages + 1)
-    assert snapshot.revision > revision
-    assert "'rank-64' takes" in caplog.text
+    assert snapshot.num_pool_pages == small.num_pages + 1 and snapshot.revision > revision
+    assert set(snapshot.records) == {"rank-4", "rank-64"}
     with pytest.raises(AdapterTooLargeError):
         registry.load("again", large.path)
+    # The small one is gone; the others tell on.
+    now += FORGET_AFTER_S
+    registry.report_pool("first", large.num_pages + 1)
+    registry.look_again()
+    assert registry.snapshot().num_pool_pages == large.num_pages + 1
+    assert registry.load("again", large.path).num_pages == large.num_pages
 
 
 def test_versions_count_contents_of_a_name(make, add) -> None:
     registry = make()
     first = registry.load("a", add("a"))
     with pytest.raises(AdapterExistsError, match="version 1 .* replace it or unload"):
-        registry.load("a", first.path)
+        registry.load("a", add("other", seed=9))
     assert registry.load("a", first.path, replace=True).version == 1
     second = registry.load("a", add("a", seed=2), replace=True)
     assert second.version == 2 and second.adapter_id != first.adapter_id
@@ -165,9 +178,9 @@ def test_an_adapter_too_large_for_the_pool(make, add, geometry) -> None:
     registry = make(num_pool_pages=pages + 1)
     registry.load("b", path)
     assert set(registry.records()) == {"a", "b"}
-    # Restarted with a smaller pool, it keeps none that could not run.
+    # Restarted with a smaller pool, it forgets none: there may be a larger one again.
     registry = make(num_pool_pages=pages)
-    assert registry.records() == {}
+    assert set(registry.records()) == {"a", "b"}
     mib = geometry.page_bytes / 2**20
     with pytest.raises(AdapterTooLargeError) as error:
         registry.load("c", path)
@@ -244,7 +257,7 @@ def test_registrations_survive_the_registry(make, add, root) -> None:
     assert again.load("unloaded", root / "unloaded").version == 2
 
 
-def test_a_restart_drops_what_is_gone_and_checks_what_changed(make, add, root, caplog) -> None:
+def test_a_restart_forgets_nothing_and_checks_what_changed(make, add, root, caplog) -> None:
     registry = make()
     for name in ("same", "gone", "changed", "broken", "barred"):
         registry.load(name, add(name))
@@ -255,11 +268,141 @@ def test_a_restart_drops_what_is_gone_and_checks_what_changed(make, add, root, c
     shutil.rmtree(root / "barred")
     (root / "barred").symlink_to("/etc")
     again = make()
-    assert set(again.records()) == {"same", "changed"}
     assert again.records()["same"] == records["same"]
     assert again.records()["changed"].version == 2
-    assert {r.args[0] for r in caplog.records} == {"gone", "broken", "barred"}
-    assert set(make().records()) == {"same", "changed"}
+    reasons = {"gone": "not a directory", "broken": "peft_type", "barred": "outside the allowed"}
+    for name, reason in reasons.items():
+        record = again.records()[name]
+        assert reason in record.unavailable
+        assert replace(record, unavailable=None) == records[name]
+    assert {r.args[0] for r in caplog.records if r.levelname == "WARNING"} == set(reasons)
+    # What it was is known over further restarts.
+    assert make().records() == again.records()
+
+
+def test_files_that_come_back_are_found(make, add, root) -> None:
+    make().load("a", add("a"))
+    (root / "a").rename(root / "away")
+    registry = make()
+    assert registry.records()["a"].unavailable
+    revision = registry.revision
+    registry.look_again()
+    assert registry.revision == revision
+    (root / "away").rename(root / "a")
+    registry.look_again()
+    record = registry.records()["a"]
+    assert record.unavailable is None and record.version == 1 and registry.revision > revision
+
+
+def test_files_that_are_no_adapter_are_read_once(make, add, root, monkeypatch) -> None:
+    make().load("a", add("a"))
+    (root / "a" / "adapter_config.json").write_text("{}")
+    registry = make()
+    inspected = []
+    inspect = registry._inspector.inspect
+    monkeypatch.setattr(
+        registry._inspector, "inspect", lambda *args: inspected.append(args) or inspect(*args)
+    )
+    for _ in range(3):
+        registry.look_again()
+    assert inspected == [] and "peft_type" in registry.records()["a"].unavailable
+    (root / "a" / "adapter_config.json").write_text("[]")
+    for _ in range(3):
+        registry.look_again()
+    assert len(inspected) == 1 and "JSON object" in registry.records()["a"].unavailable
+    add("a", seed=5)
+    registry.look_again()
+    assert registry.records()["a"].unavailable is None and registry.records()["a"].version == 2
+    registry.unload("a")
+    registry.look_again()
+    assert registry.records() == {}
+
+
+class SlowInspector(AdapterInspector):
+    """Reads a folder at once, and hands it over when it is told to."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.has_read, self.may_go_on = threading.Event(), threading.Event()
+
+    def inspect(self, name, path):
+        found = super().inspect(name, path)
+        if Path(path).name == "slow":
+            self.has_read.set()
+            assert self.may_go_on.wait(30)
+        return found
+
+
+def test_of_two_loads_the_one_asked_last_holds(make, add, geometry, root) -> None:
+    inspector = SlowInspector(geometry, [root])
+    registry = AdapterRegistry(inspector, LivingPools(1000))
+    registry.load("name", add("first", seed=1))
+    with ThreadPoolExecutor(1) as pool:
+        older = pool.submit(registry.load, "name", add("slow", seed=2), replace=True)
+        assert inspector.has_read.wait(30)
+        newer = registry.load("name", add("quick", seed=3), replace=True)
+        inspector.may_go_on.set()
+        assert older.result(30) == newer
+    assert registry.records()["name"] == newer and newer.path == str(root / "quick")
+
+
+def test_an_unload_that_is_asked_later_holds(make, add, geometry, root) -> None:
+    inspector = SlowInspector(geometry, [root])
+    registry = AdapterRegistry(inspector, LivingPools(1000))
+    registry.load("name", add("first", seed=1))
+    with ThreadPoolExecutor(1) as pool:
+        older = pool.submit(registry.load, "name", add("slow", seed=2), replace=True)
+        assert inspector.has_read.wait(30)
+        registry.unload("name")
+        inspector.may_go_on.set()
+        with pytest.raises(AdapterNotFoundError, match="was unloaded while it was loaded"):
+            older.result(30)
+    assert registry.records() == {}
+    assert registry.load("name", root / "first").version == 2
+
+
+def test_the_same_content_again_is_no_error(make, add, root) -> None:
+    registry = make()
+    first = registry.load("a", add("a"))
+    assert registry.load("a", root / "a").version == first.version
+    shutil.copytree(root / "a", root / "copy")
+    assert registry.load("a", root / "copy").path == str(root / "copy")
+    with pytest.raises(AdapterExistsError, match="with another content; ask to replace it"):
+        registry.load("a", add("b", seed=4))
+
+
+def test_files_that_change_while_they_are_read_are_read_again(make, add, monkeypatch) -> None:
+    from app.registry import inspector
+
+    registry = make()
+    path = add("a")
+    stamps = iter([(1,), (2,), (2,), (1,), (2,), (3,)])
+    monkeypatch.setattr(inspector, "files_stamp", lambda directory: next(stamps))
+    assert registry.load("a", path).name == "a"
+    with pytest.raises(AdapterChangingError, match="changed while they were read; try again"):
+        registry.load("b", path)
+
+
+def test_a_scan_checks_folders_side_by_side_and_says_what_it_took(
+    make, add, root, caplog, monkeypatch
+) -> None:
+    for index in range(6):
+        add(f"a{index}", seed=index)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))
+    together = threading.Barrier(3, timeout=30)
+    inspect = AdapterInspector._inspect
+
+    def inspect_together(self, *args):
+        together.wait()
+        return inspect(self, *args)
+
+    monkeypatch.setattr(AdapterInspector, "_inspect", inspect_together)
+    registry = make()
+    with caplog.at_level(logging.INFO):
+        registry.scan(root)
+    assert list(registry.records()) == [f"a{index}" for index in range(6)]
+    assert "checked 6 adapters, 0.00 GB, in" in caplog.text
+    assert "reading and hashing are" in caplog.text and "of 3 threads" in caplog.text
 
 
 def test_a_restart_with_another_geometry_plans_anew(make, add, model_dir, root) -> None:
@@ -267,7 +410,7 @@ def test_a_restart_with_another_geometry_plans_anew(make, add, model_dir, root) 
     again = make(geometry=make_geometry(model_dir, page_tokens=4)).records()["a"]
     assert again.num_pages > record.num_pages and again.version == 1
     other = make_geometry(make_model(root / "other", "llama", hidden_size=128, head_dim=16))
-    assert make(geometry=other).records() == {}
+    assert "q_proj" in make(geometry=other).records()["a"].unavailable
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1}', "null"])

@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+from app.registry.inspector import AdapterInspector
+from app.registry.pools import LivingPools
 from app.registry.registry import AdapterRegistry
 from app.store.memory import HostStore
 from app.store.packed_files import PackedFiles
@@ -14,7 +16,7 @@ class LocalRegistry:
     """The real registry, served by a poll instead of Serve."""
 
     def __init__(self, geometry, root):
-        self.registry = AdapterRegistry(geometry, 1000, [root])
+        self.registry = AdapterRegistry(AdapterInspector(geometry, [root]), LivingPools(1000))
         self.is_down = False
 
     async def wait_for_change(self, revision, timeout_s):
