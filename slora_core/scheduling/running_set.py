@@ -105,11 +105,13 @@ class RunningSet:
         self._prefixes.share(request.page_ids[request.num_matched_pages :])
         request.page_ids += self._prefixes.acquire(found)
         request.num_prefix_pages = request.num_matched_pages = len(request.page_ids)
-        request.num_computed = len(request.page_ids) * self._page_tokens
+        start, num_found = request.num_computed, len(found) * self._page_tokens
+        request.num_computed += num_found
         if not request.num_preemptions:
-            num_found = len(found) * self._page_tokens
             self.num_cached_prompt_tokens += num_found
-            request.num_cached_tokens += min(num_found, len(request.prompt_ids))
+            # Less what is of an answer that began elsewhere.
+            left = max(0, len(request.prompt_ids) - start)
+            request.num_cached_tokens += min(num_found, left)
         return True
 
     def awaits(self, request: RequestState, other: RequestState) -> bool:

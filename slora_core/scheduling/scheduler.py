@@ -197,7 +197,9 @@ class Scheduler:
         for request in reversed([*self._running]):
             self._running.preempt(request)
             self._waiting.put_back(request)
-        self._running.forget({chunk.request.adapter_id for chunk in plan.chunks})
+        # Copies are also planned for requests that wait for their first chunk.
+        copied = {load.adapter_id for load in plan.adapter_loads}
+        self._running.forget({chunk.request.adapter_id for chunk in plan.chunks} | copied)
 
     def take_waiting(self) -> list[RequestState]:
         """Let go of all waiting requests, in the order in which they would start."""

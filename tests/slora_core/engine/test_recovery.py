@@ -126,6 +126,38 @@ def test_an_adapter_that_cannot_be_copied_costs_its_own_requests(
     assert run(engine, requests()) == expected
 
 
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_an_adapter_of_a_request_that_waits_for_its_first_chunk(
+    engine: Engine, paths: dict[str, Path], is_broken: bool
+) -> None:
+    """It is to be copied in the step that fails, in which nothing of its request is computed."""
+    sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    given = [
+        Request([5] * 200, sampling, "a", request_id="long"),
+        Request([6] * 240, sampling, "b", request_id="longer"),
+    ]
+    expected = run(engine, given)
+    for name in "ab":
+        engine.drop_adapter(name)
+    packed = pack(engine, paths, "b")
+    if is_broken:
+        engine.add_adapter(replace(packed, pages=packed.pages[..., :7]))
+    else:
+        failed = fail_where(engine, lambda plan: not failed and bool(plan.adapter_loads))
+    num_failed = count_failures(engine)
+    results = run(engine, given)
+    assert num_failed() == 1
+    assert results["long"] == expected["long"]
+    if is_broken:
+        assert isinstance(results["longer"], EngineFaultError)
+        assert "b" not in engine.stats().resident_adapters
+        engine.add_adapter(packed)
+        assert run(engine, given) == expected
+    else:
+        assert failed == [["long"]]
+        assert results == expected
+
+
 def test_out_of_memory_in_the_middle_of_a_step_is_tried_again(
     engine: Engine, ops: FailingOps
 ) -> None:

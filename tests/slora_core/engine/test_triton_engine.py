@@ -130,11 +130,11 @@ def test_logits_of_each_step_are_those_of_the_torch_twins(
 ) -> None:
     """Chunks, decodes beside prompts, an eviction and a preemption, on one layer."""
     files = _make_files(tmp_path, num_hidden_layers=1)
-    # Five pages are left beside the adapters: too few for what the requests grow to.
+    # Three pages are left beside the adapters: too few for what the requests grow to.
     engine = _engine(
         files,
         dtype=dtype_name(dtype),
-        num_pool_tokens=16 * 32,
+        num_pool_tokens=16 * 30,
         max_batched_tokens=24,
         admission_output_tokens=0,
     )

@@ -188,6 +188,7 @@ def test_a_prompt_that_was_overtaken_finds_what_the_shorter_one_computed() -> No
     assert (longer.num_matched_pages, harness.prefixes.num_shared_pages) == (5, 5)
     assert _computed(harness)["longer"] == (20, 24)
     assert harness.scheduler.num_cached_prompt_tokens == 8 + 12
+    assert longer.num_cached_tokens == 12
     harness.flush()
     harness.run_to_end()
 
