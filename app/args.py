@@ -21,6 +21,9 @@ class SLoRAArgs(BaseModel):
     # Base model: a local Hugging Face directory or a hub id. None: the demo model, which is
     # fetched on the first start and needs no GPU, hub or account.
     model: str | None = None
+    # Branch, tag or commit of a hub model; None: its main branch. It is resolved to a commit when
+    # the application is built, so that all replicas and their replacements serve that one.
+    model_revision: str | None = None
     # Name of the base model in requests; by default the demo model's name or the last part of
     # `model`.
     served_model_name: str | None = Field(default=None, min_length=1)

@@ -12,6 +12,7 @@ from ray.serve.config import RequestRouterConfig
 from app.args import SLoRAArgs
 from app.http.server import IngressServer, model_limits, sampling_defaults
 from app.models.geometry import adapter_geometry
+from app.models.source import resolve_revision
 from app.registry.client import REGISTRY_DEPLOYMENT
 from app.registry.deployment import RegistryServer
 from app.replica.server import EngineServer
@@ -40,6 +41,8 @@ def build(args: SLoRAArgs) -> Application:
         ValueError: arguments that do not fit the model or this machine's files.
     """
     args = with_absolute_paths(args)
+    revision = resolve_revision(args.model, args.model_revision)
+    args = args.model_copy(update={"model_revision": revision})
     # Both read the model's config: page size and context are checked against it.
     adapter_geometry(args)
     model_limits(args)

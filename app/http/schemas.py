@@ -210,6 +210,8 @@ class ModelCard(BaseModel):
     owned_by: str = "slora"
     # Where the weights come from.
     root: str
+    # Commit of a base model from the hub.
+    revision: str | None = None
     # The base model of an adapter.
     parent: str | None = None
     max_model_len: int | None = None

@@ -44,7 +44,7 @@ class IngressServer:
 
     def build_asgi_app(self) -> Starlette:
         args = self._args
-        model_dir = resolve_model(args.model)
+        model_dir = resolve_model(args.model, args.model_revision)
         service = CompletionService(
             args.base_model_name,
             args.model or args.base_model_name,
@@ -53,6 +53,7 @@ class IngressServer:
             self._view,
             EngineClient(self._engine),
             sampling_defaults(args),
+            args.model_revision,
         )
         bodies = BodyReader(args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes)
         ingress = Ingress(service, self._registry, self._is_ready, bodies)
@@ -85,7 +86,7 @@ class IngressServer:
 
 def model_limits(args: SLoRAArgs) -> ModelLimits:
     """What the model and these arguments allow."""
-    model = load_model_config(resolve_model(args.model))
+    model = load_model_config(resolve_model(args.model, args.model_revision))
     engine = args.engine_config()
     return ModelLimits(
         context_len=engine.context_len(model),
@@ -99,4 +100,4 @@ def sampling_defaults(args: SLoRAArgs) -> GenerationDefaults:
     """What the model's files, or OpenAI's API, have where a request is silent."""
     if args.generation_config == "openai":
         return OPENAI_DEFAULTS
-    return load_generation_defaults(resolve_model(args.model))
+    return load_generation_defaults(resolve_model(args.model, args.model_revision))

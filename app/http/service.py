@@ -53,10 +53,12 @@ class CompletionService:
         registry: RegistryView,
         engine: Engine,
         defaults: GenerationDefaults = OPENAI_DEFAULTS,
+        base_model_revision: str | None = None,
     ) -> None:
         self.base_model_name = base_model_name
         self.registry = registry
         self._base_model_root = base_model_root
+        self._base_model_revision = base_model_revision
         self._limits = limits
         self._tokenizer = tokenizer
         self._engine = engine
@@ -123,6 +125,7 @@ class CompletionService:
             id=self.base_model_name,
             created=self._started_at,
             root=self._base_model_root,
+            revision=self._base_model_revision,
             max_model_len=self._limits.context_len,
             eos_token_ids=sorted(self._limits.eos_token_ids),
             default_sampling=asdict(self._defaults),

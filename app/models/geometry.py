@@ -11,7 +11,9 @@ from slora_core.text.folder_text import BaseText
 
 def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:
     """The geometry of adapters for the model and engine of these arguments."""
-    return AdapterGeometry.of(load_model_config(resolve_model(args.model)), args.engine_config())
+    return AdapterGeometry.of(
+        load_model_config(resolve_model(args.model, args.model_revision)), args.engine_config()
+    )
 
 
 def registry_rules(args: SLoRAArgs) -> AdapterRules:
@@ -22,11 +24,11 @@ def registry_rules(args: SLoRAArgs) -> AdapterRules:
         args.unknown_adapter_fields,
         # A model of random weights is nobody's.
         frozenset() if is_dummy else frozenset(names),
-        None if is_dummy else BaseModelTensors(resolve_model(args.model)),
+        None if is_dummy else BaseModelTensors(resolve_model(args.model, args.model_revision)),
     )
 
 
 def base_text(args: SLoRAArgs) -> BaseText:
     """What the registry compares an adapter's tokenizer files with."""
-    model_dir = resolve_model(args.model)
+    model_dir = resolve_model(args.model, args.model_revision)
     return BaseText(model_dir, load_model_config(model_dir).eos_token_ids)

@@ -16,8 +16,10 @@ from slora_core.errors import UnsupportedModelError
 HUB_PATTERNS = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
-def resolve_model(model: str | None) -> Path:
+def resolve_model(model: str | None, revision: str | None = None) -> Path:
     """Local directory of the base model, fetched first where it must be.
+
+    `revision` is a branch, tag or commit of a hub model.
 
     Raises:
         UnsupportedModelError: neither a directory nor a model that the hub gives.
@@ -34,12 +36,31 @@ def resolve_model(model: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
     except Exception as error:
         # The hub's client raises errors of several libraries, for the net, for access and names.
         raise UnsupportedModelError(
-            f"model: {model!r} is no local directory, and the Hugging Face hub gave: {error}"
+            f"model: {model!r}{f' at {revision!r}' if revision else ''} is no local directory, and "
+            f"the Hugging Face hub gave: {error}"
         ) from error
+
+
+def resolve_revision(model: str | None, revision: str | None) -> str | None:
+    """The commit that a hub model's revision is now; None for what is no hub model.
+
+    Every process that is given it serves the same files, whatever becomes of the branch.
+
+    Raises:
+        UnsupportedModelError: as `resolve_model`; or a revision of a local directory.
+    """
+    directory = resolve_model(model, revision)
+    if directory.parent.name == "snapshots" and not (model and Path(model).expanduser().is_dir()):
+        return directory.name
+    if revision is not None:
+        raise UnsupportedModelError(
+            f"model_revision is {revision!r}, and {model or 'the demo model'} is not of the hub"
+        )
+    return None
 
 
 def _refuse_adapter(path: Path) -> None:

@@ -157,7 +157,7 @@ def engine_spec(args: SLoRAArgs) -> EngineSpec:
         # Replicas share the machine; more threads than cores make each of them slower.
         num_threads = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
     return EngineSpec(
-        model_path=str(resolve_model(args.model)),
+        model_path=str(resolve_model(args.model, args.model_revision)),
         load_format=args.load_format,
         engine=args.engine_config(),
         num_threads=num_threads,

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from app.models.source import resolve_model
+from app.models.source import resolve_model, resolve_revision
 from slora_core.errors import UnsupportedModelError
 
 REPOSITORY = [
@@ -29,7 +29,7 @@ def downloads(monkeypatch, tmp_path):
     """Files of each download by its repository; `tmp_path` is where every one of them lies."""
     files = {}
 
-    def snapshot_download(repo_id, allow_patterns):
+    def snapshot_download(repo_id, revision, allow_patterns):
         if repo_id == "org/gated":
             raise PermissionError("401: log in first")
         files[repo_id] = list(filter_repo_objects(REPOSITORY, allow_patterns=allow_patterns))
@@ -78,3 +78,45 @@ def test_an_adapter_in_place_of_a_model_is_told(tmp_path, config, base):
         resolve_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert resolve_model(str(tmp_path)) == tmp_path
+
+
+COMMITS = {None: "c0ffee1", "main": "c0ffee1", "v2": "abad1de"}
+COMMITS |= {commit: commit for commit in COMMITS.values()}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub whose branches move; what was asked of it."""
+    asked = []
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        asked.append(revision)
+        if revision not in COMMITS:
+            raise ValueError("404: no such revision")
+        path = tmp_path / "models--org--name" / "snapshots" / COMMITS[revision]
+        path.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize(("revision", "commit"), list(COMMITS.items()))
+def test_a_revision_is_resolved_to_a_commit_once(hub, monkeypatch, revision, commit):
+    fixed = resolve_revision("org/name", revision)
+    assert fixed == commit
+    # The branch moves on; who was given the commit does not.
+    monkeypatch.setitem(COMMITS, revision, commit)
+    monkeypatch.setitem(COMMITS, None, "decade5")
+    assert resolve_model("org/name", fixed).name == commit
+    assert hub == [revision, commit]
+
+
+def test_a_revision_that_is_none_is_told(hub, tmp_path):
+    with pytest.raises(UnsupportedModelError, match="'org/name' at 'v9' .* 404: no such revision"):
+        resolve_revision("org/name", "v9")
+    with pytest.raises(
+        UnsupportedModelError, match="model_revision is 'v2', and .* not of the hub"
+    ):
+        resolve_revision(str(tmp_path), "v2")
+    assert resolve_revision(str(tmp_path), None) is None
