@@ -64,6 +64,7 @@ class CompletionService:
         self._engine = engine
         # Of sampling, where a request is silent.
         self._defaults = defaults
+        self._default_sampling = asdict(defaults)
         self._started_at = int(time.time())
 
     async def complete(self, body: CompletionRequest) -> Answer:
@@ -128,7 +129,7 @@ class CompletionService:
             revision=self._base_model_revision,
             max_model_len=self._limits.context_len,
             eos_token_ids=sorted(self._limits.eos_token_ids),
-            default_sampling=asdict(self._defaults),
+            default_sampling=self._default_sampling,
         )
         adapters = sorted(self.registry.records.values(), key=lambda record: record.name)
         return [base, *(self.adapter_card(record) for record in adapters)]
@@ -141,7 +142,7 @@ class CompletionService:
             parent=self.base_model_name,
             max_model_len=self._limits.context_len,
             eos_token_ids=sorted({*self._limits.eos_token_ids, *record.text.eos_token_ids}),
-            default_sampling=asdict(self._defaults),
+            default_sampling=self._default_sampling,
             warnings=_warnings(record),
         )
 

@@ -69,10 +69,9 @@ class AdapterInspector:
         directory = self.confined(path)
         stamp = files_stamp(directory)
         for _ in range(MAX_READINGS):
-            before, stamp = stamp, None
-            inspection = self._inspect(name, directory, before)
+            inspection = self._inspect(name, directory, stamp)
             stamp = files_stamp(directory)
-            if stamp == before:
+            if stamp == inspection.stamp:
                 return inspection
         raise AdapterChangingError(
             f"the files in {directory} changed while they were read; try again when they are there"
