@@ -724,7 +724,7 @@ class TestAStreamThatWaits:
     """Its first token comes later than somebody on the way may wait for a sign of life."""
 
     @staticmethod
-    def stream(server, work=None):
+    def stream(server):
         async def run():
             transport = httpx.ASGITransport(server.make_app())
             async with httpx.AsyncClient(transport=transport, base_url="http://slora") as client:
