@@ -12,6 +12,7 @@ from typing import Any
 
 from slora_core.errors import InvalidAdapterError
 from slora_core.text.adapter_text import AdapterText
+from slora_core.text.template_sandbox import TemplateSourceError, check_template
 from slora_core.tokenizer_files import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -23,33 +24,6 @@ from slora_core.tokenizer_files import (
 
 # Tokens that a warning names.
 _MAX_NAMED = 5
-# Characters of a template's source; the longest in use, with tools, have some 20,000.
-MAX_TEMPLATE_CHARS = 2**16
-
-
-class TemplateSourceError(ValueError):
-    """A template that cannot be used; the message goes on after what it is and where it is from."""
-
-
-def check_template(source: str) -> None:
-    """Raises TemplateSourceError for one that is too long or is not Jinja."""
-    from jinja2 import TemplateSyntaxError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    if len(source) > MAX_TEMPLATE_CHARS:
-        raise TemplateSourceError(
-            f"has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are supported"
-        )
-    try:
-        # As transformers compiles it, but for a block of its own that only training uses.
-        ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        ).parse(source.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
-    except (TemplateSyntaxError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        where = "" if line is None else f" in line {line}"
-        raise TemplateSourceError(f"is not valid Jinja{where}: {error}") from None
 
 
 class BaseText:
