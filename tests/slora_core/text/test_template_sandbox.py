@@ -23,7 +23,7 @@ MESSAGES = [
 LIKE_TRANSFORMERS = [
     "{% for m in messages %}\n  {{- loop.index ~ m.role }}\n{% endfor %}\n{{ eos_token }}",
     "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
-    "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
     "{% for m in messages if m.role != 'user' %}{{ loop.length }}{{ loop.last }}{% endfor %}",
     "{% for m in nothing %}{% else %}none{% endfor %}{{ nothing }}",
     "{% for key, value in messages[0].items() %}{{ key }}={{ value }};{% endfor %}",
@@ -84,7 +84,7 @@ def test_what_is_no_template(source, told):
         "{% set r = range(9999) %}{% for i in r %}{% for j in r %}{{ j }}{% endfor %}{% endfor %}",
         "{% for a in messages %}{% for b in messages %}{% for c in messages %}{% endfor %}"
         "{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(50) }}",
     ],
 )
 def test_loops_and_calls_are_counted(source):
