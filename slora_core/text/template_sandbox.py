@@ -27,6 +27,8 @@ MAX_TURNS = 500_000
 MAX_TEXT_CHARS = 2**24
 # Each takes about 0.2 MB.
 MAX_COMPILED = 256
+# Sources found right, which the next adapters of one trainer have too.
+MAX_CHECKED = 16
 
 # A variable that no template can name, nor set.
 _BUDGET = "turns left"
@@ -43,7 +45,7 @@ def check_template(source: str) -> None:
             f"has {len(source)} characters; at most {MAX_SOURCE_CHARS} are supported"
         )
     try:
-        _compile(source)
+        _check_compiles(source)
     except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = "" if line is None else f" in line {line}"
@@ -164,3 +166,8 @@ def _compile(source: str) -> Template:
 
 
 _compiled = lru_cache(MAX_COMPILED)(_compile)
+
+
+@lru_cache(MAX_CHECKED)
+def _check_compiles(source: str) -> None:
+    _compile(source)

@@ -23,7 +23,7 @@ from app.registry.pools import LivingPools
 from app.registry.registry import AdapterRegistry
 from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.peft_weights import read_peft_adapter
-from slora_core.text.folder_text import BaseText
+from slora_core.text.base_text import BaseText
 from slora_core.text.template_sandbox import MAX_SOURCE_CHARS
 from slora_core.text.tokenizer import Tokenizer
 from tests.app.api_errors import error_of
