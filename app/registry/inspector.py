@@ -18,7 +18,8 @@ from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import inspect_peft_adapter
 from slora_core.errors import AdapterChangingError, SLoRAError
 from slora_core.text.adapter_text import AdapterText
-from slora_core.text.folder_text import BaseText, read_adapter_text
+from slora_core.text.base_text import BaseText
+from slora_core.text.folder_text import read_adapter_text
 
 logger = logging.getLogger(__name__)
 
