@@ -9,11 +9,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from app.byte_budget import ByteBudget
 from app.registry.follower import RegistryReader, follow_registry
 from app.registry.registry import RegistrySnapshot
 from app.registry.state import AdapterRecord
 from app.store.adapter_sources import AdapterSources, UnavailableLog
-from app.store.byte_budget import ByteBudget
 from app.store.keeper import Keeper
 from app.store.memory import HostStore
 from app.store.packed_files import PackedFiles
