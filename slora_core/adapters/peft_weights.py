@@ -27,10 +27,16 @@ from slora_core.adapters.page_layout import (
     pack_adapter,
     plan_layout,
 )
-from slora_core.adapters.peft_config import CONFIG_FILE, PeftLoraConfig, parse_peft_config
+from slora_core.adapters.peft_config import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    PeftLoraConfig,
+    parse_peft_config,
+)
 from slora_core.adapters.tensor_names import LoraTensorName, WholeTensorName, parse_tensor_name
 from slora_core.adapters.whole_tensors import check_whole_tensors
 from slora_core.errors import InvalidAdapterError
+from slora_core.quoting import plain, quoted
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -102,7 +108,7 @@ def read_peft_adapter(
     started_at = time.perf_counter()
     directory = Path(directory)
     rules = rules or AdapterRules()
-    config_bytes = _read_file(directory, CONFIG_FILE)
+    config_bytes = _read_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
     config = parse_peft_config(config_bytes, rules.unknown_fields)
     weights_bytes = _read_file(directory, WEIGHTS_FILE)
     # The config's length keeps the border between the files part of what is hashed.
@@ -118,7 +124,9 @@ def read_peft_adapter(
     ]
     if rules.is_other_base(config.base_model):
         known = ", ".join(sorted(rules.base_names))
-        warnings.append(f"it was trained for {config.base_model}; the base model here is {known}")
+        warnings.append(
+            f"it was trained for {plain(config.base_model or '')}; the base model here is {known}"
+        )
     weights = _check_tensors(lora_names, tensors, config, geometry)
 
     ranks = {key: lora.rank for key, lora in weights.items()}
@@ -134,17 +142,24 @@ def read_peft_adapter(
     return summary, weights
 
 
-def _read_file(directory: Path, name: str) -> bytes:
+def _read_file(directory: Path, name: str, max_bytes: int | None = None) -> bytes:
     path = directory / name
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise InvalidAdapterError(f"{path} is not a regular file")
+            if max_bytes is not None and status.st_size > max_bytes:
+                raise InvalidAdapterError(
+                    f"{path} has {status.st_size} bytes; at most {max_bytes} are allowed"
+                )
             return file.read()
     except FileNotFoundError:
         raise _missing_file(directory, name) from None
     except OSError as error:
         raise InvalidAdapterError(f"cannot read {path}: {error.strerror}") from None
+    except MemoryError:
+        raise InvalidAdapterError(f"{path} is larger than this machine's memory") from None
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -160,7 +175,7 @@ def _missing_file(directory: Path, name: str) -> InvalidAdapterError:
     )
     if name == WEIGHTS_FILE and pickles:
         return InvalidAdapterError(
-            f"{directory} has {pickles[0]} and no {WEIGHTS_FILE}: pickled weights are never "
+            f"{directory} has {plain(pickles[0])} and no {WEIGHTS_FILE}: pickled weights are never "
             "loaded, since they can run code; save the adapter with safe_serialization=True"
         )
     return InvalidAdapterError(f"{directory} has no {name}")
@@ -174,7 +189,9 @@ def _parse_safetensors(data: bytes) -> dict[str, torch.Tensor]:
         return load(data)
     # Beside its own error the library lets a dtype that torch lacks through as the others.
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise InvalidAdapterError(f"{WEIGHTS_FILE} is damaged or truncated: {error}") from None
+        raise InvalidAdapterError(
+            f"{WEIGHTS_FILE} is damaged or truncated: {plain(str(error))}"
+        ) from None
 
 
 def _sort_names(
@@ -195,8 +212,8 @@ def _sort_names(
         known = lora.get(first, parsed)
         if known.trained_name != parsed.trained_name or known.adapter != parsed.adapter:
             raise InvalidAdapterError(
-                f"tensor {name} is for a module that {first} names too: one of them is of another "
-                "adapter, or of a copy"
+                f"tensor {plain(name)} is for a module that {plain(first)} names too: one of them "
+                "is of another adapter, or of a copy"
             )
         lora[name] = parsed
     if not lora:
@@ -216,16 +233,30 @@ def _check_tensors(
     halves: dict[ModuleKey, dict[str, str]] = {}
     for name, parsed in names.items():
         halves.setdefault((parsed.layer, parsed.module), {})[parsed.matrix] = name
-    weights = {}
-    for key, pair in sorted(halves.items()):
+    pairs = dict(sorted(halves.items()))
+    for pair in pairs.values():
         if len(pair) < 2:
             ((half, name),) = pair.items()
             other = "B" if half == "A" else "A"
             raise InvalidAdapterError(
-                f"tensor {name} has no partner: lora_{other} of {names[name].module_name} is "
-                "missing"
+                f"tensor {plain(name)} has no partner: lora_{other} of {names[name].module_name} "
+                "is missing"
             )
-        weights[key] = _check_module(names[pair["A"]], pair, tensors, config, geometry)
+    # As PEFT matched its patterns; where it saw no wrapper yet, as in the base model.
+    matched = [
+        (names[pair["A"]].trained_name, names[pair["A"]].module_name) for pair in pairs.values()
+    ]
+    ranks = config.ranks(matched)
+    scalings = config.scalings(matched, ranks)
+    weights = {}
+    for (key, pair), rank, scaling in zip(pairs.items(), ranks, scalings, strict=True):
+        _check_module(names[pair["A"]], pair, tensors, rank, geometry)
+        if abs(scaling) > torch.finfo(torch.float32).max:
+            raise InvalidAdapterError(
+                f"lora_alpha in {CONFIG_FILE} scales {names[pair['A']].module_name} by {scaling}, "
+                "too large for float32"
+            )
+        weights[key] = LoraWeights(tensors[pair["A"]], tensors[pair["B"]], scaling)
     return weights
 
 
@@ -233,48 +264,38 @@ def _check_module(
     parsed: LoraTensorName,
     names: Mapping[str, str],
     tensors: Mapping[str, torch.Tensor],
-    config: PeftLoraConfig,
+    rank: int,
     geometry: AdapterGeometry,
-) -> LoraWeights:
+) -> None:
     """Check dtype, shape and values of one module's A and B."""
     layer, module = parsed.layer, parsed.module
-    # As PEFT matched its patterns; where it saw no wrapper yet, as in the base model.
-    matched = parsed.trained_name, parsed.module_name
     dims = geometry.module_dims[layer][module]
     assert dims is not None, "refused with the tensor's name"
     in_features, out_features = dims
-    rank = config.rank_of(*matched)
     for matrix, expected in (("A", (rank, in_features)), ("B", (out_features, rank))):
         name = names[matrix]
         tensor = tensors[name]
         if tensor.shape != expected:
             raise InvalidAdapterError(
-                f"tensor {name} has shape {list(tensor.shape)}, expected {list(expected)}: rank "
-                f"{rank} by {CONFIG_FILE}, {in_features} in and {out_features} out features of "
-                f"the base model's {geometry.module_names[module]}"
+                f"tensor {plain(name)} has shape {quoted(list(tensor.shape))}, expected "
+                f"{list(expected)}: rank {rank} by {CONFIG_FILE}, {in_features} in and "
+                f"{out_features} out features of the base model's {geometry.module_names[module]}"
             )
         if tensor.dtype not in _DTYPES:
             raise InvalidAdapterError(_wrong_dtype(name, tensor.dtype))
         if not _is_finite(tensor):
-            raise InvalidAdapterError(f"tensor {name} holds NaN or infinity")
+            raise InvalidAdapterError(f"tensor {plain(name)} holds NaN or infinity")
         if tensor.dtype != geometry.dtype and not _is_finite(tensor.to(geometry.dtype)):
             raise InvalidAdapterError(
-                f"tensor {name} holds values too large for the server's {geometry.dtype}"
+                f"tensor {plain(name)} holds values too large for the server's {geometry.dtype}"
             )
-    scaling = config.scaling_of(*matched)
-    if abs(scaling) > torch.finfo(torch.float32).max:
-        raise InvalidAdapterError(
-            f"lora_alpha in {CONFIG_FILE} scales {parsed.module_name} by {scaling}, too large for "
-            "float32"
-        )
-    return LoraWeights(tensors[names["A"]], tensors[names["B"]], scaling)
 
 
 def _wrong_dtype(name: str, dtype: torch.dtype) -> str:
     found = str(dtype).removeprefix("torch.")
     supported = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
     kind = "fp8 adapters are not supported" if found.startswith("float8") else "not a float type"
-    return f"tensor {name} has dtype {found}: {kind}; supported are {supported}"
+    return f"tensor {plain(name)} has dtype {found}: {kind}; supported are {supported}"
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
