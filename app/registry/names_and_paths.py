@@ -31,6 +31,10 @@ def check_name(name: str, reserved: Collection[str]) -> None:
             f"adapter name {name[:_MAX_SHOWN]!r} is not 1 to 128 letters, digits and ._:/@+=,~()- "
             "that start with a letter or digit"
         )
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise AdapterNameError(
+            f"adapter name {name!r} has an empty part, . or .. between slashes, which URLs lose"
+        )
     if name in reserved:
         raise AdapterNameError(f"adapter name {name!r} is the base model's name")
 

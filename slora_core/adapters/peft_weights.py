@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from slora_core.adapters.adapter_rules import AdapterRules
+from slora_core.adapters.base_names import is_other_base
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     AdapterLayout,
@@ -33,7 +34,7 @@ from slora_core.adapters.peft_config import (
     PeftLoraConfig,
     parse_peft_config,
 )
-from slora_core.adapters.tensor_names import LoraTensorName, WholeTensorName, parse_tensor_name
+from slora_core.adapters.tensor_names import LoraTensorName, sort_names
 from slora_core.adapters.whole_tensors import check_whole_tensors
 from slora_core.errors import InvalidAdapterError
 from slora_core.quoting import plain, quoted
@@ -117,15 +118,19 @@ def read_peft_adapter(
     digest.update(weights_bytes)
     read_s = time.perf_counter() - started_at
     tensors = _parse_safetensors(weights_bytes)
-    lora_names, whole_names = _sort_names(tensors, geometry)
+    lora_names, whole_names = sort_names(tensors, geometry)
+    if not lora_names:
+        raise InvalidAdapterError(
+            f"{WEIGHTS_FILE} holds no LoRA tensors: the adapter matches no module of the base model"
+        )
     warnings = [
         *config.warnings,
         *check_whole_tensors(whole_names, tensors, config, rules),
     ]
-    if rules.is_other_base(config.base_model):
-        known = ", ".join(sorted(rules.base_names))
+    if config.base_model is not None and is_other_base(config.base_model, rules.base_names):
         warnings.append(
-            f"it was trained for {plain(config.base_model or '')}; the base model here is {known}"
+            f"it was trained for {plain(config.base_model)}; the base model here is "
+            f"{rules.base_names[0]}"
         )
     weights = _check_tensors(lora_names, tensors, config, geometry)
 
@@ -192,35 +197,6 @@ def _parse_safetensors(data: bytes) -> dict[str, torch.Tensor]:
         raise InvalidAdapterError(
             f"{WEIGHTS_FILE} is damaged or truncated: {plain(str(error))}"
         ) from None
-
-
-def _sort_names(
-    tensors: Mapping[str, torch.Tensor], geometry: AdapterGeometry
-) -> tuple[dict[str, LoraTensorName], dict[str, WholeTensorName]]:
-    """What every tensor of a file is, by its name, none of them twice."""
-    lora: dict[str, LoraTensorName] = {}
-    whole: dict[str, WholeTensorName] = {}
-    first_names: dict[ModuleKey, str] = {}
-    for name in sorted(tensors):
-        parsed = parse_tensor_name(name, geometry)
-        if isinstance(parsed, WholeTensorName):
-            whole[name] = parsed
-            continue
-        key = parsed.layer, parsed.module
-        # Both `model.layers` (a causal model) and `layers` (its body alone) name a module.
-        first = first_names.setdefault(key, name)
-        known = lora.get(first, parsed)
-        if known.trained_name != parsed.trained_name or known.adapter != parsed.adapter:
-            raise InvalidAdapterError(
-                f"tensor {plain(name)} is for a module that {plain(first)} names too: one of them "
-                "is of another adapter, or of a copy"
-            )
-        lora[name] = parsed
-    if not lora:
-        raise InvalidAdapterError(
-            f"{WEIGHTS_FILE} holds no LoRA tensors: the adapter matches no module of the base model"
-        )
-    return lora, whole
 
 
 def _check_tensors(

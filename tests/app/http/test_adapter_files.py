@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
@@ -108,7 +108,7 @@ async def load(client, name, path, **fields):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("files"), base_names=frozenset({"org/base"}))
+    return World(tmp_path_factory.mktemp("files"), base_names=("org/base", "org/Llama-3.1-8B"))
 
 
 def is_as_in_the_files(folder, geometry, adapter_id):
@@ -174,6 +174,39 @@ def test_what_kind_of_path_it_is_is_told(world, path, told):
     assert told in error_of(answer, 400)["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"rank_pattern": {"\ud800": 4}}, r'rank_pattern in adapter_config.json is "\ud800"'),
+        ({"\ud800": True}, r"\ud800 in adapter_config.json is true: this field"),
+        ({"alpha_pattern": {"[[:alpha:]]": 4}}, "reads [: and {, otherwise than PEFT does"),
+        ({"alpha_pattern": {"a{,3}": 4}}, "reads [: and {, otherwise than PEFT does"),
+        ({"alpha_pattern": {r"\pL": 4}}, "no regular expression of Python's re"),
+        (
+            {"rank_pattern": {f"([a-z_.0-9]{{0,40}}){{0,20}}X{i}": 4 for i in range(30)}},
+            "too large as regular expressions",
+        ),
+        ({"new": "x" * (1 << 20)}, "bytes; at most 1048576 are allowed"),
+    ],
+)
+def test_a_config_that_no_answer_could_repeat_or_no_server_bear(world, fields, told):
+    started = time.process_time()
+    answer = world.load("odd", world.add("odd", **fields))
+    assert told in error_of(answer, 400)["message"]
+    assert time.process_time() - started < MAX_LOAD_S
+
+
+def test_two_adapters_in_one_file_are_both_named(world):
+    folder = world.add("two")
+    tensors = {
+        name.replace(".weight", ".one.weight" if "q_proj" in name else ".two.weight"): tensor
+        for name, tensor in load_file(folder / WEIGHTS).items()
+    }
+    save_file(tensors, folder / WEIGHTS)
+    message = error_of(world.load("two", folder), 400)["message"]
+    assert "of adapter 'one' and tensor" in message and "of adapter 'two'" in message
+
+
 def test_a_name_with_the_settings_of_its_training(world):
     world.add("lr=2e-4,r=16")
 
@@ -187,6 +220,21 @@ def test_a_name_with_the_settings_of_its_training(world):
     assert world.run(work).status_code == 200
 
 
+@pytest.mark.parametrize("name", ["a/../b", "a//b", "a/", "a/.", "a/..", "../a", ".", "a/./b"])
+def test_a_name_that_urls_lose_is_refused(world, name):
+    error = error_of(world.load(name, "good"), 400)
+    assert f"adapter name {name!r}" in error["message"] and error["param"] == "lora_name"
+
+
+@pytest.mark.parametrize("name", ["a/b", "a..b", "team@x/run:2", "a...", "a/b.c+(1),x=~2-"])
+def test_a_name_that_is_taken_has_a_card(world, name):
+    async def work(client):
+        assert (await load(client, name, "good", load_inplace=True)).status_code == 200
+        return await client.get(f"/v1/models/{name}")
+
+    assert world.run(work).json()["id"] == name
+
+
 def test_an_adapter_of_another_base_is_served_and_everybody_is_told(world, caplog):
     folder = world.add("foreign", base_model_name_or_path="org/other-7b")
     told = "it was trained for org/other-7b; the base model here is org/base"
@@ -198,6 +246,15 @@ def test_an_adapter_of_another_base_is_served_and_everybody_is_told(world, caplo
 
     assert world.run(work)["warnings"] == [told]
     assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    "trained_for",
+    ["out/run/merged", "home/me/x", "/srv/x", "unsloth/Meta-Llama-3.1-8B-bnb-4bit", "Base", ""],
+)
+def test_an_adapter_of_this_base_or_of_a_path_is_no_warning(world, trained_for):
+    folder = world.add("own", base_model_name_or_path=trained_for)
+    assert world.load("own", folder).json()["warnings"] == []
 
 
 def test_a_snapshot_of_a_hub_cache_is_served_and_escapes_are_not(world, tmp_path):
