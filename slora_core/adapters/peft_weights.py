@@ -35,6 +35,7 @@ from slora_core.adapters.peft_config import (
     parse_peft_config,
 )
 from slora_core.adapters.tensor_names import LoraTensorName, sort_names
+from slora_core.adapters.tensor_types import SUPPORTED, check_dtype
 from slora_core.adapters.whole_tensors import check_whole_tensors
 from slora_core.errors import InvalidAdapterError
 from slora_core.quoting import plain, quoted
@@ -43,8 +44,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 # What PEFT and others call the same weights in pickled form.
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,13 @@ def _parse_safetensors(data: bytes) -> dict[str, torch.Tensor]:
 
     try:
         return load(data)
-    # Beside its own error the library lets a dtype that torch lacks through as the others.
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except KeyError as error:
+        # Of a dtype that the library knows and torch has not.
+        raise InvalidAdapterError(
+            f"{WEIGHTS_FILE} holds tensors of dtype {plain(str(error))}, which are not supported; "
+            f"supported are {SUPPORTED}"
+        ) from None
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise InvalidAdapterError(
             f"{WEIGHTS_FILE} is damaged or truncated: {plain(str(error))}"
         ) from None
@@ -257,21 +261,13 @@ def _check_module(
                 f"{list(expected)}: rank {rank} by {CONFIG_FILE}, {in_features} in and "
                 f"{out_features} out features of the base model's {geometry.module_names[module]}"
             )
-        if tensor.dtype not in _DTYPES:
-            raise InvalidAdapterError(_wrong_dtype(name, tensor.dtype))
+        check_dtype(name, tensor)
         if not _is_finite(tensor):
             raise InvalidAdapterError(f"tensor {plain(name)} holds NaN or infinity")
         if tensor.dtype != geometry.dtype and not _is_finite(tensor.to(geometry.dtype)):
             raise InvalidAdapterError(
                 f"tensor {plain(name)} holds values too large for the server's {geometry.dtype}"
             )
-
-
-def _wrong_dtype(name: str, dtype: torch.dtype) -> str:
-    found = str(dtype).removeprefix("torch.")
-    supported = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-    kind = "fp8 adapters are not supported" if found.startswith("float8") else "not a float type"
-    return f"tensor {plain(name)} has dtype {found}: {kind}; supported are {supported}"
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
