@@ -1,4 +1,4 @@
-"""What somebody's files say, as an error or a warning may repeat it: one short line of ASCII.
+"""What somebody's files say, as an error or a warning may repeat it: one short line.
 
 Whatever a file holds (line ends, lone surrogates, megabytes) must fit a log and an answer's JSON.
 """
@@ -11,8 +11,8 @@ MAX_VALUE = 80
 
 
 def plain(text: str, limit: int = MAX_NAME) -> str:
-    """A name or a message without quotes; what is not printable ASCII is escaped."""
-    return _cut(ascii(text[: limit + 1])[1:-1], limit)
+    """A name or a message without quotes; what cannot be printed is escaped."""
+    return _cut(repr(text[: limit + 1])[1:-1], limit)
 
 
 def quoted(value: Any, limit: int = MAX_VALUE) -> str:

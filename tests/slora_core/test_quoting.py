@@ -13,6 +13,8 @@ from slora_core.quoting import MAX_NAME, MAX_VALUE, plain, quoted
         ("base_model.model.lm_head.weight", "base_model.model.lm_head.weight"),
         ("\ud800", r"\ud800"),
         ("a\nb\u2028", r"a\nb\u2028"),
+        ("▁zeit 时间 it's", "▁zeit 时间 it's"),
+        ("\x1b[2J\u202e", r"\x1b[2J\u202e"),
         ("x" * MAX_NAME, "x" * MAX_NAME),
         ("x" * 10**6, "x" * (MAX_NAME - 3) + "..."),
         ("\ud800" * 10**6, (r"\ud800" * MAX_NAME)[: MAX_NAME - 3] + "..."),

@@ -366,6 +366,8 @@ class TestText:
         "template",
         [
             "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            r"{{ '\ud800' }}",
+            r"{{ raise_exception('\ud800' * 99999) }}",
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         ],
     )
