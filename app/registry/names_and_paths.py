@@ -61,6 +61,9 @@ def confined_path(path: str | Path, roots: Sequence[Path]) -> Path:
         real = [Path(os.path.realpath(candidate)) for candidate in candidates]
         inside = [directory for directory in real if _all_inside(directory, roots)]
         existing = [directory for directory in inside if directory.exists()]
+        # What is no text no answer and no log can repeat; a link may lead there.
+        for directory in inside:
+            str(directory).encode()
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise AdapterPathError(f"adapter path {shown}: {reason}") from None

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -316,6 +317,16 @@ def test_a_link_to_another_volume_that_is_an_allowed_root(tmp_path):
     inspector = AdapterInspector(world.geometry, roots)
     world.registry = AsyncRegistry(AdapterRegistry(inspector, LivingPools(1000)))
     assert world.load("link").status_code == 200
+
+
+def test_a_folder_whose_name_is_no_text_is_no_answers_end(world):
+    """A card with its path would have every list of models fail."""
+    folder = os.fsencode(world.root) + b"/\xff"
+    shutil.copytree(os.fsencode(world.good), folder)
+    (world.root / "to-bytes").symlink_to(os.fsdecode(folder))
+    assert "codec can't encode" in error_of(world.load("bytes", "to-bytes"), 403)["message"]
+    shutil.rmtree(folder)
+    assert world.run(lambda client: client.get("/v1/models")).status_code == 200
 
 
 SHOUT = "{% for m in messages %}{{ m['content'] | upper }}!{% endfor %}"
