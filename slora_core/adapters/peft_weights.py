@@ -42,6 +42,10 @@ from slora_core.quoting import plain, quoted
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+# Names, types and shapes of tensors; PEFT's longest have 0.3 MB. One of this size has up to 70,000
+# tensors, which take half a second with the GIL held.
+MAX_HEADER_BYTES = 1 << 22
+
 # What PEFT and others call the same weights in pickled form.
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -189,6 +193,12 @@ def _parse_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    header_bytes = int.from_bytes(data[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise InvalidAdapterError(
+            f"{WEIGHTS_FILE} is damaged or truncated, or no adapter's: by its first bytes it has a "
+            f"header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed"
+        )
     try:
         return load(data)
     except KeyError as error:
