@@ -113,6 +113,24 @@ def test_a_config_that_no_answer_could_repeat_or_no_server_bear(world, fields, t
     assert time.process_time() - started < MAX_LOAD_S
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_backtracks_holds_nobody_up(world, field):
+    folder = world.add("slow", **{field: {BACKTRACKS: 4}})
+    started = time.process_time()
+    assert world.load("slow", folder).status_code == 200
+    assert time.process_time() - started < 0.5
+
+
+def test_fields_of_the_next_peft_are_refused_or_told_by_the_argument(world, tmp_path):
+    fields = {"use_nova": True, "peft_version": "0.99.1"}
+    message = error_of(world.load("next", world.add("next", **fields)), 400)["message"]
+    assert "use_nova in adapter_config.json is true" in message and "PEFT 0.99.1" in message
+    other = World(tmp_path, unknown_fields="warn")
+    answer = other.load("next", other.add("next", **fields))
+    told = "use_nova in adapter_config.json is not known and was ignored"
+    assert answer.status_code == 200 and answer.json()["warnings"] == [told]
+
+
 def test_two_adapters_in_one_file_are_both_named(world):
     folder = world.add("two")
     tensors = {
