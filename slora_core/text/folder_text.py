@@ -27,8 +27,8 @@ _MAX_TOKEN_CHARS = 40
 # Of each file but tokenizer.json, whose bound is the base model's; tokenizers with thousands of
 # unused tokens have a tokenizer_config.json of 1.2 MB.
 MAX_FILE_BYTES = 1 << 22
-# Tokens that end an adapter's texts; models have up to five.
-MAX_ENDS = 64
+# Tokens that end an adapter's texts, as many as a request may name; models have up to five.
+MAX_ENDS = 128
 # What a template may write of its tokenizer's special tokens.
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
