@@ -22,6 +22,7 @@ from app.http.service import CompletionService
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
+from app.serve_run import ended_by_failure
 from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
 from slora_core.models.registry import load_generation_defaults, load_model_config
 from slora_core.text.tokenizer import Tokenizer
@@ -43,6 +44,10 @@ class IngressServer:
         self._ready = (False, -READY_CACHE_S)
 
     def build_asgi_app(self) -> Starlette:
+        with ended_by_failure():
+            return self._api_app()
+
+    def _api_app(self) -> Starlette:
         args = self._args
         model_dir = resolve_model(args.model, args.model_revision)
         service = CompletionService(

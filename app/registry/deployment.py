@@ -22,6 +22,7 @@ from app.registry.pools import LivingPools
 from app.registry.registry import AdapterRegistry, RegistrySnapshot
 from app.registry.state import AdapterRecord, StateFile
 from app.remote_errors import returns_errors
+from app.serve_run import ended_by_failure
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class RegistryServer:
     async def __init__(self, args: SLoRAArgs) -> None:  # type: ignore[misc]
         app_name = serve.get_replica_context().app_name
         self._changed = asyncio.Event()
-        self._registry = await asyncio.to_thread(_open_registry, args, app_name)
+        with ended_by_failure():
+            self._registry = await asyncio.to_thread(_open_registry, args, app_name)
         self._looking = asyncio.create_task(self._look_again())
 
     async def snapshot(self) -> RegistrySnapshot:

@@ -177,6 +177,27 @@ def test_full_replicas_are_not_asked_without_a_pause(handle, streams, calls, tmp
         assert len(list(waiting)) == 2
 
 
+@pytest.mark.serve
+def test_where_serve_listens_and_what_started_it(ray_cluster, monkeypatch):
+    import os
+
+    from app import ray_private
+
+    with contract("_get_global_client().http_config"):
+        host, port = ray_private.http_address()
+        assert f"http://{host}:{port}" == ray_cluster
+    with contract("the resource node:__internal_head__"):
+        assert ray_private.is_on_head_node()
+    with contract("the job table of ray._private.state"):
+        import ray
+
+        assert ray_private.find_serve_run() is None
+        monkeypatch.setattr(ray_private, "_is_serve_run", lambda pid: pid == os.getpid())
+        found = ray_private.find_serve_run()
+        assert found is not None and found.pid == os.getpid()
+        assert found.job_id == ray.get_runtime_context().get_job_id()
+
+
 def test_an_empty_context_has_no_variables():
     import contextvars
 
