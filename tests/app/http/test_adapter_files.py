@@ -41,8 +41,8 @@ class AsyncRegistry:
     def __init__(self, registry: AdapterRegistry) -> None:
         self._registry = registry
 
-    async def snapshot(self):
-        return self._registry.snapshot()
+    async def changes_since(self, position=None):
+        return self._registry.changes_since(position)
 
     async def load(self, name, path, replace):
         return await asyncio.to_thread(self._registry.load, name, path, replace)
@@ -146,7 +146,7 @@ def test_mutated_folders_are_refused_by_name_or_served_rightly(world):
                 assert error["param"] == "lora_path" and len(error["message"]) > 20, what
                 assert "internal" not in error["message"], what
             else:
-                records = (await world.registry.snapshot()).records
+                records = (await world.registry.changes_since()).records
                 record = records[folder.name]
                 assert is_as_in_the_files(folder, world.geometry, record.adapter_id), what
             assert (await client.post("/v1/completions", json=good)).status_code == 200, what

@@ -13,10 +13,10 @@ def test_a_name_unknown_here_is_asked_of_the_registry():
         view = RegistryView(registry)
         assert (await view.find("a")).name == "a"
         await view.find("a")
-        assert registry.num_snapshots == 1
+        assert registry.num_asked == 1
         with pytest.raises(AdapterNotFoundError, match="'b'"):
             await view.find("b")
-        assert registry.num_snapshots == 2
+        assert registry.num_asked == 2
 
     asyncio.run(run())
 
@@ -44,18 +44,18 @@ def test_it_follows_the_registry_and_tells_what_is_gone():
 def test_it_never_goes_back_in_time():
     async def run():
         registry = FakeRegistry("a")
-        snapshot, is_sent = registry.snapshot, asyncio.Event()
+        changes_since, is_sent = registry.changes_since, asyncio.Event()
 
-        async def late_snapshot():
-            old = await snapshot()
+        async def late_answer(position):
+            old = await changes_since(position)
             await is_sent.wait()
             return old
 
-        registry.snapshot = late_snapshot
+        registry.changes_since = late_answer
         view = RegistryView(registry)
         refreshing = asyncio.create_task(view.refresh())
         await asyncio.sleep(0.05)
-        registry.snapshot = snapshot
+        registry.changes_since = changes_since
         await registry.load("b", "/b", replace=False)
         following = asyncio.create_task(view.follow())
         await asyncio.sleep(0.05)
@@ -74,12 +74,12 @@ def test_it_outlives_a_registry_that_fails(monkeypatch):
         registry = FakeRegistry("a")
         wait, num_calls = registry.wait_for_change, 0
 
-        async def failing(revision, timeout_s):
+        async def failing(position, timeout_s):
             nonlocal num_calls
             num_calls += 1
             if num_calls <= 2:
                 raise ConnectionError("the registry is restarting")
-            return await wait(revision, timeout_s)
+            return await wait(position, timeout_s)
 
         registry.wait_for_change = failing
         view = RegistryView(registry)

@@ -13,7 +13,7 @@ import pytest
 from app.registry.inspector import AdapterInspector
 from app.registry.pools import FORGET_AFTER_S, LivingPools
 from app.registry.registry import AdapterRegistry
-from app.registry.state import StateFile
+from app.registry.state_file import StateFile
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import inspect_peft_adapter
 from slora_core.errors import (
@@ -76,33 +76,33 @@ def test_load_describes_the_adapter(make, add, geometry) -> None:
 
 def test_every_change_raises_the_revision(make, add) -> None:
     registry = make()
-    revisions = [registry.revision]
+    positions = [registry.position]
     registry.load("a", add("a"))
-    revisions.append(registry.revision)
+    positions.append(registry.position)
     registry.load("a", add("a", seed=2), replace=True)
-    revisions.append(registry.revision)
+    positions.append(registry.position)
     registry.unload("a")
-    revisions.append(registry.snapshot().revision)
-    assert revisions == sorted(set(revisions))
-    assert registry.snapshot().records == {}
+    positions.append(registry.changes_since().position)
+    assert positions == sorted(set(positions))
+    assert registry.changes_since().records == {}
     with pytest.raises(AdapterNotFoundError):
         registry.unload("a")
-    assert registry.revision == revisions[-1]
+    assert registry.position == positions[-1]
 
 
 def test_the_smallest_living_pool_counts_and_nothing_is_forgotten(make, add) -> None:
     now = 100.0
     registry = make(pools=LivingPools(None, clock=lambda: now))
     small, large = (registry.load(f"rank-{r}", add(f"rank-{r}", rank=r)) for r in (4, 64))
-    assert registry.snapshot().num_pool_pages is None
+    assert registry.changes_since().num_pool_pages is None
     registry.report_pool("first", large.num_pages + 1)
-    revision = registry.revision
+    position = registry.position
     # Of two engines the smaller one counts; a larger one changes nothing.
     registry.report_pool("second", large.num_pages + 9)
-    assert registry.revision == revision
+    assert registry.position == position
     registry.report_pool("third", small.num_pages + 1)
-    snapshot = registry.snapshot()
-    assert snapshot.num_pool_pages == small.num_pages + 1 and snapshot.revision > revision
+    snapshot = registry.changes_since()
+    assert snapshot.num_pool_pages == small.num_pages + 1 and snapshot.position > position
     assert set(snapshot.records) == {"rank-4", "rank-64"}
     with pytest.raises(AdapterTooLargeError):
         registry.load("again", large.path)
@@ -110,7 +110,7 @@ def test_the_smallest_living_pool_counts_and_nothing_is_forgotten(make, add) -> 
     now += FORGET_AFTER_S
     registry.report_pool("first", large.num_pages + 1)
     registry.look_again()
-    assert registry.snapshot().num_pool_pages == large.num_pages + 1
+    assert registry.changes_since().num_pool_pages == large.num_pages + 1
     assert registry.load("again", large.path).num_pages == large.num_pages
 
 
@@ -133,10 +133,10 @@ def test_a_failed_replacement_keeps_the_old_version(make, add) -> None:
     bad = add("bad")
     file = bad / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    revision = registry.revision
+    position = registry.position
     with pytest.raises(InvalidAdapterError):
         registry.load("a", bad, replace=True)
-    assert registry.records() == {"a": old} and registry.revision == revision
+    assert registry.records() == {"a": old} and registry.position == position
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "-a", "a b", "a\n", "é", "a" * 129, "base", "a\0"])
@@ -250,9 +250,9 @@ def test_registrations_survive_the_registry(make, add, root) -> None:
     registry.load("live", add(".deep/live", seed=1))
     registry.load("live", add(".deep/live2", seed=2), replace=True)
     registry.unload("unloaded")
-    revision, records = registry.revision, registry.records()
+    position, records = registry.position, registry.records()
     again = make()
-    assert again.records() == records and again.revision > revision
+    assert again.records() == records and again.position.epoch != position.epoch
     assert again.scan(root) == [] and again.records() == records
     assert again.load("unloaded", root / "unloaded").version == 2
 
@@ -285,13 +285,13 @@ def test_files_that_come_back_are_found(make, add, root) -> None:
     (root / "a").rename(root / "away")
     registry = make()
     assert registry.records()["a"].unavailable
-    revision = registry.revision
+    position = registry.position
     registry.look_again()
-    assert registry.revision == revision
+    assert registry.position == position
     (root / "away").rename(root / "a")
     registry.look_again()
     record = registry.records()["a"]
-    assert record.unavailable is None and record.version == 1 and registry.revision > revision
+    assert record.unavailable is None and record.version == 1 and registry.position > position
 
 
 def test_files_that_are_no_adapter_are_read_once(make, add, root, monkeypatch) -> None:
@@ -411,28 +411,6 @@ def test_a_restart_with_another_geometry_plans_anew(make, add, model_dir, root) 
     assert again.num_pages > record.num_pages and again.version == 1
     other = make_geometry(make_model(root / "other", "llama", hidden_size=128, head_dim=16))
     assert "q_proj" in make(geometry=other).records()["a"].unavailable
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1}', "null"])
-def test_a_damaged_state_is_ignored(make, add, tmp_path, content: str) -> None:
-    make().load("a", add("a"))
-    (tmp_path / "s" / "state").write_text(content)
-    registry = make()
-    assert registry.records() == {}
-    registry.load("a", add("a"))
-    assert set(make().records()) == {"a"}
-
-
-def test_the_state_file_is_replaced_whole(make, add, tmp_path, monkeypatch, caplog) -> None:
-    registry = make()
-    registry.load("a", add("a"))
-    state = tmp_path / "s" / "state"
-    before = state.read_bytes()
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    registry.load("b", add("b"))
-    assert "disk full" in caplog.text
-    assert state.read_bytes() == before and os.listdir(state.parent) == ["state"]
-    assert set(registry.records()) == {"a", "b"}
 
 
 def test_threads_may_load_and_unload_at_once(make, add) -> None:
