@@ -6,6 +6,7 @@ Files are read whole before they are parsed, not mapped: one that somebody trunc
 then gives an error here instead of a SIGBUS, and the hash is of the very bytes that are used.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -30,12 +31,23 @@ from slora_core.adapters.page_layout import (
 from slora_core.adapters.peft_config import CONFIG_FILE, PeftLoraConfig, parse_peft_config
 from slora_core.adapters.tensor_names import LoraTensorName, WholeTensorName, parse_tensor_name
 from slora_core.adapters.whole_tensors import check_whole_tensors
-from slora_core.errors import InvalidAdapterError
+from slora_core.errors import AdapterUnreadableError, InvalidAdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 # What PEFT and others call the same weights in pickled form.
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+# Of reading a file: what trying again does not change. A disk or a network may be back later.
+_LASTING_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENXIO,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -144,7 +156,10 @@ def _read_file(directory: Path, name: str) -> bytes:
     except FileNotFoundError:
         raise _missing_file(directory, name) from None
     except OSError as error:
-        raise InvalidAdapterError(f"cannot read {path}: {error.strerror}") from None
+        what = f"cannot read {path}: {error.strerror}"
+        if error.errno in _LASTING_ERRORS:
+            raise InvalidAdapterError(what) from None
+        raise AdapterUnreadableError(f"{what}; try again") from None
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -1,7 +1,9 @@
 """Loads over HTTP of what people have in their folders: served rightly, or a 400 that says why."""
 
 import asyncio
+import errno
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -17,10 +19,12 @@ from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
 from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
+from app.registry import inspector
 from app.registry.follower import RegistryView
 from app.registry.inspector import AdapterInspector
 from app.registry.pools import LivingPools
 from app.registry.registry import AdapterRegistry
+from slora_core.adapters import peft_weights
 from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.peft_weights import read_peft_adapter
 from slora_core.text.folder_text import MAX_TEMPLATE_CHARS, BaseText
@@ -389,3 +393,33 @@ def test_a_base_without_a_template_says_which_argument_helps(tmp_path):
 
     assert "its argument chat_template" in error_of(world.run(work), 400)["message"]
     assert TestText.prompt_of(world, "own") == "HI!"
+
+
+def test_an_error_that_may_pass_is_503_with_a_time_to_try_again(world, monkeypatch):
+    world.add("passing")
+
+    def failing(path, flags):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_weights, "_open_without_waiting", failing)
+        answer = world.load("passing")
+        assert "Input/output error; try again" in error_of(answer, 503)["message"]
+        assert int(answer.headers["Retry-After"]) > 0
+    stamps = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(inspector, "files_stamp", lambda directory: (next(stamps),))
+        answer = world.load("passing")
+        assert "changed while they were read; try again" in error_of(answer, 503)["message"]
+    assert world.load("passing").status_code == 200
+
+
+def test_an_error_that_lasts_is_a_400(world, monkeypatch):
+    world.add("barred")
+
+    def failing(path, flags):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(peft_weights, "_open_without_waiting", failing)
+    error = error_of(world.load("barred"), 400)
+    assert error["message"].endswith("Permission denied") and error["param"] == "lora_path"

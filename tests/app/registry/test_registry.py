@@ -1,9 +1,11 @@
 """Registrations: versions, refusals, confinement to the roots, and what survives a restart."""
 
+import errno
 import logging
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,9 @@ import pytest
 from app.registry.inspector import AdapterInspector
 from app.registry.pools import FORGET_AFTER_S, LivingPools
 from app.registry.registry import AdapterRegistry
+from app.registry.retries import MAX_PAUSE_S, Retries
 from app.registry.state_file import StateFile
+from slora_core.adapters import peft_weights
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import inspect_peft_adapter
 from slora_core.errors import (
@@ -294,6 +298,34 @@ def test_files_that_come_back_are_found(make, add, root) -> None:
     assert record.unavailable is None and record.version == 1 and registry.position > position
 
 
+def test_what_a_disk_did_not_give_is_tried_again(make, add, model_dir, monkeypatch) -> None:
+    """The files are as they were, so that nothing but time tells."""
+    make().load("a", add("a"))
+    # So that it is looked at at the start.
+    other_geometry = make_geometry(model_dir, page_tokens=4)
+    now, num_reads = 0.0, 0
+
+    def failing(path, flags):
+        nonlocal num_reads
+        num_reads += 1
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_weights, "_open_without_waiting", failing)
+        registry = make(geometry=other_geometry, retries=Retries(lambda: now))
+        assert "Input/output error" in registry.records()["a"].unavailable
+        for _ in range(60):
+            now += 10
+            registry.look_again()
+        assert num_reads == 1 + 5, "after 10, 20, 40, 80 and 160 s"
+    now += 10
+    registry.look_again()
+    assert registry.records()["a"].unavailable
+    now += MAX_PAUSE_S
+    registry.look_again()
+    assert registry.records()["a"].unavailable is None
+
+
 def test_files_that_are_no_adapter_are_read_once(make, add, root, monkeypatch) -> None:
     make().load("a", add("a"))
     (root / "a" / "adapter_config.json").write_text("{}")
@@ -319,23 +351,29 @@ def test_files_that_are_no_adapter_are_read_once(make, add, root, monkeypatch) -
 
 
 class SlowInspector(AdapterInspector):
-    """Reads a folder at once, and hands it over when it is told to."""
+    """Reads a folder at once, and hands over what it has of the one named `slow` when told to."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.has_read, self.may_go_on = threading.Event(), threading.Event()
 
-    def inspect(self, name, path):
-        found = super().inspect(name, path)
-        if Path(path).name == "slow":
+    def _inspect(self, name, directory, stamp):
+        found = super()._inspect(name, directory, stamp)
+        if Path(directory).name == "slow" and not self.has_read.is_set():
             self.has_read.set()
             assert self.may_go_on.wait(30)
         return found
 
 
-def test_of_two_loads_the_one_asked_last_holds(make, add, geometry, root) -> None:
+@pytest.fixture
+def slow(geometry, root):
+    """A registry whose load of the folder `slow` can be held, and the hold."""
     inspector = SlowInspector(geometry, [root])
-    registry = AdapterRegistry(inspector, LivingPools(1000))
+    return AdapterRegistry(inspector, LivingPools(1000)), inspector
+
+
+def test_of_two_loads_the_one_asked_last_holds(slow, add, root) -> None:
+    registry, inspector = slow
     registry.load("name", add("first", seed=1))
     with ThreadPoolExecutor(1) as pool:
         older = pool.submit(registry.load, "name", add("slow", seed=2), replace=True)
@@ -346,19 +384,121 @@ def test_of_two_loads_the_one_asked_last_holds(make, add, geometry, root) -> Non
     assert registry.records()["name"] == newer and newer.path == str(root / "quick")
 
 
-def test_an_unload_that_is_asked_later_holds(make, add, geometry, root) -> None:
-    inspector = SlowInspector(geometry, [root])
-    registry = AdapterRegistry(inspector, LivingPools(1000))
-    registry.load("name", add("first", seed=1))
+def test_a_folder_that_is_swapped_while_it_is_loaded_and_loaded_again(slow, add, root) -> None:
+    """Both answer, and the name means what is in the folder now."""
+    registry, inspector = slow
+    add("slow", seed=1)
+    with ThreadPoolExecutor(1) as pool:
+        older = pool.submit(registry.load, "name", root / "slow", replace=True)
+        assert inspector.has_read.wait(30)
+        add("next", seed=2)
+        (root / "slow").rename(root / "old")
+        (root / "next").rename(root / "slow")
+        newer = registry.load("name", root / "slow", replace=True)
+        inspector.may_go_on.set()
+        assert older.result(30) == newer
+    now = inspect_peft_adapter(root / "slow", registry._inspector.geometry).adapter_id
+    assert registry.records()["name"].adapter_id == now
+
+
+def test_a_load_reads_again_where_its_folder_is_swapped(slow, add, root) -> None:
+    registry, inspector = slow
+    add("slow", seed=1)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(registry.load, "name", root / "slow")
+        assert inspector.has_read.wait(30)
+        shutil.rmtree(root / "slow")
+        add("slow", seed=2)
+        inspector.may_go_on.set()
+        record = loading.result(30)
+    geometry = registry._inspector.geometry
+    assert record.adapter_id == inspect_peft_adapter(root / "slow", geometry).adapter_id
+
+
+@pytest.mark.parametrize("is_registered", [True, False])
+def test_an_unload_that_is_asked_later_holds(slow, add, root, is_registered) -> None:
+    registry, inspector = slow
+    if is_registered:
+        registry.load("name", add("first", seed=1))
     with ThreadPoolExecutor(1) as pool:
         older = pool.submit(registry.load, "name", add("slow", seed=2), replace=True)
         assert inspector.has_read.wait(30)
-        registry.unload("name")
+        unloaded = registry.unload("name")
+        assert (unloaded is not None) == is_registered
         inspector.may_go_on.set()
         with pytest.raises(AdapterNotFoundError, match="was unloaded while it was loaded"):
             older.result(30)
     assert registry.records() == {}
-    assert registry.load("name", root / "first").version == 2
+    with pytest.raises(AdapterNotFoundError, match="no adapter is named 'name'"):
+        registry.unload("name")
+    assert registry.load("name", root / "slow").version == 1 + is_registered
+
+
+def test_what_is_asked_is_numbered_before_it_is_done(make, add, root) -> None:
+    """Threads may begin in another order."""
+    registry = make()
+    registry.load("a", add("one", seed=1))
+    unload, load = registry.ask("a"), registry.ask("a")
+    newer = registry.load("a", add("two", seed=2), replace=True, asked=load)
+    assert registry.unload("a", asked=unload) is None
+    assert registry.records() == {"a": newer}
+
+
+def test_a_load_that_fails_leaves_nothing_behind(make, add, root) -> None:
+    registry = make()
+    for name in ("a", "not a name"):
+        with pytest.raises((InvalidAdapterError, AdapterNameError)):
+            registry.load(name, "nowhere")
+    with pytest.raises(AdapterNotFoundError):
+        registry.unload("a")
+    assert registry._order._going == registry._order._latest == {}
+
+
+def test_what_nobody_asked_for_never_beats_what_somebody_did(slow, add, root, tmp_path) -> None:
+    """A folder is found back while its name is unloaded, or given to another adapter."""
+    for ask in ("unload", "load"):
+        store = StateFile(tmp_path / ask)
+        inspector = SlowInspector(slow[1].geometry, [root])
+        AdapterRegistry(inspector, LivingPools(1000), store).load("a", add("other", seed=3))
+        inspector.has_read.set()
+        AdapterRegistry(inspector, LivingPools(1000), store).load(
+            "a", add("slow", seed=1), replace=True
+        )
+        (root / "slow").rename(root / "away")
+        registry = AdapterRegistry(inspector, LivingPools(1000), store)
+        (root / "away").rename(root / "slow")
+        inspector.has_read.clear()
+        inspector.may_go_on.clear()
+        with ThreadPoolExecutor(1) as pool:
+            looking = pool.submit(registry.look_again)
+            assert inspector.has_read.wait(30)
+            if ask == "unload":
+                registry.unload("a")
+            else:
+                registry.load("a", root / "other", replace=True)
+            standing = registry.records()
+            inspector.may_go_on.set()
+            looking.result(30)
+        assert registry.records() == standing
+        shutil.rmtree(root / "slow")
+
+
+def test_a_load_under_way_is_not_beaten_by_a_look(slow, add, root, tmp_path) -> None:
+    registry, inspector = slow
+    AdapterRegistry(inspector, LivingPools(1000), store := StateFile(tmp_path / "state")).load(
+        "a", add("mine", seed=1)
+    )
+    (root / "mine").rename(root / "away")
+    registry = AdapterRegistry(inspector, LivingPools(1000), store)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(registry.load, "a", add("slow", seed=2), replace=True)
+        assert inspector.has_read.wait(30)
+        (root / "away").rename(root / "mine")
+        registry.look_again()
+        assert registry.records()["a"].unavailable is None
+        inspector.may_go_on.set()
+        record = loading.result(30)
+    assert registry.records() == {"a": record} and record.path == str(root / "slow")
 
 
 def test_the_same_content_again_is_no_error(make, add, root) -> None:
@@ -411,6 +551,88 @@ def test_a_restart_with_another_geometry_plans_anew(make, add, model_dir, root) 
     assert again.num_pages > record.num_pages and again.version == 1
     other = make_geometry(make_model(root / "other", "llama", hidden_size=128, head_dim=16))
     assert "q_proj" in make(geometry=other).records()["a"].unavailable
+
+
+class CountingStore:
+    """A store in memory, and what each write was of."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, bytes] = {}
+        self.writes: list[dict[str, bytes]] = []
+        self.error: OSError | None = None
+
+    def read(self):
+        return dict(self.entries)
+
+    def write(self, entries):
+        if self.error is not None:
+            raise self.error
+        self.writes.append(dict(entries))
+        self.entries.update(entries)
+
+
+def test_a_change_writes_itself_alone(make, add) -> None:
+    path, store = add("a"), CountingStore()
+    registry = make(store=store)
+    sizes = []
+    for number in range(1000):
+        registry.load(f"a{number}", path)
+        assert store.writes[-1].keys() == {f"a{number}"}
+        sizes.append(len(store.writes[-1][f"a{number}"]))
+    assert max(sizes) < 1000 and len(store.writes) == 1000
+    registry.unload("a7")
+    assert store.writes[-1].keys() == {"a7"}
+    store.writes.clear()
+    again = make(store=store)
+    assert store.writes == [] and again.records() == registry.records()
+    again.report_pool("replica", 500)
+    again.look_again()
+    assert store.writes == []
+
+
+def test_what_could_not_be_written_is_written_with_the_next_change(make, add, caplog) -> None:
+    path, store = add("a"), CountingStore()
+    registry = make(store=store)
+    store.error = OSError("disk full")
+    registry.load("a", path)
+    registry.load("b", path)
+    assert "cannot write the registry's state: disk full" in caplog.text
+    assert set(registry.records()) == {"a", "b"} and store.entries == {}
+    store.error = None
+    registry.load("c", path)
+    assert store.writes[-1].keys() == {"a", "b", "c"}
+    store.error = OSError("disk full")
+    registry.unload("a")
+    store.error = None
+    registry.look_again()
+    assert make(store=store).records() == registry.records()
+
+
+def test_changes_that_wait_for_a_write_are_written_together(make, add) -> None:
+    path, store = add("a"), CountingStore()
+    is_writing, may_go_on = threading.Event(), threading.Event()
+    write = store.write
+
+    def slow_write(entries):
+        is_writing.set()
+        assert may_go_on.wait(30)
+        write(entries)
+
+    store.write = slow_write
+    registry = make(store=store)
+    names = [f"a{number}" for number in range(8)]
+    with ThreadPoolExecutor(9) as pool:
+        loads = [pool.submit(registry.load, "first", path)]
+        assert is_writing.wait(30)
+        loads += [pool.submit(registry.load, name, path) for name in names]
+        while set(registry.records()) != {"first", *names}:
+            time.sleep(0.001)
+        # Registered, and not answered yet: none of them is written.
+        assert not any(load.done() for load in loads)
+        may_go_on.set()
+        for load in loads:
+            load.result(30)
+    assert [set(entries) for entries in store.writes] == [{"first"}, set(names)]
 
 
 def test_threads_may_load_and_unload_at_once(make, add) -> None:
