@@ -31,7 +31,7 @@ class SLoRAArgs(BaseModel):
     load_format: Literal["safetensors", "dummy"] = "safetensors"
 
     # The base model's chat template: Jinja source, or a file that holds it. None: that of the
-    # model's own files. Adapters may bring their own.
+    # model's own files. Adapters may bring their own, of which a copy of that one counts as none.
     chat_template: str | None = None
     # Where temperature, top_p, top_k and min_p come from where a request is silent: "auto" is the
     # model's generation_config.json, "openai" the defaults of OpenAI's API: temperature 1, no cut.

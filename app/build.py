@@ -17,7 +17,7 @@ from app.registry.client import REGISTRY_DEPLOYMENT
 from app.registry.deployment import RegistryServer
 from app.replica.server import EngineServer
 from app.routing.serve_router import AffinityRouter
-from slora_core.text.folder_text import TemplateSourceError, check_template
+from slora_core.text.template_sandbox import TemplateSourceError, check_template
 
 # Ray only counts CPUs; ingress and registry wait most of the time.
 CPUS_PER_INGRESS = 0.2

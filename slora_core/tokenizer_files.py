@@ -28,6 +28,8 @@ TEXT_FILES = (
 )
 # Of one file; the largest tokenizers in use have 35 MB.
 MAX_FILE_BYTES = 2**27
+# Of a token's id that is the key of an object.
+_MAX_ID_DIGITS = 10
 
 
 class TokenizerFiles:
@@ -36,63 +38,64 @@ class TokenizerFiles:
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
 
-    def read(self, name: str) -> bytes | None:
-        """A file's bytes; None where it is no regular file of at most `MAX_FILE_BYTES`."""
+    def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes | None:
+        """A file's bytes; None where it is no regular file, or a larger one."""
         try:
             # Without O_NONBLOCK the opening of a FIFO would wait for a writer for ever.
             descriptor = os.open(self._directory / name, os.O_RDONLY | os.O_NONBLOCK)
             with open(descriptor, "rb") as file:
                 status = os.fstat(file.fileno())
-                is_usable = stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES
-                return file.read(MAX_FILE_BYTES) if is_usable else None
+                is_usable = stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes
+                return file.read(max_bytes) if is_usable else None
         except OSError:
             return None
 
+    def size(self, name: str) -> int:
+        """A file's bytes; 0 where there is none."""
+        try:
+            return os.stat(self._directory / name).st_size
+        except OSError:
+            return 0
+
     def read_object(self, name: str) -> Mapping[str, Any]:
         """A file's JSON object, empty where there is none."""
-        data = self.read(name)
-        try:
-            fields = json.loads(data) if data is not None else {}
-        except (ValueError, RecursionError):
-            return {}
-        return fields if isinstance(fields, dict) else {}
+        return _object(self.read(name))
 
     @cached_property
-    def added_tokens(self) -> dict[int, str]:
-        """Tokens beside the vocabulary's own, by id: most of them special."""
-        added: dict[int, str] = {}
-        for entry in _list(self.read_object(TOKENIZER_FILE).get("added_tokens")):
-            if isinstance(entry, dict):
-                _add(added, entry.get("id"), entry.get("content"))
+    def noted_tokens(self) -> dict[int, str]:
+        """Tokens that files beside tokenizer.json name, by id: most of them special."""
+        noted: dict[int, str] = {}
         for content, token_id in self.read_object(ADDED_TOKENS_FILE).items():
-            _add(added, token_id, content)
+            _add(noted, token_id, content)
         decoder = self.read_object(CONFIG_FILE).get("added_tokens_decoder")
         for key, entry in decoder.items() if isinstance(decoder, dict) else ():
             named = entry.get("content") if isinstance(entry, dict) else entry
-            _add(added, int(key) if key.isdecimal() else None, named)
-        return added
+            is_id = key.isdecimal() and len(key) < _MAX_ID_DIGITS
+            _add(noted, int(key) if is_id else None, named)
+        return noted
 
     @cached_property
-    def vocabulary(self) -> dict[str, int]:
-        """Every token's id; empty where the files do not list them."""
-        model = self.read_object(TOKENIZER_FILE).get("model")
-        listed = model.get("vocab") if isinstance(model, dict) else None
-        if isinstance(listed, dict):
-            vocabulary = {token: i for token, i in listed.items() if type(i) is int}
-        else:
-            # Unigram models: pairs of token and score, in the order of their ids.
-            vocabulary = {
-                entry[0]: index
-                for index, entry in enumerate(_list(listed))
-                if isinstance(entry, list) and entry and isinstance(entry[0], str)
-            }
-        return vocabulary | {content: i for i, content in self.added_tokens.items()}
+    def tokens(self) -> dict[int, str]:
+        """Every token by its id; empty where the files do not list them."""
+        return tokens_of(self.read(TOKENIZER_FILE)) | self.noted_tokens
 
     @property
-    def eos_token(self) -> str | None:
-        """What ends a text, as the tokenizer has it."""
-        for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
-            token = self.read_object(name).get("eos_token")
+    def chat_template(self) -> tuple[Any, str]:
+        """What stands for a template, None where nothing does, and in which file."""
+        data = self.read(TEMPLATE_FILE)
+        if data is not None:
+            return data.decode(errors="replace"), TEMPLATE_FILE
+        found = self.read_object(CONFIG_FILE).get("chat_template")
+        if isinstance(found, list):
+            # Several with names.
+            named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
+            found = named[-1].get("template") if named else None
+        return found, CONFIG_FILE
+
+    def special_token(self, name: str) -> str | None:
+        """What the tokenizer has for a name such as "eos_token", the end of a text."""
+        for file in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
+            token = self.read_object(file).get(name)
             content = token.get("content") if isinstance(token, dict) else token
             if isinstance(content, str):
                 return content
@@ -100,17 +103,46 @@ class TokenizerFiles:
 
     @property
     def eos_token_id(self) -> int | None:
-        token = self.eos_token
+        token = self.special_token("eos_token")
         if token is None:
             return None
-        added = {content: token_id for token_id, content in self.added_tokens.items()}
-        return added[token] if token in added else self.vocabulary.get(token)
+        noted = (token_id for token_id, content in self.noted_tokens.items() if content == token)
+        found = next(noted, None)
+        if found is None:
+            found = next((i for i, content in self.tokens.items() if content == token), None)
+        return found
+
+
+def tokens_of(tokenizer: bytes | None) -> dict[int, str]:
+    """Tokens by id of the bytes of a tokenizer.json, those that were added last."""
+    fields = _object(tokenizer)
+    tokens: dict[int, str] = {}
+    model = fields.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        tokens = {i: token for token, i in vocabulary.items() if type(i) is int}
+    else:
+        # Unigram models: pairs of token and score, in the order of their ids.
+        for index, entry in enumerate(_list(vocabulary)):
+            _add(tokens, index, entry[0] if isinstance(entry, list) and entry else None)
+    for entry in _list(fields.get("added_tokens")):
+        if isinstance(entry, dict):
+            _add(tokens, entry.get("id"), entry.get("content"))
+    return tokens
 
 
 def end_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids under `eos_token_id` of a config or a generation config: one, several or none."""
     found = fields.get("eos_token_id")
     return tuple(i for i in (found if isinstance(found, list) else [found]) if type(i) is int)
+
+
+def _object(data: bytes | None) -> Mapping[str, Any]:
+    try:
+        fields = json.loads(data) if data is not None else {}
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _list(value: Any) -> list[Any]:

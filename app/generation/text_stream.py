@@ -61,9 +61,9 @@ class Generation:
         # Of the prompt, found in the prefix cache; known with the first piece.
         self.num_cached_tokens = 0
         self._deltas = deltas
-        self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
-        self._is_end = is_end
         sampling = request.sampling
+        self._stop_token_ids = frozenset(sampling.stop_token_ids)
+        self._is_end = is_end
         self._detokenizer = Detokenizer(decoder, sampling.stop, sampling.min_tokens)
         self._has_ended = False
 

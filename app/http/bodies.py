@@ -40,33 +40,35 @@ class BodyReader:
             OverloadedError: too much is in flight.
             ClientDisconnect: nobody is there any more.
         """
-        num_counted = 0
         parts: list[bytes] = []
+        try:
+            await self._read_into(parts, request)
+            yield b"".join(parts)
+        finally:
+            self._num_inflight_bytes -= _num_counted(sum(map(len, parts)))
+
+    async def _read_into(self, parts: list[bytes], request: Request) -> None:
+        """Append a body's parts, each of which is counted as in flight by then."""
         num_bytes = 0
         try:
             async with asyncio.timeout(self._timeout_s):
                 async for part in request.stream():
-                    num_bytes += len(part)
+                    before, num_bytes = num_bytes, num_bytes + len(part)
                     if num_bytes > self._max_bytes:
                         raise BodyTooLargeError(f"the body has more than {self._max_bytes} bytes")
-                    more = max(0, num_bytes - FREE_BYTES) - num_counted
+                    more = _num_counted(num_bytes) - _num_counted(before)
                     if self._num_inflight_bytes + more > self._max_inflight_bytes:
                         raise OverloadedError(
                             f"bodies of more than {self._max_inflight_bytes} bytes are being read "
                             "already; try again"
                         )
                     self._num_inflight_bytes += more
-                    num_counted += more
                     parts.append(part)
         except TimeoutError:
-            self._num_inflight_bytes -= num_counted
             raise BodyTimeoutError(
                 f"the body did not come within {self._timeout_s:g} s; {num_bytes} bytes of it did"
             ) from None
-        except BaseException:
-            self._num_inflight_bytes -= num_counted
-            raise
-        try:
-            yield b"".join(parts)
-        finally:
-            self._num_inflight_bytes -= num_counted
+
+
+def _num_counted(num_bytes: int) -> int:
+    return max(0, num_bytes - FREE_BYTES)

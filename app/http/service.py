@@ -64,6 +64,7 @@ class CompletionService:
         self._engine = engine
         # Of sampling, where a request is silent.
         self._defaults = defaults
+        self._default_sampling = asdict(defaults)
         self._started_at = int(time.time())
 
     async def complete(self, body: CompletionRequest) -> Answer:
@@ -128,7 +129,7 @@ class CompletionService:
             revision=self._base_model_revision,
             max_model_len=self._limits.context_len,
             eos_token_ids=sorted(self._limits.eos_token_ids),
-            default_sampling=asdict(self._defaults),
+            default_sampling=self._default_sampling,
         )
         adapters = sorted(self.registry.records.values(), key=lambda record: record.name)
         return [base, *(self.adapter_card(record) for record in adapters)]
@@ -140,8 +141,8 @@ class CompletionService:
             root=record.path,
             parent=self.base_model_name,
             max_model_len=self._limits.context_len,
-            eos_token_ids=sorted({*self._limits.eos_token_ids, *record.text.eos_token_ids}),
-            default_sampling=asdict(self._defaults),
+            eos_token_ids=sorted({*self._limits.eos_token_ids, *self._own_ends(record)}),
+            default_sampling=self._default_sampling,
             warnings=_warnings(record),
         )
 
@@ -172,12 +173,19 @@ class CompletionService:
         """
         sampling = body.sampling_params(max_tokens, seed, self._defaults)
         ends = [self._tokenizer.special_token_id(stop) for stop in sampling.stop]
-        if record is not None and not sampling.ignore_eos:
-            ends += record.text.eos_token_ids
-        more = tuple(token_id for token_id in ends if token_id is not None)
+        if not sampling.ignore_eos:
+            ends += self._own_ends(record)
+        # A tokenizer may have tokens that the model has no logits of.
+        more = [i for i in ends if i is not None and i < self._limits.vocab_size]
         if not more:
             return sampling
         return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *more))
+
+    def _own_ends(self, record: AdapterRecord | None) -> list[int]:
+        """What ends a text of an adapter beside what ends the base model's."""
+        if record is None:
+            return []
+        return [i for i in record.text.eos_token_ids if i < self._limits.vocab_size]
 
     async def _resolve(self, name: str) -> AdapterRecord | None:
         return None if name == self.base_model_name else await self.registry.find(name)

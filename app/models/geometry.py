@@ -6,7 +6,7 @@ from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.whole_tensors import BaseModelTensors
 from slora_core.models.registry import load_model_config
-from slora_core.text.folder_text import BaseText
+from slora_core.text.base_text import BaseText
 
 
 def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:

@@ -3,6 +3,7 @@
 Owns the rules by which files are checked. It knows no registrations; `registry` asks it.
 """
 
+import ctypes
 import logging
 import os
 import time
@@ -11,19 +12,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.byte_budget import ThreadByteBudget
 from app.registry.names_and_paths import confined_path
 from app.registry.state import AdapterRecord, FilesStamp, files_stamp
 from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.page_layout import AdapterGeometry
-from slora_core.adapters.peft_weights import inspect_peft_adapter
+from slora_core.adapters.peft_weights import WEIGHTS_FILE, inspect_peft_adapter
 from slora_core.errors import AdapterChangingError, SLoRAError
 from slora_core.text.adapter_text import AdapterText
-from slora_core.text.folder_text import BaseText, read_adapter_text
+from slora_core.text.base_text import BaseText
+from slora_core.text.folder_text import read_adapter_text
 
 logger = logging.getLogger(__name__)
 
 # How often the files may be found changed while they were read.
 MAX_READINGS = 2
+# Of weights files that are checked at one time, by scans and loads together; each takes twice its
+# size for that. Half a gigabyte keeps 32 cores busy with adapters of a 7B model.
+MAX_READING_BYTES = 1 << 29
+# Weights files from which on the memory is given back to the system after the check.
+LARGE_FILE_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class AdapterInspector:
         self._roots = [Path(os.path.realpath(root)) for root in allowed_roots]
         self._rules = rules
         self._base_text = base_text
+        self._budget = ThreadByteBudget(MAX_READING_BYTES)
 
     def confined(self, path: str | Path) -> Path:
         """As `confined_path`, by the allowed roots."""
@@ -69,10 +78,15 @@ class AdapterInspector:
         directory = self.confined(path)
         stamp = files_stamp(directory)
         for _ in range(MAX_READINGS):
-            before, stamp = stamp, None
-            inspection = self._inspect(name, directory, before)
+            nbytes = _weights_bytes(directory)
+            with self._budget.taken(nbytes):
+                try:
+                    inspection = self._inspect(name, directory, stamp)
+                finally:
+                    if nbytes >= LARGE_FILE_BYTES:
+                        _give_memory_back()
             stamp = files_stamp(directory)
-            if stamp == before:
+            if stamp == inspection.stamp:
                 return inspection
         raise AdapterChangingError(
             f"the files in {directory} changed while they were read; try again when they are there"
@@ -83,7 +97,7 @@ class AdapterInspector:
     ) -> Iterator[Inspection | SLoRAError]:
         """Of many names and paths, in their order; as many at once as there are cores.
 
-        Reading and hashing let other threads run, so that the cores are what bounds it.
+        Reading and hashing let other threads run; the checks of each file's tensors do not.
         """
         if not folders:
             return
@@ -110,7 +124,9 @@ class AdapterInspector:
         try:
             return self.inspect(name, path)
         except SLoRAError as error:
-            return error
+            # Whoever keeps it must not keep the frames that it passed, and the files read in them.
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
 
     def _inspect(self, name: str, directory: Path, stamp: FilesStamp) -> Inspection:
         summary = inspect_peft_adapter(directory, self.geometry, self._rules)
@@ -131,3 +147,18 @@ class AdapterInspector:
             text=text,
         )
         return Inspection(record, stamp, summary.read_s)
+
+
+def _weights_bytes(directory: Path) -> int:
+    try:
+        return os.stat(directory / WEIGHTS_FILE).st_size
+    except OSError:
+        # Whoever reads it says what is wrong.
+        return 0
+
+
+def _give_memory_back() -> None:
+    """glibc keeps what each thread has freed: as many adapters as there were threads."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

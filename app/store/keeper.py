@@ -12,9 +12,9 @@ import mmap
 import time
 from collections.abc import Mapping
 
+from app.byte_budget import ByteBudget
 from app.registry.state import AdapterRecord
 from app.store.adapter_sources import AdapterSources, UnavailableLog
-from app.store.byte_budget import ByteBudget
 from app.store.memory import HostStore
 from app.store.packed_files import PackedFiles
 from slora_core.adapters.page_layout import AdapterLayout, LoraWeights, ModuleKey, pack_adapter

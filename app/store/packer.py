@@ -9,12 +9,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from app.byte_budget import ByteBudget
 from app.registry.changes import RegistryChanges
 from app.registry.follower import POLL_S, RegistryReader, follow_registry
 from app.registry.registrations import Registrations
 from app.registry.state import AdapterRecord
 from app.store.adapter_sources import AdapterSources, UnavailableLog
-from app.store.byte_budget import ByteBudget
 from app.store.keeper import Keeper
 from app.store.memory import HostStore
 from app.store.packed_files import PackedFiles

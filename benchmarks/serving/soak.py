@@ -83,10 +83,7 @@ class ServerProbe:
         self._store: Any = ray.get_actor(name, namespace=NAMESPACE)
 
     def sample(self) -> Sample:
-        import ray
-
-        [engine] = self._engine.broadcast("stats").results(timeout_s=30)
-        store = ray.get(self._store.stats.remote(), timeout=30)
+        engine, store = self._stats()
         models = httpx.get(f"{self._url}/v1/models", timeout=30, trust_env=False).json()["data"]
         state_files = self._state_path.parent.glob(f"{self._state_path.name}*")
         counts = {
@@ -101,13 +98,10 @@ class ServerProbe:
 
     def problems_when_idle(self) -> list[str]:
         """What is held although nothing runs."""
-        import ray
-
         found = []
         deadline = time.monotonic() + 30
         while True:
-            [engine] = self._engine.broadcast("stats").results(timeout_s=30)
-            store = ray.get(self._store.stats.remote(), timeout=30)
+            engine, store = self._stats()
             held = {
                 name: engine[name] for name in ("num_running", "num_waiting", "num_kv_pages")
             } | {"num_leases": store.num_leases}
@@ -121,6 +115,13 @@ class ServerProbe:
         except Exception as error:
             found.append(f"the pool's integrity: {error!r}")
         return found
+
+    def _stats(self) -> tuple[dict[str, Any], Any]:
+        """What the engine and the store say of themselves."""
+        import ray
+
+        [engine] = self._engine.broadcast("stats").results(timeout_s=30)
+        return engine, ray.get(self._store.stats.remote(), timeout=30)
 
 
 async def soak(url: str, probe: ServerProbe, clients: SoakClients, options: Any) -> SoakResult:
@@ -202,6 +203,7 @@ def server_args(scratch: Path, num_adapters: int) -> tuple[SLoRAArgs, list[str]]
         adapters_dir=str(scratch / "adapters"),
         allowed_adapter_roots=[str(scratch / "guests")],
         registry_state_path=str(scratch / "registry"),
+        packed_cache_dir=str(scratch / "packed"),
         num_pool_tokens=NUM_POOL_TOKENS,
         store_capacity_bytes=STORE_BYTES,
         store_extent_bytes=EXTENT_BYTES,
@@ -251,7 +253,10 @@ def main() -> None:
     print(f"{'MiB resident':<44}{'first':>10}{'last':>10}{'growth':>9}")
     for g in memory:
         print(f"{g.name:<44}{g.first:>10.1f}{g.last:>10.1f}{g.share:>9.2%}")
-    for g in [*counts, Growth("descriptors", _sum_first(descriptors), _sum_last(descriptors))]:
+    all_descriptors = Growth(
+        "descriptors", sum(g.first for g in descriptors), sum(g.last for g in descriptors)
+    )
+    for g in [*counts, all_descriptors]:
         print(f"{g.name:<44}{g.first:>10.0f}{g.last:>10.0f}")
     print(f"done: {result.num_done}; {len(problems)} problems")
     for problem in problems[:20]:
@@ -269,14 +274,6 @@ def main() -> None:
     }
     publish(make_row("soak", figures, config, options.seed), options.output)
     sys.exit(1 if problems else 0)
-
-
-def _sum_first(growths: list[Growth]) -> float:
-    return sum(g.first for g in growths)
-
-
-def _sum_last(growths: list[Growth]) -> float:
-    return sum(g.last for g in growths)
 
 
 if __name__ == "__main__":

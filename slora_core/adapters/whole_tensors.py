@@ -16,6 +16,7 @@ from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.peft_config import CONFIG_FILE, PeftLoraConfig
 from slora_core.adapters.tensor_names import WholeTensorName
 from slora_core.errors import InvalidAdapterError
+from slora_core.models.weights import checkpoint_files
 
 # Names of the tensors in the base model's files; a head that is tied to the embeddings has none.
 _BASE_NAMES = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
@@ -98,7 +99,7 @@ class BaseModelTensors:
 
         wanted = [_BASE_NAMES[name], _BASE_NAMES["embed_tokens"]]
         for wanted_name in wanted:
-            for path in sorted(self._model_dir.glob("model*.safetensors")):
+            for path in checkpoint_files(self._model_dir):
                 with safe_open(path, framework="pt") as file:
                     if wanted_name in file.keys():  # noqa: SIM118
                         return file.get_tensor(wanted_name)

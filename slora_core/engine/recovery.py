@@ -73,8 +73,11 @@ class Recovery:
             self._num_in_a_row = 0
         self._has_just_failed = False
         newcomer = self._newcomer
-        is_on_trial = newcomer is not None and not newcomer.ended
-        if newcomer is not None and is_on_trial and len(newcomer.output_ids) == self._num_tokens:
+        if (
+            newcomer is not None
+            and not newcomer.ended
+            and len(newcomer.output_ids) == self._num_tokens
+        ):
             return
         self._newcomer = None
         if self._untried:
@@ -96,8 +99,8 @@ class Recovery:
         self._num_in_a_row += 1
         if self._num_in_a_row > MAX_FAILURES_IN_A_ROW:
             raise failure.error
+        was_going = self.is_going
         newcomer, self._newcomer = self._newcomer, None
-        was_going = newcomer is not None or bool(self._untried)
         waiting = [*self._scheduler.take_waiting(), *self._untried.values()]
         self._untried.clear()
         is_on_trial = any(chunk.request is newcomer for chunk in failure.plan.chunks)

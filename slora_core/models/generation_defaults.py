@@ -59,7 +59,8 @@ def generation_defaults(generation: Mapping[str, Any]) -> GenerationDefaults:
     return GenerationDefaults(
         temperature=_number(generation, "temperature", 1.0, 0.0, 100.0),
         top_p=_number(generation, "top_p", 1.0, 0.0, 1.0),
-        top_k=int(_number(generation, "top_k", 0, 0, 2**31)),
+        # -1 is how some write "all".
+        top_k=max(0, int(_number(generation, "top_k", 0, -1, 2**31))),
         min_p=_number(generation, "min_p", 0.0, 0.0, 1.0),
     )
 

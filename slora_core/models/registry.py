@@ -94,7 +94,7 @@ def _model_config(config: HFConfig, end_token_ids: Sequence[int]) -> ModelConfig
         eos_token_ids=tuple(
             token_id
             for token_id in dict.fromkeys((*end_token_ids, *end_ids(config)))
-            if token_id < config["vocab_size"]
+            if 0 <= token_id < config["vocab_size"]
         ),
     )
 

@@ -141,14 +141,17 @@ def dummy_weights(
     return weights
 
 
-def _checkpoint_tensors(model_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def checkpoint_files(model_dir: Path) -> list[Path]:
+    """Where a checkpoint's tensors are, be the files there or not."""
     index_path = model_dir / "model.safetensors.index.json"
-    if index_path.is_file():
-        files = sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    for file in files:
-        path = model_dir / file
+    if not index_path.is_file():
+        return [model_dir / "model.safetensors"]
+    names = set(json.loads(index_path.read_text())["weight_map"].values())
+    return [model_dir / name for name in sorted(names)]
+
+
+def _checkpoint_tensors(model_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in checkpoint_files(model_dir):
         if not path.is_file():
             raise UnsupportedModelError(f"{path} does not exist; weights are read from safetensors")
         try:

@@ -28,6 +28,8 @@ class BoundedEncoder:
         # Characters that one token may stand for; None: any number, in a word that is unknown.
         self._max_token_chars = None if _has_unknown(backend) else longest * shrinking
         self._keeps_spaces = _keeps_spaces(backend)
+        added = backend.get_added_tokens_decoder().values()
+        self._longest_added = max((len(token.content) for token in added), default=1)
 
     def encode(
         self, text: str, max_tokens: int | None = None, add_special_tokens: bool = True
@@ -54,9 +56,15 @@ class BoundedEncoder:
 
     def _num_certain(self, beginning: str) -> int:
         """Tokens that a text has which begins so, at least."""
-        words = self._encoding(beginning, add_special_tokens=False).word_ids
+        encoding = self._encoding(beginning, add_special_tokens=False)
+        words = encoding.word_ids
         last = next((word for word in reversed(words) if word is not None), 0)
-        return sum(word is not None and word <= last - UNCERTAIN_WORDS for word in words)
+        # From here on there may be a special token that is cut, and takes the spaces before it.
+        end = len(beginning[: max(0, len(beginning) + 1 - self._longest_added)].rstrip())
+        return sum(
+            word is not None and word <= last - UNCERTAIN_WORDS and offsets[1] <= end
+            for word, offsets in zip(words, encoding.offsets, strict=True)
+        )
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Any:
         # Unlike encode, encode_batch lets other threads run.

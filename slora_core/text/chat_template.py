@@ -4,17 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slora_core.errors import InvalidRequestError
+from slora_core.text.template_sandbox import render_template
 
 
 class ChatTemplate:
-    """`hf_tokenizer` is a tokenizer of transformers, which runs templates in a sandbox.
+    """`hf_tokenizer` is a tokenizer of transformers.
 
     `source` is the base model's, None that of its files.
     """
 
     def __init__(self, hf_tokenizer: Any, source: str | None = None) -> None:
-        self._hf_tokenizer = hf_tokenizer
-        self._source = source
+        found = hf_tokenizer.chat_template
+        # Several with names.
+        of_files = found.get("default") if isinstance(found, dict) else found
+        self._source: str | None = of_files if source is None else source
+        self._special_tokens: Mapping[str, str] = hf_tokenizer.special_tokens_map
 
     def render(
         self,
@@ -29,25 +33,26 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: there is no template, it refuses the messages or fails on them.
         """
-        from jinja2 import TemplateError
-
-        source = source or self._source
-        if source is None and self._hf_tokenizer.chat_template is None:
+        if source is None:
+            source = self._source
+        if source is None:
             raise InvalidRequestError(
                 "the model has no chat template; use /v1/completions, or give the server one by "
                 "its argument chat_template",
                 "messages",
             )
+        variables = {
+            **self._special_tokens,
+            **(kwargs or {}),
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
         try:
-            return self._hf_tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=source,
-                tokenize=False,
-                add_generation_prompt=True,
-                **(kwargs or {}),
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            # A template raises on roles and orders it does not know, in any of these ways.
+            return render_template(source, variables)
+        except Exception as error:
+            # A template raises on roles and orders it does not know, in any way that there is.
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", "messages"
             ) from error

@@ -5,17 +5,16 @@ prompts are encoded by the base model's.
 """
 
 import json
-from collections.abc import Mapping
-from functools import cached_property
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from slora_core.errors import InvalidAdapterError
 from slora_core.text.adapter_text import AdapterText
+from slora_core.text.base_text import BaseText
+from slora_core.text.template_sandbox import TemplateSourceError, check_template
 from slora_core.tokenizer_files import (
-    CONFIG_FILE,
     GENERATION_FILE,
-    TEMPLATE_FILE,
     TOKENIZER_FILE,
     TokenizerFiles,
     end_ids,
@@ -23,49 +22,8 @@ from slora_core.tokenizer_files import (
 
 # Tokens that a warning names.
 _MAX_NAMED = 5
-# Characters of a template's source; the longest in use, with tools, have some 20,000.
-MAX_TEMPLATE_CHARS = 2**16
-
-
-class TemplateSourceError(ValueError):
-    """A template that cannot be used; the message goes on after what it is and where it is from."""
-
-
-def check_template(source: str) -> None:
-    """Raises TemplateSourceError for one that is too long or is not Jinja."""
-    from jinja2 import TemplateSyntaxError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    if len(source) > MAX_TEMPLATE_CHARS:
-        raise TemplateSourceError(
-            f"has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are supported"
-        )
-    try:
-        # As transformers compiles it, but for a block of its own that only training uses.
-        ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        ).parse(source.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
-    except (TemplateSyntaxError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        where = "" if line is None else f" in line {line}"
-        raise TemplateSourceError(f"is not valid Jinja{where}: {error}") from None
-
-
-class BaseText:
-    """The base model's side: its tokens, and what ends its texts already."""
-
-    def __init__(self, model_dir: str | Path, eos_token_ids: tuple[int, ...]) -> None:
-        self._files = TokenizerFiles(model_dir)
-        self.eos_token_ids = eos_token_ids
-
-    @cached_property
-    def tokenizer_bytes(self) -> bytes | None:
-        return self._files.read(TOKENIZER_FILE)
-
-    @cached_property
-    def tokens(self) -> dict[int, str]:
-        return {token_id: token for token, token_id in self._files.vocabulary.items()}
+# What a template may write of its tokenizer's special tokens.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def read_adapter_text(directory: str | Path, base: BaseText) -> tuple[AdapterText, tuple[str, ...]]:
@@ -75,54 +33,65 @@ def read_adapter_text(directory: str | Path, base: BaseText) -> tuple[AdapterTex
         InvalidAdapterError: a chat template that is too long or no Jinja, with the file's name.
     """
     files = TokenizerFiles(directory)
-    template = _template(files)
-    own = _own_tokens(files, base)
-    others = {i: token for i, token in own.items() if base.tokens.get(i) != token}
-    warnings = []
+    template = _template(files, base)
+    others = base.other_tokens(files)
+    ends = [*end_ids(files.read_object(GENERATION_FILE))]
+    eos_token = files.special_token("eos_token")
+    if eos_token in base.ids:
+        ends.append(base.ids[eos_token])
+    agreeing = [i for i in dict.fromkeys(ends) if i in base.tokens and i not in others]
+    new = tuple(i for i in agreeing if i not in base.eos_token_ids)
+    return AdapterText(new, template), tuple(_warnings(files, base, others))
+
+
+def _warnings(files: TokenizerFiles, base: BaseText, others: dict[int, str]) -> Iterator[str]:
     if others:
         named = [
             f"{i} is {token!r}" + (f" and not {base.tokens[i]!r}" if i in base.tokens else "")
             for i, token in sorted(others.items())[:_MAX_NAMED]
         ]
         more = f" and {len(others) - len(named)} more" if len(others) > len(named) else ""
-        warnings.append(
+        yield (
             "its tokenizer has other tokens than the base model's, which is used for its prompts "
             f"too: {', '.join(named)}{more}"
         )
-    ends = [*end_ids(files.read_object(GENERATION_FILE))]
-    eos_token = files.eos_token
-    ends += [i for i, token in base.tokens.items() if token == eos_token]
-    agreeing = [i for i in dict.fromkeys(ends) if i in base.tokens and i not in others]
-    new = tuple(i for i in agreeing if i not in base.eos_token_ids)
-    return AdapterText(new, template), tuple(warnings)
+    size = files.size(TOKENIZER_FILE)
+    if size > base.max_tokenizer_bytes:
+        yield (
+            f"its {TOKENIZER_FILE} has {size} bytes and was not compared with the base model's, "
+            "which is used for its prompts too"
+        )
 
 
-def _own_tokens(files: TokenizerFiles, base: BaseText) -> Mapping[int, str]:
-    """Tokens that the folder lists, by id; only added ones where the rest is the base's."""
-    tokenizer = files.read(TOKENIZER_FILE)
-    if tokenizer is None or tokenizer == base.tokenizer_bytes:
-        return files.added_tokens
-    return {token_id: token for token, token_id in files.vocabulary.items()}
-
-
-def _template(files: TokenizerFiles) -> str | None:
-    data = files.read(TEMPLATE_FILE)
-    if data is not None:
-        return _checked(data.decode(errors="replace"), TEMPLATE_FILE)
-    found = files.read_object(CONFIG_FILE).get("chat_template")
-    if isinstance(found, list):
-        # Several with names.
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default")
-    return None if found is None else _checked(found, CONFIG_FILE)
-
-
-def _checked(template: Any, file: str) -> str:
-    if not isinstance(template, str):
-        shown = json.dumps(template, default=str)[:80]
+def _template(files: TokenizerFiles, base: BaseText) -> str | None:
+    """The folder's own template; None where it has none but a copy of the base model's."""
+    source, file = files.chat_template
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        shown = json.dumps(source, default=str)[:80]
         raise InvalidAdapterError(f"the chat template in {file} is {shown}; it must be a text")
+    settings = _own_special_tokens(source, files, base)
+    if not settings and source == base.chat_template:
+        # An argument for the base model's template is then for this adapter too.
+        return None
     try:
-        check_template(template)
+        check_template(source)
     except TemplateSourceError as error:
         raise InvalidAdapterError(f"the chat template in {file} {error}") from None
-    return template
+    return settings + source
+
+
+def _own_special_tokens(source: str, files: TokenizerFiles, base: BaseText) -> str:
+    """Jinja that gives a template those special tokens which the folder has others for.
+
+    Only such as are tokens of the base model, whose tokenizer encodes the chat.
+    """
+    settings = ""
+    for name in _SPECIAL_TOKENS:
+        token = files.special_token(name)
+        is_other = token in base.ids and token != base.files.special_token(name)
+        if is_other and re.search(rf"\b{name}\b", source):
+            # A line of its own, of which nothing stays: what begins the template begins a line.
+            settings += f"{{% set {name} = {ascii(token)} %}}\n"
+    return settings

@@ -35,15 +35,21 @@ class IncrementalDecoder:
         self, backend: Any, prompt_ids: Sequence[int] = (), special_ids: Collection[int] = ()
     ) -> None:
         self._backend = backend
-        # Tokens that were given out last, or of the prompt, and what came since.
-        self._context = self._context_of(prompt_ids[-MAX_CONTEXT:], special_ids)
+        # Tokens that were given out last, or of the prompt, and what came since: at first the bytes
+        # of a character that the prompt ends within, which is this text's where it becomes whole.
+        end = _after_last(prompt_ids[-MAX_CONTEXT:], special_ids)
+        self._context, unfinished = self._split(end)
         self._held: list[int] = []
         self._give_up_at = MAX_HELD
         self._stream = self._stream_after(self._context)
+        for token_id in unfinished:
+            self._push(token_id)
+        # And what they are where it does not, which the prompt has shown already.
+        self._shown = self._text_after(self._context, unfinished)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """New text, without what may be an unfinished character."""
-        return "".join(map(self._push, token_ids))
+        return self._unshown("".join(map(self._push, token_ids)))
 
     def _push(self, token_id: int) -> str:
         self._held.append(token_id)
@@ -61,19 +67,25 @@ class IncrementalDecoder:
     def finish(self) -> str:
         """The rest; an unfinished character becomes a replacement character."""
         held, self._held = self._held, []
-        return self._text_after(self._context, held)
+        return self._unshown(self._text_after(self._context, held))
 
-    def _context_of(self, prompt_ids: Sequence[int], special_ids: Collection[int]) -> list[int]:
-        """The prompt's end that a text goes on from, up to a whole character."""
-        context: list[int] = []
-        for token_id in reversed(prompt_ids):
-            if token_id in special_ids:
-                break
-            context.insert(0, token_id)
-        for end in range(len(context), max(0, len(context) - MAX_UNFINISHED - 1), -1):
-            if not self._decode(context[:end]).endswith(REPLACEMENT):
-                return context[:end]
-        return []
+    def _unshown(self, piece: str) -> str:
+        if piece and self._shown:
+            shown, self._shown = self._shown, ""
+            return piece.removeprefix(shown)
+        return piece
+
+    def _split(self, token_ids: list[int]) -> tuple[list[int], list[int]]:
+        """Tokens up to a whole character, and those of one that is unfinished.
+
+        Where byte fallback makes of bytes that begin within a character no character at all, the
+        first part begins with a whole one too.
+        """
+        for end in range(len(token_ids), max(0, len(token_ids) - MAX_UNFINISHED - 1), -1):
+            for start in range(min(end, MAX_UNFINISHED + 1)):
+                if not self._decode(token_ids[start:end]).endswith(REPLACEMENT):
+                    return token_ids[start:end], token_ids[end:]
+        return [], token_ids if len(token_ids) <= MAX_UNFINISHED else []
 
     def _stream_after(self, context: list[int]) -> DecodeStream:
         return DecodeStream(ids=context, skip_special_tokens=True)
@@ -110,3 +122,11 @@ class IncrementalDecoder:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=True)
+
+
+def _after_last(token_ids: Sequence[int], special_ids: Collection[int]) -> list[int]:
+    """The tokens behind the last special one."""
+    for index in range(len(token_ids) - 1, -1, -1):
+        if token_ids[index] in special_ids:
+            return list(token_ids[index + 1 :])
+    return list(token_ids)

@@ -143,6 +143,35 @@ def test_nothing_ends_a_text_before_its_min_tokens(app):
     assert error["param"] == "min_tokens"
 
 
+def test_an_adapters_own_template_and_ends(app):
+    """Of one with the weights of another, so that what it says is the other's up to its end."""
+    folder = shutil.copytree(app.adapters_dir / ADAPTERS[0], app.extra_dir / "own-text")
+    (folder / "chat_template.jinja").write_text(
+        "{%- generation %}{{ messages[0].content }}{%- endgeneration %}{{ bos_token }}"
+    )
+    ends = list(range(0, 256, 2))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    card = app.load("own-text", folder).json()
+    assert set(card["eos_token_ids"]) == {*ends, 2} and card["warnings"] == []
+    # A template is of the name, not of the weights.
+    options = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+
+    def chat(**fields):
+        url = f"{app.url}/v1/chat/completions"
+        return httpx.post(url, json={**options, "max_tokens": 30, **fields}, timeout=60).json()
+
+    own, forced = chat(model="own-text"), chat(model="own-text", ignore_eos=True)
+    prompt = "hello<s>"
+    assert own["usage"]["prompt_tokens"] == len(Tokenizer(app.model).encode(prompt))
+    assert chat(model=ADAPTERS[0])["usage"]["prompt_tokens"] > own["usage"]["prompt_tokens"]
+    assert own["choices"][0]["finish_reason"] == "stop"
+    assert forced["choices"][0]["finish_reason"] == "length"
+    plain = app.complete(ADAPTERS[0], prompt=prompt, max_tokens=30, stop_token_ids=ends).json()
+    assert own["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+    assert own["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"] < 30
+    assert app.unload("own-text").status_code == 200
+
+
 def test_usage_tells_what_of_a_prompt_was_cached(app):
     prompt = "what two requests have in common " * 4
     num_cached = []

@@ -27,7 +27,8 @@ from app.registry.registry import AdapterRegistry
 from slora_core.adapters import peft_weights
 from slora_core.adapters.adapter_rules import AdapterRules
 from slora_core.adapters.peft_weights import read_peft_adapter
-from slora_core.text.folder_text import MAX_TEMPLATE_CHARS, BaseText
+from slora_core.text.base_text import BaseText
+from slora_core.text.template_sandbox import MAX_SOURCE_CHARS
 from slora_core.text.tokenizer import Tokenizer
 from tests.app.api_errors import error_of
 from tests.app.fakes import FakeEngine
@@ -294,15 +295,28 @@ class TestText:
         ("template", "told"),
         [
             ("{% for m in messages %}", "in chat_template.jinja is not valid Jinja in line 1"),
-            ("x" * (MAX_TEMPLATE_CHARS + 1), "has 65537 characters; at most 65536"),
+            ("{{ messages | nosuch }}", "in chat_template.jinja is not valid Jinja in line 1"),
+            ("x" * (MAX_SOURCE_CHARS + 1), "has 65537 characters; at most 65536"),
         ],
     )
     def test_a_broken_template_is_refused_at_the_load(self, world, template, told):
         folder = world.add_text("broken", {"chat_template.jinja": template})
         assert told in error_of(world.load("broken", folder), 400)["message"]
 
-    def test_a_template_that_reaches_for_the_server_is_refused_when_it_runs(self, world):
-        template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    def test_a_template_with_marks_for_training_is_served(self, world):
+        template = "{%- generation -%}{{ messages[0].content }}{%- endgeneration -%}"
+        folder = world.add_text("marked", {"chat_template.jinja": template})
+        assert world.load("marked", folder).status_code == 200
+        assert self.prompt_of(world, "marked") == "hi"
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        ],
+    )
+    def test_a_template_that_reaches_or_runs_too_far_is_refused_when_it_runs(self, world, template):
         folder = world.add_text("sly", {"chat_template.jinja": template})
         assert world.load("sly", folder).status_code == 200
 

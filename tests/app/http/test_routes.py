@@ -23,9 +23,10 @@ from slora_core.errors import (
     InvalidRequestError,
 )
 from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
+from slora_core.text.adapter_text import AdapterText
 from slora_core.text.tokenizer import Tokenizer
 from tests.app.api_errors import error_of
-from tests.app.fakes import FakeEngine, FakeRegistry
+from tests.app.fakes import FakeEngine, FakeRegistry, make_record
 from tests.tiny_tokenizer import VOCAB_SIZE, byte_ids, make_tokenizer
 from tests.virtual_time import run_in_virtual_time
 
@@ -724,7 +725,7 @@ class TestAStreamThatWaits:
     """Its first token comes later than somebody on the way may wait for a sign of life."""
 
     @staticmethod
-    def stream(server, work=None):
+    def stream(server):
         async def run():
             transport = httpx.ASGITransport(server.make_app())
             async with httpx.AsyncClient(transport=transport, base_url="http://slora") as client:
@@ -796,6 +797,21 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(server):
     [request] = server.engine.requests
     assert request.sampling.stop == ("</s>", "x")
     assert request.sampling.stop_token_ids == (7, 2)
+
+
+def test_ends_that_the_model_has_no_logits_of_are_left_out(server, tmp_path):
+    """They can end nothing, and would be looked up among the logits where min_tokens masks ends."""
+    path = make_tokenizer(tmp_path) / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    extra = {**fields["added_tokens"][0], "id": VOCAB_SIZE, "content": "<extra>"}
+    path.write_text(json.dumps({**fields, "added_tokens": [*fields["added_tokens"], extra]}))
+    server.tokenizer = Tokenizer(tmp_path)
+    assert server.tokenizer.special_token_id("<extra>") == VOCAB_SIZE
+    server.registry.records["sql"] = make_record("sql", text=AdapterText((5, VOCAB_SIZE)))
+    assert server.complete(model="sql", stop=["<extra>"], min_tokens=2).status_code == 200
+    [request] = server.engine.requests
+    assert request.sampling.stop_token_ids == (5,)
+    assert server.get("/v1/models/sql").json()["eos_token_ids"] == [2, 5]
 
 
 def test_the_models_defaults_hold_where_a_request_is_silent(server):

@@ -15,7 +15,6 @@ from app.registry.follower import follow_registry
 from app.registry.inspector import Inspection
 from app.store import adapter_sources, keeper
 from app.store.adapter_sources import LOG_EVERY_S, UnavailableLog
-from app.store.byte_budget import ByteBudget
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.adapters.slab_reader import SlabReader
 from slora_core.errors import AdapterUnavailableError
@@ -374,28 +373,3 @@ def test_a_failing_disk_leaves_the_slab_as_it_is(run, monkeypatch, caplog) -> No
     with caplog.at_level(logging.WARNING):
         run(scenario)
     assert caplog.text.count("No space left on device") == 1
-
-
-def test_a_budget_bounds_the_bytes_in_work_and_keeps_the_order() -> None:
-    async def scenario():
-        budget = ByteBudget(10)
-        in_work, most, order = 0, 0, []
-
-        async def work(nbytes):
-            nonlocal in_work, most
-            async with budget.taken(nbytes):
-                order.append(nbytes)
-                in_work += nbytes
-                most = max(most, in_work if nbytes <= 10 else 0)
-                assert nbytes <= 10 or in_work == nbytes, "too large for it: alone"
-                await asyncio.sleep(0.01)
-                in_work -= nbytes
-
-        tasks = [asyncio.create_task(work(nbytes)) for nbytes in (6, 4, 3, 30, 2, 5)]
-        left = asyncio.create_task(work(7))
-        await asyncio.sleep(0)
-        left.cancel()
-        await asyncio.gather(*tasks)
-        assert order == [6, 4, 3, 30, 2, 5] and most == 10 and in_work == 0
-
-    asyncio.run(scenario())

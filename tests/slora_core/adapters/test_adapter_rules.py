@@ -1,24 +1,12 @@
 """Which adapters are told to be of another base model."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from slora_core.adapters.adapter_rules import AdapterRules
-from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import read_peft_adapter
-from tests.factories import make_geometry, make_model, make_random_adapter
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("adapters") / "model", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def geometry(model_dir: Path) -> AdapterGeometry:
-    return make_geometry(model_dir)
+from tests.factories import make_random_adapter
 
 
 @pytest.mark.parametrize(

@@ -34,16 +34,6 @@ Q0_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q0_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("peft_weights") / "model", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def geometry(model_dir: Path) -> AdapterGeometry:
-    return make_geometry(model_dir)
-
-
 def _unpack(packed, geometry: AdapterGeometry):
     """{(layer, module): (A, B)} read back through the layout's offsets, element by element."""
     streams = packed.pages.transpose(0, 1).reshape(geometry.num_layers, -1)

@@ -5,22 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import read_peft_adapter
 from slora_core.errors import InvalidAdapterError
-from tests.factories import make_geometry, make_model, make_random_adapter
+from tests.factories import make_random_adapter
 from tests.slora_core.adapters.adapter_files import read_tensors, write_tensors
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("adapters") / "model", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def geometry(model_dir: Path) -> AdapterGeometry:
-    return make_geometry(model_dir)
-
 
 WRAPPERS = {
     "adapter name": lambda name: name.replace(".weight", ".default.weight"),

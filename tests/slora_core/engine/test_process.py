@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -341,16 +342,23 @@ def test_an_idle_engine_and_one_that_computes_for_long_do_not_hang(model_dir: Pa
 
 
 def test_where_it_hangs_is_in_the_log(model_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    async def main() -> None:
+    # Wherever the signal meets the main thread, it is under the loop.
+    main_thread = re.compile(r'engine/main\.py", line \d+ in run\n')
+
+    async def main() -> str:
         engine = AsyncEngine(EngineSpec(str(model_dir), "safetensors", CONFIG, num_threads=1))
         info = await engine.start()
+        await engine.stats()  # answered by the loop: the start is over
         os.kill(info.pid, signal.SIGUSR1)
-        await engine.stats()
+        written = ""
+        async with asyncio.timeout(20):
+            while not main_thread.search(written):
+                await asyncio.sleep(0.05)
+                written += capfd.readouterr().err
         engine.close()
+        return written
 
-    asyncio.run(main())
-    written = capfd.readouterr().err
-    assert "Thread 0x" in written and "in _handle_messages" in written
+    assert "Thread 0x" in asyncio.run(main())
 
 
 def test_after_a_message_that_cannot_be_read_nothing_more_is(tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ def test_as_qwen_and_llama_have_it(caplog):
     assert generation_defaults(llama) == GenerationDefaults(0.6, 0.9, 0, 0.05)
 
 
+@pytest.mark.parametrize("top_k", [0, -1, None])
+def test_a_top_k_that_keeps_all(top_k):
+    assert generation_defaults({"top_k": top_k}) == OPENAI_DEFAULTS
+
+
 def test_what_changes_nothing_is_not_told(caplog):
     generation_defaults({"repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None})
     assert caplog.text == ""
@@ -33,7 +38,14 @@ def test_what_changes_nothing_is_not_told(caplog):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.5), ("top_k", True)],
+    [
+        ("temperature", -1),
+        ("temperature", "hot"),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", True),
+        ("top_k", -2),
+    ],
 )
 def test_a_value_that_no_request_could_have_is_refused(field, value):
     with pytest.raises(UnsupportedModelError, match=f"^{field} in generation_config.json is"):

@@ -115,6 +115,8 @@ def test_fields_that_may_be_missing_or_null() -> None:
         # What the model's own config says counts still.
         ({"eos_token_id": None}, (128001, 128008, 128009)),
         ({"temperature": 0.6}, (128001, 128008, 128009)),
+        # No tokens of the model.
+        ({"eos_token_id": [-1, 10**6, True, "7"]}, (128001, 128008, 128009)),
     ],
 )
 def test_a_text_ends_at_what_either_config_says(

@@ -1,7 +1,7 @@
 """A text is refused by its beginning only where the whole has too many tokens, and then at once."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -84,6 +84,8 @@ def is_right(backend, text, max_tokens):
     return found == expected if found is not None else len(expected) > max_tokens
 
 
+@example(pieces=["   ", "<|end|>"], repeats=1, max_tokens=1)
+@example(pieces=["a", "<|end|>"], repeats=1, max_tokens=2)
 @settings(max_examples=300, deadline=None)
 @given(
     pieces=st.lists(PIECES, max_size=60), repeats=st.integers(1, 9), max_tokens=st.integers(1, 40)

@@ -88,8 +88,8 @@ def test_any_chunking_of_any_bytes_equals_decode_at_once(tokenizer, data):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    prompt=st.lists(st.sampled_from([*WORDS, "é", "👋"]), max_size=30),
-    output=st.lists(st.sampled_from([*WORDS, "é", "👋", "</s>"]), max_size=30),
+    prompt=st.lists(st.sampled_from([*WORDS, "é", "ก", "👋"]), max_size=30),
+    output=st.lists(st.sampled_from([*WORDS, "é", "ก", "👋", "</s>"]), max_size=30),
     size=st.integers(1, 5),
 )
 def test_prompt_and_text_concatenate(llama, prompt, output, size):
@@ -118,11 +118,32 @@ def test_a_text_of_its_own_begins_without_the_space(llama, prompt):
     assert decoder.push(llama_ids("▁time", "▁a")) == "time a"
 
 
-def test_a_prompt_that_ends_within_a_character(llama):
+@pytest.mark.parametrize("num_characters", [1, 5, 6, 7, 40])
+@pytest.mark.parametrize("character", ["é", "ก", "👋"])
+def test_a_prompt_that_ends_with_characters_of_bytes(llama, character, num_characters):
+    """However many there are: where the context begins within one, it is cut to whole ones."""
+    decoder = llama_decoder(llama, llama_ids("▁a", *[character] * num_characters))
+    ids = llama_ids("▁time", character)
+    assert "".join(decoder.push([i]) for i in ids) == f" time{character}"
+
+
+@pytest.mark.parametrize("start", [(), ("▁a",), ("▁a", "👋"), ("▁a", *"กกกกกก")])
+@pytest.mark.parametrize("num_bytes", [1, 2, 3])
+def test_a_prompt_that_ends_within_a_character(llama, start, num_bytes):
     emoji = llama_ids("👋")
-    decoder = llama_decoder(llama, llama_ids("▁a") + emoji[:2])
-    text = decoder.push(emoji[2:]) + decoder.push(llama_ids("▁time")) + decoder.finish()
-    assert text.endswith(" time") and text.removesuffix(" time") in ("👋", REPLACEMENT * 2)
+    decoder = llama_decoder(llama, llama_ids(*start) + emoji[:num_bytes])
+    assert "".join(decoder.push([i]) for i in emoji[num_bytes:] + llama_ids("▁time")) == "👋 time"
+    assert decoder.finish() == ""
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2, 3])
+def test_a_character_that_stays_unfinished_is_the_prompts(llama, tokenizer, num_bytes):
+    emoji = llama_ids("👋")[:num_bytes]
+    decoder = llama_decoder(llama, llama_ids("▁a") + emoji)
+    assert decoder.push(llama_ids("▁time")) == " time"
+    assert llama_decoder(llama, llama_ids("▁a") + emoji).finish() == ""
+    decoder = tokenizer.decoder(byte_ids(b"a" + "👋".encode()[:num_bytes]))
+    assert decoder.push(byte_ids("b你".encode())) == "b你"
 
 
 def test_invalid_bytes_after_a_character_of_bytes_lose_nothing_else(llama):
