@@ -2,7 +2,8 @@ import asyncio
 
 import pytest
 
-from app.registry.follower import RegistryView
+from app.registry.follower import RegistryView, follow_registry
+from app.registry.registrations import Registrations
 from slora_core.errors import AdapterNotFoundError
 from tests.app.fakes import FakeRegistry
 
@@ -87,5 +88,53 @@ def test_it_outlives_a_registry_that_fails(monkeypatch):
         await asyncio.sleep(0.2)
         following.cancel()
         assert set(view.records) == {"a"}
+
+    asyncio.run(run())
+
+
+def test_a_registry_that_is_replaced_while_it_is_asked_is_asked_again():
+    async def run():
+        registry, other = FakeRegistry("a", "b"), FakeRegistry("b", "c")
+        view = RegistryView(registry)
+        await view.refresh()
+        changes_since = registry.changes_since
+
+        async def of_the_one_before(position):
+            changes = await changes_since(position)
+            registry.history, registry.records = other.history, other.records
+            registry.changes_since = changes_since
+            # Overtaken by what the follower hears of the new one.
+            view._apply(await registry.changes_since(view._copy.position))
+            return changes
+
+        await registry.load("d", "/d", replace=False)
+        registry.changes_since = of_the_one_before
+        await view.refresh()
+        assert set(view.records) == {"b", "c"}
+
+    asyncio.run(run())
+
+
+def test_what_could_not_be_told_comes_once_more(monkeypatch):
+    """The copy is ahead of who was to be told, so that changes alone would leave a gap."""
+    monkeypatch.setattr("app.registry.follower.RETRY_S", 0.01)
+
+    async def run():
+        registry, told = FakeRegistry("a"), []
+        copy = Registrations()
+
+        def take(changes):
+            copy.take(changes)
+            if len(told) == 1 and not changes.is_whole:
+                raise ValueError("it could not be taken to its end")
+            told.append(changes)
+
+        following = asyncio.create_task(follow_registry(registry, lambda: copy.position, take))
+        await asyncio.sleep(0.05)
+        await registry.load("b", "/b", replace=False)
+        await asyncio.sleep(0.2)
+        following.cancel()
+        assert [changes.is_whole for changes in told] == [True, True]
+        assert told[-1].records.keys() == {"a", "b"}
 
     asyncio.run(run())

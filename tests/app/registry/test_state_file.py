@@ -27,6 +27,32 @@ for number in range(100_000):
 """
 
 
+class EndedError(Exception):
+    """Of the process, in the middle of a write."""
+
+
+def interrupt_a_write(path: Path) -> None:
+    """Leaves what is on the disk when a process ends while it writes: half of it, and a journal."""
+    files, contents = (path, journal(path)), []
+
+    class Entries(dict):
+        def items(self):
+            # More than SQLite keeps in memory, so that a part is in the file by then.
+            for number in range(200):
+                yield f"a{number}", b"new" * 10_000
+            contents.extend(file.read_bytes() for file in files)
+            raise EndedError
+
+    with pytest.raises(EndedError):
+        StateFile(path).write(Entries())
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+
+
+def journal(path: Path) -> Path:
+    return path.with_name(f"{path.name}-journal")
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> StateFile:
     return StateFile(tmp_path / "s" / "state")
@@ -41,7 +67,7 @@ def test_entries_are_replaced_one_by_one(file) -> None:
 
 def test_a_writer_that_is_killed_at_any_moment_loses_nothing_it_told_of(file) -> None:
     last = -1
-    for num_writes in (1, 7, 23, 40):
+    for num_writes in (7, 40):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(file.path)], stdout=subprocess.PIPE, text=True
         )
@@ -57,6 +83,46 @@ def test_a_writer_that_is_killed_at_any_moment_loses_nothing_it_told_of(file) ->
         assert written.items() <= entries.items()
         for name, data in entries.items():
             assert data == data[: len(data) // 200] * 200, f"{name} is half of one"
+
+
+def test_a_file_that_is_half_written_is_as_it_was_before(file) -> None:
+    before = {f"a{number}": b"old" * 10_000 for number in range(300)}
+    file.write(before)
+    data = file.path.read_bytes()
+    interrupt_a_write(file.path)
+    assert file.path.read_bytes() != data and journal(file.path).stat().st_size > 0
+    assert file.read() == before
+    assert not journal(file.path).exists()
+    file.write({"a7": b"newer"})
+    assert StateFile(file.path).read() == {**before, "a7": b"newer"}
+
+
+def test_what_a_damaged_file_was_half_written_with_never_comes_back(file) -> None:
+    file.write({f"a{number}": b"old" * 10_000 for number in range(300)})
+    interrupt_a_write(file.path)
+    file.path.write_text("{")
+    assert file.read() == {}
+    file.write({"b": b"1"})
+    assert file.read() == {"b": b"1"}
+    assert file.path.with_name("state.damaged").read_text() == "{"
+
+
+def test_every_change_is_on_the_disk_when_it_is_told_of(file, monkeypatch) -> None:
+    """A machine may end too: SQLite waits for the disk where it is asked to."""
+    statements = []
+    connect = sqlite3.connect
+
+    def connect_traced(*args, **options):
+        database = connect(*args, **options)
+        database.set_trace_callback(statements.append)
+        return database
+
+    monkeypatch.setattr("app.registry.state_file.sqlite3.connect", connect_traced)
+    file.write({"a": b"1"})
+    # 2 is FULL, and `delete` the journal that undoes what is half-written.
+    assert "PRAGMA synchronous = FULL" in statements[: statements.index("COMMIT")]
+    with connect(file.path) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 def test_a_transaction_that_fails_leaves_what_was_there(file) -> None:
@@ -140,9 +206,10 @@ def test_a_conversion_that_is_interrupted_is_done_again(file, monkeypatch) -> No
         with pytest.raises(KeyboardInterrupt):
             file.read()
     assert file.path.read_text() == written
-    # The next one that begins may also have left a journal.
-    file.path.with_name("state.new-journal").write_bytes(b"rubbish")
+    # One of another time may have left what is not in this document, half-written too.
+    interrupt_a_write(file.path.with_name("state.new"))
     assert file.read().keys() == expected.keys()
+    assert sorted(path.name for path in file.path.parent.iterdir()) == ["state"]
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'{"format": 1}', b'{"format": 2}'])
