@@ -40,9 +40,8 @@ class StateFile:
                 return dict(database.execute("SELECT name, entry FROM entries"))
         except (ValueError, _DamagedError) as error:
             aside = self.path.with_name(f"{self.path.name}.damaged")
+            # A journal that is left SQLite deletes when it finds a new file, which is empty.
             os.replace(self.path, aside)
-            # Else SQLite would roll it back into the next file of this name.
-            _journal(self.path).unlink(missing_ok=True)
             logger.warning("the registry's state is damaged and put aside as %s: %s", aside, error)
             return {}
 
@@ -63,8 +62,7 @@ class StateFile:
         """Replace the document by a database; whatever happens meanwhile, one of both is there."""
         entries = entries_of_old_state(self.path.read_bytes())
         new = StateFile(self.path.with_name(f"{self.path.name}.new"))
-        for left in (new.path, _journal(new.path)):
-            left.unlink(missing_ok=True)
+        new.path.unlink(missing_ok=True)
         new.write(entries)
         os.replace(new.path, self.path)
         logger.info("the registry's state in %s is a database now", self.path)
@@ -93,8 +91,3 @@ class StateFile:
 
 class _DamagedError(Exception):
     """The file is no database, or not a whole one."""
-
-
-def _journal(path: Path) -> Path:
-    """Where SQLite keeps what a transaction has overwritten."""
-    return path.with_name(f"{path.name}-journal")

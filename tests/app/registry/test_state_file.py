@@ -207,7 +207,9 @@ def test_a_conversion_that_is_interrupted_is_done_again(file, monkeypatch) -> No
             file.read()
     assert file.path.read_text() == written
     # One of another time may have left what is not in this document, half-written too.
-    interrupt_a_write(file.path.with_name("state.new"))
+    left = StateFile(file.path.with_name("state.new"))
+    left.write({"unloaded long ago": b"1"})
+    interrupt_a_write(left.path)
     assert file.read().keys() == expected.keys()
     assert sorted(path.name for path in file.path.parent.iterdir()) == ["state"]
 
