@@ -105,12 +105,13 @@ def test_a_registry_that_is_replaced_while_it_is_asked_is_asked_again():
             registry.changes_since = changes_since
             # Overtaken by what the follower hears of the new one.
             view._apply(await registry.changes_since(view._copy.position))
+            await registry.load("e", "/e", replace=False)
             return changes
 
         await registry.load("d", "/d", replace=False)
         registry.changes_since = of_the_one_before
         await view.refresh()
-        assert set(view.records) == {"b", "c"}
+        assert set(view.records) == {"b", "c", "e"}
 
     asyncio.run(run())
 
