@@ -28,7 +28,7 @@ TEXT_FILES = (
 )
 # Of one file; the largest tokenizers in use have 35 MB.
 MAX_FILE_BYTES = 2**27
-# Of a token's id that is the key of an object.
+# Of a token's id; vocabularies have some hundred thousand.
 _MAX_ID_DIGITS = 10
 
 
@@ -150,5 +150,6 @@ def _list(value: Any) -> list[Any]:
 
 
 def _add(tokens: dict[int, str], token_id: Any, content: Any) -> None:
-    if type(token_id) is int and isinstance(content, str):
+    is_id = type(token_id) is int and 0 <= token_id < 10**_MAX_ID_DIGITS
+    if is_id and isinstance(content, str):
         tokens[token_id] = content

@@ -23,6 +23,7 @@ CORE_LEVELS = [
         "models.config",
         "dtypes",
         "errors",
+        "quoting",
         "requests",
         "stats",
         "stage_timer",

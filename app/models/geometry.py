@@ -1,5 +1,8 @@
 """What of the base model adapters are checked by, and how they lie in pages."""
 
+import json
+from pathlib import Path
+
 from app.args import SLoRAArgs
 from app.models.source import resolve_model
 from slora_core.adapters.adapter_rules import AdapterRules
@@ -18,14 +21,21 @@ def adapter_geometry(args: SLoRAArgs) -> AdapterGeometry:
 
 def registry_rules(args: SLoRAArgs) -> AdapterRules:
     """By what the registry checks an adapter's files."""
-    names = {args.model or args.base_model_name, args.base_model_name}
+    model_dir = resolve_model(args.model, args.model_revision)
     is_dummy = args.load_format == "dummy"
     return AdapterRules(
         args.unknown_adapter_fields,
         # A model of random weights is nobody's.
-        frozenset() if is_dummy else frozenset(names),
-        None if is_dummy else BaseModelTensors(resolve_model(args.model, args.model_revision)),
+        () if is_dummy else _base_names(args, model_dir),
+        None if is_dummy else BaseModelTensors(model_dir),
     )
+
+
+def _base_names(args: SLoRAArgs, model_dir: Path) -> tuple[str, ...]:
+    """What the base model is called: by its users, by where it comes from and by its config."""
+    origin = json.loads((model_dir / "config.json").read_bytes()).get("_name_or_path")
+    names = [args.base_model_name, args.model, str(model_dir), origin]
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and name))
 
 
 def base_text(args: SLoRAArgs) -> BaseText:

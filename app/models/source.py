@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 from app.models.demo import ensure_demo_model
-from slora_core.adapters.peft_config import CONFIG_FILE
+from slora_core.adapters.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES
 from slora_core.errors import UnsupportedModelError
+from slora_core.quoting import plain
 
 # Weights as the engine reads them, configs, tokenizers and templates. Some repositories hold the
 # weights a second time, as consolidated.safetensors or pickled.
@@ -69,10 +70,12 @@ def _refuse_adapter(path: Path) -> None:
     if (path / "config.json").exists() or not config.exists():
         return
     try:
-        base = json.loads(config.read_bytes())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+        with open(config, "rb") as file:
+            base = json.loads(file.read(MAX_CONFIG_BYTES))["base_model_name_or_path"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         base = None
+    shown = plain(str(base)) if base else "an unknown base model"
     raise UnsupportedModelError(
-        f"model: {path} is a LoRA adapter of {base or 'an unknown base model'}, not a model; give "
+        f"model: {path} is a LoRA adapter of {shown}, not a model; give "
         "its base as model, and the directory that it lies in as adapters_dir"
     )

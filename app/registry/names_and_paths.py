@@ -31,6 +31,10 @@ def check_name(name: str, reserved: Collection[str]) -> None:
             f"adapter name {name[:_MAX_SHOWN]!r} is not 1 to 128 letters, digits and ._:/@+=,~()- "
             "that start with a letter or digit"
         )
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise AdapterNameError(
+            f"adapter name {name!r} has an empty part, . or .. between slashes, which URLs lose"
+        )
     if name in reserved:
         raise AdapterNameError(f"adapter name {name!r} is the base model's name")
 
@@ -57,6 +61,9 @@ def confined_path(path: str | Path, roots: Sequence[Path]) -> Path:
         real = [Path(os.path.realpath(candidate)) for candidate in candidates]
         inside = [directory for directory in real if _all_inside(directory, roots)]
         existing = [directory for directory in inside if directory.exists()]
+        # What is no text no answer and no log can repeat; a link may lead there.
+        for directory in inside:
+            str(directory).encode()
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise AdapterPathError(f"adapter path {shown}: {reason}") from None

@@ -3,16 +3,12 @@
 Plain data for `peft_config` and `peft_weights`; the application makes it of its arguments.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 
 UnknownFields = Literal["refuse", "warn"]
-
-# Endings by which repositories of one model, quantized for training, differ from it.
-_QUANTIZED = re.compile(r"(-unsloth)?-bnb-\d+bit$|-\d+bit$|-int\d+$|-(gptq|awq|fp8)(-.*)?$")
 
 
 class BaseTensors(Protocol):
@@ -31,24 +27,10 @@ class CheckedTensors:
 
 @dataclass(frozen=True)
 class AdapterRules:
-    """`base_names` are what the base model is called; none where nobody knows."""
+    """`base_names` are what the base model is called, first by its users; none: nobody knows."""
 
     # A field of adapter_config.json that no known version of PEFT has, with a value.
     unknown_fields: UnknownFields = "refuse"
-    base_names: frozenset[str] = frozenset()
+    base_names: tuple[str, ...] = ()
     # None: a whole tensor of the embeddings or the head is refused.
     base_tensors: BaseTensors | None = None
-
-    def is_other_base(self, name: str | None) -> bool:
-        """Whether an adapter that was trained for `name` was for another base model.
-
-        Paths say nothing: only names as of a hub are compared, without owner and quantization.
-        """
-        if not name or not self.base_names or name.startswith(("/", ".", "~")) or "\\" in name:
-            return False
-        return plain_name(name) not in {plain_name(known) for known in self.base_names}
-
-
-def plain_name(name: str) -> str:
-    """A model's name without its owner, case and quantization."""
-    return _QUANTIZED.sub("", name.rstrip("/").rsplit("/", 1)[-1].lower())

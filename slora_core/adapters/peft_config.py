@@ -7,13 +7,12 @@ which modules an adapter has is decided by its tensors (`peft_weights`), so `tar
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from slora_core.adapters.adapter_rules import UnknownFields
-from slora_core.adapters.module_patterns import ModulePatterns, PatternError
+from slora_core.adapters.name_patterns import PatternError, check_keys, first_keys
 from slora_core.adapters.peft_fields import (
     INERT_FIELDS,
     INERT_INITS,
@@ -22,10 +21,17 @@ from slora_core.adapters.peft_fields import (
 )
 from slora_core.config import MAX_RANK
 from slora_core.errors import InvalidAdapterError
+from slora_core.quoting import plain, quoted
 
 CONFIG_FILE = "adapter_config.json"
+# The largest that PEFT writes, with a rank and an alpha for each module, has 0.2 MB.
+MAX_CONFIG_BYTES = 1 << 20
+# Of unknown fields that are told; an answer has no use for a thousand.
+MAX_TOLD = 8
 
 T = TypeVar("T")
+# What a module may have been called where PEFT matched patterns, the likeliest first.
+ModuleNames = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -35,63 +41,51 @@ class PeftLoraConfig:
     r: int = 8
     lora_alpha: float = 8.0
     use_rslora: bool = False
-    ranks: ModulePatterns[int] = field(default_factory=lambda: ModulePatterns({}))
-    alphas: ModulePatterns[float] = field(default_factory=lambda: ModulePatterns({}))
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     # Modules that training saved whole, by their names in the config.
     modules_to_save: tuple[str, ...] = ()
     base_model: str | None = None
     # Of what is accepted and should be known.
     warnings: tuple[str, ...] = ()
 
-    def rank_of(self, *module_names: str) -> int:
-        """Rank of a module by its names, as in the base model (`model.layers.0.self_attn.q_proj`).
+    def ranks(self, modules: Sequence[ModuleNames]) -> list[int]:
+        """Of each module, by its names (`model.layers.0.self_attn.q_proj`).
 
-        The first name for which there is a pattern counts.
+        The first of a module's names that a key of the pattern is for counts.
         """
-        return _first(self.ranks, module_names, self.r)
+        return _values(self.rank_pattern, modules, self.r)
 
-    def scaling_of(self, *module_names: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA, of a module as of `rank_of`."""
-        alpha = _first(self.alphas, module_names, self.lora_alpha)
-        rank = self.rank_of(*module_names)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-def _first(patterns: ModulePatterns[T], module_names: Sequence[str], default: T) -> T:
-    for name in module_names if len(patterns) else ():
-        value = patterns.value_of(name)
-        if value is not None:
-            return value
-    return default
+    def scalings(self, modules: Sequence[ModuleNames], ranks: Sequence[int]) -> list[float]:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA, of modules of these ranks, as `ranks`."""
+        alphas = _values(self.alpha_pattern, modules, self.lora_alpha)
+        divisors = map(math.sqrt, ranks) if self.use_rslora else ranks
+        return [alpha / divisor for alpha, divisor in zip(alphas, divisors, strict=True)]
 
 
-def read_peft_config(directory: str | Path) -> PeftLoraConfig:
-    """Read and check `directory`/adapter_config.json.
-
-    Raises:
-        InvalidAdapterError: no such file, not a JSON object, or a field (named) with a value
-            that is unsupported or of the wrong type.
-    """
-    path = Path(directory) / CONFIG_FILE
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InvalidAdapterError(
-            f"cannot read {CONFIG_FILE} in {directory}: {error.strerror}"
-        ) from None
-    return parse_peft_config(data)
+def _values(pattern: Mapping[str, T], modules: Sequence[ModuleNames], default: T) -> list[T]:
+    if not pattern:
+        return [default] * len(modules)
+    keys = first_keys(list(pattern), {name for names in modules for name in names})
+    return [
+        next((pattern[keys[name]] for name in names if name in keys), default) for names in modules
+    ]
 
 
 def parse_peft_config(data: bytes, unknown_fields: UnknownFields = "refuse") -> PeftLoraConfig:
-    """`read_peft_config` of the file's bytes.
+    """Read and check the bytes of an adapter_config.json.
 
     Args:
         unknown_fields: whether a field that no known version of PEFT has is refused, or a warning.
+
+    Raises:
+        InvalidAdapterError: not a JSON object, or a field (named) with a value that is
+            unsupported or of the wrong type.
     """
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InvalidAdapterError(f"{CONFIG_FILE} is not valid JSON: {error}") from None
+        raise InvalidAdapterError(f"{CONFIG_FILE} is not valid JSON: {plain(str(error))}") from None
     if not isinstance(fields, dict):
         raise InvalidAdapterError(
             f"{CONFIG_FILE} must hold a JSON object, not a {type(fields).__name__}"
@@ -107,8 +101,8 @@ def parse_peft_config(data: bytes, unknown_fields: UnknownFields = "refuse") -> 
         r=_rank("r", fields.get("r", 8)),
         lora_alpha=_alpha("lora_alpha", fields.get("lora_alpha", 8)),
         use_rslora=bool(use_rslora),
-        ranks=_patterns(fields, "rank_pattern", _rank),
-        alphas=_patterns(fields, "alpha_pattern", _alpha),
+        rank_pattern=_pattern(fields, "rank_pattern", _rank),
+        alpha_pattern=_pattern(fields, "alpha_pattern", _alpha),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         base_model=base_model if isinstance(base_model, str) else None,
         warnings=warnings,
@@ -140,22 +134,20 @@ def _check_unknown(fields: dict[str, Any], unknown_fields: UnknownFields) -> tup
         InvalidAdapterError: there is one, and they are refused.
     """
     known = READ_FIELDS | INERT_FIELDS | REFUSED_FIELDS.keys()
-    version = fields.get("peft_version")
-    writer = f"PEFT {version}" if isinstance(version, str) else "an unknown version of PEFT"
-    warnings = []
-    for name, value in fields.items():
-        if name in known or not value:
-            continue
-        error = _field_error(
-            name,
-            value,
-            f"this field, written by {writer[:40]}, is not known, so it may change the output; "
+    unknown = [name for name, value in fields.items() if value and name not in known]
+    if unknown and unknown_fields == "refuse":
+        version = fields.get("peft_version")
+        writer = f"PEFT {plain(version, 40)}" if isinstance(version, str) else "an unknown PEFT"
+        raise _field_error(
+            unknown[0],
+            fields[unknown[0]],
+            f"this field, written by {writer}, is not known, so it may change the output; "
             "with unknown_adapter_fields: warn such adapters are served",
         )
-        if unknown_fields == "refuse":
-            raise error
-        warnings.append(f"{name} in {CONFIG_FILE} is not known and was ignored")
-    return tuple(warnings)
+    told = [f"{plain(name)} in {CONFIG_FILE} is not known and was ignored" for name in unknown]
+    if len(told) > MAX_TOLD:
+        told[MAX_TOLD:] = [f"so were {len(told) - MAX_TOLD} more fields"]
+    return tuple(told)
 
 
 def _check_target_fields(fields: dict[str, Any]) -> None:
@@ -197,24 +189,20 @@ def _alpha(name: str, value: Any) -> float:
     raise _field_error(name, value, "it must be a finite number")
 
 
-def _patterns(
-    fields: dict[str, Any], name: str, check: Callable[[str, Any], T]
-) -> ModulePatterns[T]:
-    """A `*_pattern` field, its values checked and its keys compiled."""
-    patterns = fields.get(name)
-    if patterns is None:
-        return ModulePatterns({})
-    if not isinstance(patterns, dict):
-        raise _field_error(name, patterns, "it must map module names to numbers")
-    values = {key: check(f"{name}[{key[:80]!r}]", value) for key, value in patterns.items()}
+def _pattern(fields: dict[str, Any], name: str, check: Callable[[str, Any], T]) -> dict[str, T]:
+    """A `*_pattern` field, its keys and values checked."""
+    pattern = fields.get(name)
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, dict):
+        raise _field_error(name, pattern, "it must map module names to numbers")
     try:
-        return ModulePatterns(values)
+        check_keys(pattern.keys())
     except PatternError as error:
-        raise _field_error(name, patterns, str(error)) from None
+        at_fault = pattern if error.key is None else error.key
+        raise _field_error(name, at_fault, str(error)) from None
+    return {key: check(f"{name}[{quoted(key)}]", value) for key, value in pattern.items()}
 
 
 def _field_error(name: str, value: Any, reason: str) -> InvalidAdapterError:
-    shown = json.dumps(value, default=str)
-    if len(shown) > 80:
-        shown = shown[:77] + "..."
-    return InvalidAdapterError(f"{name} in {CONFIG_FILE} is {shown}: {reason}")
+    return InvalidAdapterError(f"{plain(name)} in {CONFIG_FILE} is {quoted(value)}: {reason}")

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from slora_core.adapters.adapter_rules import AdapterRules
+from slora_core.adapters.base_names import is_other_base
 from slora_core.adapters.page_layout import (
     AdapterGeometry,
     AdapterLayout,
@@ -28,12 +29,23 @@ from slora_core.adapters.page_layout import (
     pack_adapter,
     plan_layout,
 )
-from slora_core.adapters.peft_config import CONFIG_FILE, PeftLoraConfig, parse_peft_config
-from slora_core.adapters.tensor_names import LoraTensorName, WholeTensorName, parse_tensor_name
+from slora_core.adapters.peft_config import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    PeftLoraConfig,
+    parse_peft_config,
+)
+from slora_core.adapters.tensor_names import LoraTensorName, sort_names
+from slora_core.adapters.tensor_types import SUPPORTED, check_dtype
 from slora_core.adapters.whole_tensors import check_whole_tensors
 from slora_core.errors import AdapterUnreadableError, InvalidAdapterError
+from slora_core.quoting import plain, quoted
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+# Names, types and shapes of tensors; PEFT's longest have 0.3 MB. One of this size has up to 70,000
+# tensors, which take half a second with the GIL held.
+MAX_HEADER_BYTES = 1 << 22
 
 # What PEFT and others call the same weights in pickled form.
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -48,8 +60,6 @@ _LASTING_ERRORS = (
     errno.EISDIR,
     errno.ENXIO,
 )
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ def read_peft_adapter(
     started_at = time.perf_counter()
     directory = Path(directory)
     rules = rules or AdapterRules()
-    config_bytes = _read_file(directory, CONFIG_FILE)
+    config_bytes = _read_file(directory, CONFIG_FILE, MAX_CONFIG_BYTES)
     config = parse_peft_config(config_bytes, rules.unknown_fields)
     weights_bytes = _read_file(directory, WEIGHTS_FILE)
     # The config's length keeps the border between the files part of what is hashed.
@@ -123,14 +133,20 @@ def read_peft_adapter(
     digest.update(weights_bytes)
     read_s = time.perf_counter() - started_at
     tensors = _parse_safetensors(weights_bytes)
-    lora_names, whole_names = _sort_names(tensors, geometry)
+    lora_names, whole_names = sort_names(tensors, geometry)
+    if not lora_names:
+        raise InvalidAdapterError(
+            f"{WEIGHTS_FILE} holds no LoRA tensors: the adapter matches no module of the base model"
+        )
     warnings = [
         *config.warnings,
         *check_whole_tensors(whole_names, tensors, config, rules),
     ]
-    if rules.is_other_base(config.base_model):
-        known = ", ".join(sorted(rules.base_names))
-        warnings.append(f"it was trained for {config.base_model}; the base model here is {known}")
+    if config.base_model is not None and is_other_base(config.base_model, rules.base_names):
+        warnings.append(
+            f"it was trained for {plain(config.base_model)}; the base model here is "
+            f"{rules.base_names[0]}"
+        )
     weights = _check_tensors(lora_names, tensors, config, geometry)
 
     ranks = {key: lora.rank for key, lora in weights.items()}
@@ -146,12 +162,17 @@ def read_peft_adapter(
     return summary, weights
 
 
-def _read_file(directory: Path, name: str) -> bytes:
+def _read_file(directory: Path, name: str, max_bytes: int | None = None) -> bytes:
     path = directory / name
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise InvalidAdapterError(f"{path} is not a regular file")
+            if max_bytes is not None and status.st_size > max_bytes:
+                raise InvalidAdapterError(
+                    f"{path} has {status.st_size} bytes; at most {max_bytes} are allowed"
+                )
             return file.read()
     except FileNotFoundError:
         raise _missing_file(directory, name) from None
@@ -160,6 +181,8 @@ def _read_file(directory: Path, name: str) -> bytes:
         if error.errno in _LASTING_ERRORS:
             raise InvalidAdapterError(what) from None
         raise AdapterUnreadableError(f"{what}; try again") from None
+    except MemoryError:
+        raise InvalidAdapterError(f"{path} is larger than this machine's memory") from None
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -175,7 +198,7 @@ def _missing_file(directory: Path, name: str) -> InvalidAdapterError:
     )
     if name == WEIGHTS_FILE and pickles:
         return InvalidAdapterError(
-            f"{directory} has {pickles[0]} and no {WEIGHTS_FILE}: pickled weights are never "
+            f"{directory} has {plain(pickles[0])} and no {WEIGHTS_FILE}: pickled weights are never "
             "loaded, since they can run code; save the adapter with safe_serialization=True"
         )
     return InvalidAdapterError(f"{directory} has no {name}")
@@ -185,40 +208,24 @@ def _parse_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    header_bytes = int.from_bytes(data[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise InvalidAdapterError(
+            f"{WEIGHTS_FILE} is damaged or truncated, or no adapter's: by its first bytes it has a "
+            f"header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed"
+        )
     try:
         return load(data)
-    # Beside its own error the library lets a dtype that torch lacks through as the others.
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise InvalidAdapterError(f"{WEIGHTS_FILE} is damaged or truncated: {error}") from None
-
-
-def _sort_names(
-    tensors: Mapping[str, torch.Tensor], geometry: AdapterGeometry
-) -> tuple[dict[str, LoraTensorName], dict[str, WholeTensorName]]:
-    """What every tensor of a file is, by its name, none of them twice."""
-    lora: dict[str, LoraTensorName] = {}
-    whole: dict[str, WholeTensorName] = {}
-    first_names: dict[ModuleKey, str] = {}
-    for name in sorted(tensors):
-        parsed = parse_tensor_name(name, geometry)
-        if isinstance(parsed, WholeTensorName):
-            whole[name] = parsed
-            continue
-        key = parsed.layer, parsed.module
-        # Both `model.layers` (a causal model) and `layers` (its body alone) name a module.
-        first = first_names.setdefault(key, name)
-        known = lora.get(first, parsed)
-        if known.trained_name != parsed.trained_name or known.adapter != parsed.adapter:
-            raise InvalidAdapterError(
-                f"tensor {name} is for a module that {first} names too: one of them is of another "
-                "adapter, or of a copy"
-            )
-        lora[name] = parsed
-    if not lora:
+    except KeyError as error:
+        # Of a dtype that the library knows and torch has not.
         raise InvalidAdapterError(
-            f"{WEIGHTS_FILE} holds no LoRA tensors: the adapter matches no module of the base model"
-        )
-    return lora, whole
+            f"{WEIGHTS_FILE} holds tensors of dtype {plain(str(error))}, which are not supported; "
+            f"supported are {SUPPORTED}"
+        ) from None
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise InvalidAdapterError(
+            f"{WEIGHTS_FILE} is damaged or truncated: {plain(str(error))}"
+        ) from None
 
 
 def _check_tensors(
@@ -231,16 +238,30 @@ def _check_tensors(
     halves: dict[ModuleKey, dict[str, str]] = {}
     for name, parsed in names.items():
         halves.setdefault((parsed.layer, parsed.module), {})[parsed.matrix] = name
-    weights = {}
-    for key, pair in sorted(halves.items()):
+    pairs = dict(sorted(halves.items()))
+    for pair in pairs.values():
         if len(pair) < 2:
             ((half, name),) = pair.items()
             other = "B" if half == "A" else "A"
             raise InvalidAdapterError(
-                f"tensor {name} has no partner: lora_{other} of {names[name].module_name} is "
-                "missing"
+                f"tensor {plain(name)} has no partner: lora_{other} of {names[name].module_name} "
+                "is missing"
             )
-        weights[key] = _check_module(names[pair["A"]], pair, tensors, config, geometry)
+    # As PEFT matched its patterns; where it saw no wrapper yet, as in the base model.
+    matched = [
+        (names[pair["A"]].trained_name, names[pair["A"]].module_name) for pair in pairs.values()
+    ]
+    ranks = config.ranks(matched)
+    scalings = config.scalings(matched, ranks)
+    weights = {}
+    for (key, pair), rank, scaling in zip(pairs.items(), ranks, scalings, strict=True):
+        _check_module(names[pair["A"]], pair, tensors, rank, geometry)
+        if abs(scaling) > torch.finfo(torch.float32).max:
+            raise InvalidAdapterError(
+                f"lora_alpha in {CONFIG_FILE} scales {names[pair['A']].module_name} by {scaling}, "
+                "too large for float32"
+            )
+        weights[key] = LoraWeights(tensors[pair["A"]], tensors[pair["B"]], scaling)
     return weights
 
 
@@ -248,48 +269,30 @@ def _check_module(
     parsed: LoraTensorName,
     names: Mapping[str, str],
     tensors: Mapping[str, torch.Tensor],
-    config: PeftLoraConfig,
+    rank: int,
     geometry: AdapterGeometry,
-) -> LoraWeights:
+) -> None:
     """Check dtype, shape and values of one module's A and B."""
     layer, module = parsed.layer, parsed.module
-    # As PEFT matched its patterns; where it saw no wrapper yet, as in the base model.
-    matched = parsed.trained_name, parsed.module_name
     dims = geometry.module_dims[layer][module]
     assert dims is not None, "refused with the tensor's name"
     in_features, out_features = dims
-    rank = config.rank_of(*matched)
     for matrix, expected in (("A", (rank, in_features)), ("B", (out_features, rank))):
         name = names[matrix]
         tensor = tensors[name]
         if tensor.shape != expected:
             raise InvalidAdapterError(
-                f"tensor {name} has shape {list(tensor.shape)}, expected {list(expected)}: rank "
-                f"{rank} by {CONFIG_FILE}, {in_features} in and {out_features} out features of "
-                f"the base model's {geometry.module_names[module]}"
+                f"tensor {plain(name)} has shape {quoted(list(tensor.shape))}, expected "
+                f"{list(expected)}: rank {rank} by {CONFIG_FILE}, {in_features} in and "
+                f"{out_features} out features of the base model's {geometry.module_names[module]}"
             )
-        if tensor.dtype not in _DTYPES:
-            raise InvalidAdapterError(_wrong_dtype(name, tensor.dtype))
+        check_dtype(name, tensor)
         if not _is_finite(tensor):
-            raise InvalidAdapterError(f"tensor {name} holds NaN or infinity")
+            raise InvalidAdapterError(f"tensor {plain(name)} holds NaN or infinity")
         if tensor.dtype != geometry.dtype and not _is_finite(tensor.to(geometry.dtype)):
             raise InvalidAdapterError(
-                f"tensor {name} holds values too large for the server's {geometry.dtype}"
+                f"tensor {plain(name)} holds values too large for the server's {geometry.dtype}"
             )
-    scaling = config.scaling_of(*matched)
-    if abs(scaling) > torch.finfo(torch.float32).max:
-        raise InvalidAdapterError(
-            f"lora_alpha in {CONFIG_FILE} scales {parsed.module_name} by {scaling}, too large for "
-            "float32"
-        )
-    return LoraWeights(tensors[names["A"]], tensors[names["B"]], scaling)
-
-
-def _wrong_dtype(name: str, dtype: torch.dtype) -> str:
-    found = str(dtype).removeprefix("torch.")
-    supported = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-    kind = "fp8 adapters are not supported" if found.startswith("float8") else "not a float type"
-    return f"tensor {name} has dtype {found}: {kind}; supported are {supported}"
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slora_core.errors import InvalidRequestError
+from slora_core.quoting import plain
 from slora_core.text.template_sandbox import render_template
+
+# Characters of a template's own reason to refuse.
+MAX_REASON = 400
 
 
 class ChatTemplate:
@@ -53,6 +57,7 @@ class ChatTemplate:
             return render_template(source, variables)
         except Exception as error:
             # A template raises on roles and orders it does not know, in any way that there is.
+            reason = plain(str(error), MAX_REASON)
             raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", "messages"
+                f"the model's chat template refuses these messages: {reason}", "messages"
             ) from error

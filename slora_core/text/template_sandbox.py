@@ -18,6 +18,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from slora_core.quoting import plain
+
 # Characters of a template's source; the longest in use, with tools, have some 20,000.
 MAX_SOURCE_CHARS = 2**16
 # Turns of all loops, and calls, of one chat; a template takes some tens for each message, and so
@@ -45,11 +47,14 @@ def check_template(source: str) -> None:
             f"has {len(source)} characters; at most {MAX_SOURCE_CHARS} are supported"
         )
     try:
+        source.encode()
         _check_compiles(source)
+    except UnicodeEncodeError:
+        raise TemplateSourceError("has half of a surrogate pair, which is no text") from None
     except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = "" if line is None else f" in line {line}"
-        raise TemplateSourceError(f"is not valid Jinja{where}: {error}") from None
+        raise TemplateSourceError(f"is not valid Jinja{where}: {plain(str(error))}") from None
 
 
 def render_template(source: str, variables: Mapping[str, Any]) -> str:
@@ -60,6 +65,7 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
     Raises:
         SecurityError: it reaches out of the sandbox or goes beyond a bound.
         TemplateError: it refuses the variables.
+        UnicodeEncodeError: it writes half of a surrogate pair.
     """
     pieces: list[str] = []
     num_chars = 0
@@ -68,7 +74,10 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
         num_chars += len(piece)
         if num_chars > MAX_TEXT_CHARS:
             raise SecurityError(f"it writes more than {MAX_TEXT_CHARS} characters")
-    return "".join(pieces)
+    text = "".join(pieces)
+    # What is no text no tokenizer takes.
+    text.encode()
+    return text
 
 
 class _Budget:

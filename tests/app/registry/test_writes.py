@@ -63,8 +63,8 @@ def bytes_of_a_change(num_adapters: int, path: Path) -> tuple[int, int]:
 
 
 def bytes_written() -> int:
-    """By this process in all its life."""
-    counters = dict(line.split() for line in Path("/proc/self/io").read_text().splitlines())
+    """By this thread in all its life."""
+    counters = dict(line.split() for line in Path("/proc/thread-self/io").read_text().splitlines())
     return int(counters["wchar:"])
 
 

@@ -292,6 +292,26 @@ def test_what_peft_itself_writes_for_refused_options(
         inspect_peft_adapter(adapter, geometry)
 
 
+def test_a_header_of_a_million_tensors_is_not_parsed(tmp_path, model_dir, geometry) -> None:
+    adapter = make_random_adapter(tmp_path / "a", model_dir)
+    file = adapter / "adapter_model.safetensors"
+    length = 2**22 + 1
+    file.write_bytes(length.to_bytes(8, "little") + b" " * length)
+    with pytest.raises(InvalidAdapterError, match="header of 4194305 bytes; at most 4194304"):
+        inspect_peft_adapter(adapter, geometry)
+
+
+def test_a_config_of_more_than_a_mebibyte_is_not_read(tmp_path, model_dir, geometry) -> None:
+    adapter = make_random_adapter(tmp_path / "a", model_dir)
+    file = adapter / "adapter_config.json"
+    text = file.read_text()
+    file.write_text(text + " " * (2**20 - len(text)))
+    assert inspect_peft_adapter(adapter, geometry)
+    file.write_text(text + " " * (2**20 - len(text) + 1))
+    with pytest.raises(InvalidAdapterError, match="has 1048577 bytes; at most 1048576 are allowed"):
+        inspect_peft_adapter(adapter, geometry)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 2000, -1])
 def test_truncated_weights_are_refused(
     tmp_path: Path, model_dir: Path, geometry, keep: int

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from slora_core.adapters.adapter_rules import AdapterRules, CheckedTensors
 from slora_core.adapters.peft_weights import read_peft_adapter
 from slora_core.adapters.whole_tensors import BaseModelTensors
 from slora_core.errors import InvalidAdapterError
-from tests.factories import make_model, make_random_adapter
+from tests.factories import make_geometry, make_model, make_random_adapter
 from tests.slora_core.adapters.adapter_files import read_tensors, write_tensors
 
 
@@ -65,6 +65,36 @@ class TestWholeTensors:
             assert len(summary.warnings) == 2
             assert all("is a copy of the base model's and was" in w for w in summary.warnings)
 
+    @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("loaded_in", [None, torch.bfloat16, torch.float16])
+    def test_copies_in_another_type_or_by_way_of_one(self, tmp_path, dtype, base_dtype, loaded_in):
+        model = make_model(tmp_path / "model")
+        # Such as each type rounds otherwise.
+        head = torch.linspace(-3, 3, 7 * 64).exp().view(7, 64).to(base_dtype)
+        save_file({"lm_head.weight": head}, model / "model.safetensors")
+        tensors = BaseModelTensors(model)
+        copy = head.to(loaded_in or base_dtype).to(dtype)
+        assert tensors.differing_rows("lm_head", copy) == 0
+        trained = copy.clone()
+        trained[3, 5] *= 1.5
+        assert tensors.differing_rows("lm_head", trained) == 1
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.bool])
+    def test_a_type_that_is_none_of_weights_is_no_copy(self, adapter, model_dir, geometry, dtype):
+        base = torch.zeros_like(load_file(model_dir / "model.safetensors")["lm_head.weight"])
+        self._add(adapter, lm_head=base.to(dtype))
+        rules = AdapterRules(base_tensors=BaseModelTensors(model_dir))
+        with pytest.raises(InvalidAdapterError, match=r"lm_head.weight has dtype \w+: .*supported"):
+            read_peft_adapter(adapter, geometry, rules)
+
+    def test_the_same_bytes_in_another_shape_are_no_copy(self, model_dir, base) -> None:
+        tensors = BaseModelTensors(model_dir)
+        head = base["lm_head.weight"]
+        assert tensors.differing_rows("lm_head", head) == 0
+        assert tensors.differing_rows("lm_head", head.view(-1, 2 * head.shape[1])) is None
+        assert tensors.differing_rows("lm_head", head.view(torch.float16)) is None
+
     def test_copies_are_compared_by_hash_from_the_second_on(self, adapter, model_dir, base):
         tensors = BaseModelTensors(model_dir)
         head = base["lm_head.weight"]
@@ -87,10 +117,17 @@ class TestWholeTensors:
         with pytest.raises(InvalidAdapterError, match="a vocabulary that training has resized"):
             read_peft_adapter(adapter, geometry, rules)
 
-    def test_the_head_of_a_tied_model_is_its_embeddings(self, tmp_path) -> None:
+    def test_both_tensors_of_a_tied_model_are_copies_of_its_embeddings(self, tmp_path) -> None:
         model = make_model(tmp_path / "tied", tie_word_embeddings=True)
+        geometry = make_geometry(model)
         embeddings = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
-        assert BaseModelTensors(model).differing_rows("lm_head", embeddings) == 0
+        rules = AdapterRules(base_tensors=BaseModelTensors(model))
+        adapter = make_random_adapter(tmp_path / "a", model)
+        self._add(adapter, lm_head=embeddings, model__embed_tokens=embeddings)
+        assert len(read_peft_adapter(adapter, geometry, rules)[0].warnings) == 2
+        self._add(adapter, lm_head=embeddings + 1)
+        with pytest.raises(InvalidAdapterError, match="lm_head.weight differs from the base"):
+            read_peft_adapter(adapter, geometry, rules)
 
     def test_who_has_checked_before_ignores_them(self, adapter, geometry, base) -> None:
         self._add(adapter, lm_head=base["lm_head.weight"] + 1)

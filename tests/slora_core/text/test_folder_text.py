@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from slora_core.errors import InvalidAdapterError
 from slora_core.text import base_text
 from slora_core.text.base_text import BaseText
 from slora_core.text.folder_text import read_adapter_text
@@ -138,3 +139,46 @@ def test_a_copy_of_the_base_models_template_is_none_of_its_own(model, folder):
     (folder / "chat_template.jinja").unlink()
     change(folder, "tokenizer_config.json", chat_template=CHAT_TEMPLATE)
     assert read_adapter_text(folder, BaseText(model, (2,)))[0].chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("tokenizer_config.json", " " * (2**22 + 1), "has 4194305 bytes; at most 4194304 are"),
+        ("generation_config.json", " " * (2**22 + 1), "has 4194305 bytes; at most 4194304 are"),
+        ("chat_template.jinja", "x" * (2**22 + 1), "has 4194305 bytes; at most 4194304 are"),
+        ("chat_template.jinja", f"{{% {'y' * 10**4} %}}", "unknown tag 'yyy"),
+        ("tokenizer_config.json", {"chat_template": ["\ud800"] * 10**4 + [1]}, None),
+        ("tokenizer_config.json", {"chat_template": {"\ud800": "x" * 10**5}}, "it must be a text"),
+        ("generation_config.json", {"eos_token_id": list(range(200))}, "eos_token_id in gen"),
+    ],
+)
+def test_files_that_no_server_should_bear_are_refused_in_a_line(model, folder, name, content, told):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "chat_template.jinja").unlink()
+    (folder / name).write_text(text)
+    if told is None:
+        assert read_adapter_text(folder, BaseText(model, (2,)))[0].chat_template is None
+        return
+    with pytest.raises(InvalidAdapterError) as error:
+        read_adapter_text(folder, BaseText(model, (2,)))
+    message = str(error.value)
+    assert name in message and told in message and len(message) < 300 and message.isprintable()
+
+
+def test_halves_of_surrogate_pairs_are_no_text(model, folder):
+    base = BaseText(model, (2,))
+    (folder / "chat_template.jinja").unlink()
+    change(folder, "tokenizer_config.json", chat_template="\ud800")
+    with pytest.raises(InvalidAdapterError, match="half of a surrogate pair, which is no text"):
+        read_adapter_text(folder, base)
+    with pytest.raises(UnicodeEncodeError):
+        render_template(r"{{ '\ud800' }}", {})
+
+
+@pytest.mark.parametrize("token", ["\ud800\n", "x" * 10**6])
+def test_odd_tokens_are_named_in_a_line(model, folder, token):
+    (folder / "added_tokens.json").write_text(json.dumps({token: 3, "far": 10**4000, "under": -1}))
+    [warning] = read_adapter_text(folder, BaseText(model, (2,)))[1]
+    assert "3 is '" in warning and "far" not in warning and "under" not in warning
+    assert warning.isprintable() and len(warning) < 200
