@@ -71,14 +71,21 @@ def ingress_built_in_replica(ingress: type[T]) -> type[T]:
     return serve.ingress()(ingress)
 
 
-def read_from_cluster(namespace: str, key: str) -> bytes | None:
-    """What `write_to_cluster` of any process of this cluster wrote last; None if nothing; blocks.
+def read_from_cluster(namespace: str, prefix: str) -> dict[str, bytes]:
+    """What `write_to_cluster` of any process of this cluster wrote, by key; blocks.
 
-    Relies on `_internal_kv_get` of `ray.experimental.internal_kv`, the store in which Ray keeps its
-    own state. Public are only actors and objects, which end with a process or a node. Tested in
-    Ray 2.60.
+    Relies on `_internal_kv_list` of `ray.experimental.internal_kv`, the store in which Ray keeps
+    its own state, and on `internal_kv_multi_get` of its client, which costs one call where there
+    may be thousands of keys. Public are only actors and objects, which end with a process or a
+    node. Tested in Ray 2.60.
+
+    Raises:
+        RayError: the head node does not answer.
     """
-    return internal_kv._internal_kv_get(key, namespace=namespace)
+    keys = internal_kv._internal_kv_list(prefix, namespace=namespace)
+    client = internal_kv.internal_kv_get_gcs_client()
+    found = client.internal_kv_multi_get(keys, namespace.encode())
+    return {key.decode(): data for key, data in found.items()}
 
 
 def write_to_cluster(namespace: str, key: str, data: bytes) -> None:

@@ -18,11 +18,11 @@ from ray.exceptions import RayError
 
 from app import ray_private
 from app.ray_private import ServeRun
+from app.registry.client import NAMESPACE
 from slora_core.errors import SLoRAError
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "slora"
 # What arguments, files and machines can be wrong in; anything else is a defect, with its traceback.
 EXPECTED = (SLoRAError, ValueError, OSError)
 MAX_LINE_CHARS = 1000

@@ -66,6 +66,10 @@ class AdapterChangingError(InvalidAdapterError):
     """Files that somebody is writing while they are read; trying again helps."""
 
 
+class AdapterUnreadableError(InvalidAdapterError):
+    """Files that the system did not give at the moment; trying again may help."""
+
+
 class AdapterUnavailableError(SLoRAError):
     """A registered adapter whose bytes nothing has any more: no files, no packed copy."""
 

@@ -126,18 +126,21 @@ def test_what_one_process_writes_to_the_cluster_others_read(ray_cluster):
 
     @ray.remote(num_cpus=0.1)
     def exchange(data):
-        before = read_from_cluster("contracts", "key")
-        write_to_cluster("contracts", "key", data)
+        before = read_from_cluster("contracts", "a:")
+        write_to_cluster("contracts", "a:é", data)
         return before
 
     with contract("ray.experimental.internal_kv"):
-        assert read_from_cluster("contracts", "key") is None
-        write_to_cluster("contracts", "key", b"one")
-        assert ray.get(exchange.remote(b"two"), timeout=30) == b"one"
-        assert read_from_cluster("contracts", "key") == b"two"
-        assert read_from_cluster("elsewhere", "key") is None
-        write_to_cluster("contracts", "key", b"three")
-        assert read_from_cluster("contracts", "key") == b"three"
+        assert read_from_cluster("contracts", "a:") == {}
+        write_to_cluster("contracts", "a:é", b"one")
+        write_to_cluster("contracts", "ab:key", b"of another prefix")
+        assert ray.get(exchange.remote(b"two"), timeout=30) == {"a:é": b"one"}
+        assert read_from_cluster("contracts", "a:") == {"a:é": b"two"}
+        assert read_from_cluster("elsewhere", "a:") == {}
+        many = {f"a:{number}": bytes([number % 256]) * 1000 for number in range(2000)}
+        for key, data in many.items():
+            write_to_cluster("contracts", key, data)
+        assert read_from_cluster("contracts", "a:") == {"a:é": b"two", **many}
 
 
 @pytest.mark.serve
