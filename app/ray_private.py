@@ -16,6 +16,10 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 from ray import serve
 from ray._private import state
+from ray._raylet import (  # type: ignore[attr-defined]
+    AuthenticationMode,
+    get_authentication_mode,
+)
 from ray.experimental import internal_kv
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -150,6 +154,15 @@ def http_address() -> tuple[str, int]:
     """
     config = _get_global_client().http_config
     return config.host, config.port
+
+
+def asks_for_tokens() -> bool:
+    """Whether this process's cluster lets in only those who have its token.
+
+    Relies on `get_authentication_mode` of `ray._raylet`; the documented variable RAY_AUTH_MODE is
+    not set where Ray chose the mode. Tested in Ray 2.60.
+    """
+    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
 
 
 def is_on_head_node() -> bool:

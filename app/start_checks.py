@@ -1,8 +1,9 @@
-"""What of the machine decides before anything starts whether the application can: ports, GPUs.
+"""What of the machine is looked at before anything starts: ports, GPUs, who may reach Ray.
 
 Run where Serve builds the application, in a process of its cluster.
 """
 
+import logging
 import os
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -13,9 +14,13 @@ import ray
 from app import ray_private
 from app.args import SLoRAArgs
 
+logger = logging.getLogger(__name__)
+
 
 def check_machine(args: SLoRAArgs) -> None:
     """Raises ValueError for what this machine cannot give, before a replica asks for it."""
+    if not ray_private.asks_for_tokens():
+        warn_of_open_ports(ray.util.get_node_ip_address())
     if ray_private.is_on_head_node():
         check_port(*ray_private.http_address())
     serve_run = ray_private.find_serve_run()
@@ -31,6 +36,17 @@ def check_gpus(args: SLoRAArgs, num_gpus: float) -> None:
         raise ValueError(
             f"num_replicas {args.num_replicas} of gpus_per_replica {args.gpus_per_replica:g} need "
             f"{asked:g} GPUs; this machine has {num_gpus:g}"
+        )
+
+
+def warn_of_open_ports(node_address: str) -> None:
+    """Ray's ports take pickled objects, which may do anything, from whoever reaches them."""
+    if not ip_address(node_address).is_loopback:
+        logger.warning(
+            "RAY LISTENS ON %s WITHOUT AUTHENTICATION: whoever reaches its ports can run programs "
+            "on this cluster. Start Ray with RAY_AUTH_MODE=token (README: On a cluster), or keep "
+            "its ports within a network that you trust.",
+            node_address,
         )
 
 

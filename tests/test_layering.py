@@ -179,6 +179,9 @@ def test_what_is_private_in_ray_is_used_in_one_place() -> None:
         "ray.experimental.internal_kv",
         "ray._private",
         "ray._private.state",
+        "ray._raylet",
+        "ray._raylet.AuthenticationMode",
+        "ray._raylet.get_authentication_mode",
         "ray.serve.context._get_global_client",
         *PRIVATE_NAMES,
     }

@@ -191,6 +191,9 @@ def test_where_serve_listens_and_what_started_it(ray_cluster, monkeypatch):
         assert f"http://{host}:{port}" == ray_cluster
     with contract("the resource node:__internal_head__"):
         assert ray_private.is_on_head_node()
+    with contract("get_authentication_mode"):
+        # Since Ray 2.60 a cluster that a program starts for itself asks for them.
+        assert ray_private.asks_for_tokens() == (os.environ.get("RAY_AUTH_MODE") == "token")
     with contract("the job table of ray._private.state"):
         import ray
 

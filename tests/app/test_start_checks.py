@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from app.args import SLoRAArgs
-from app.start_checks import check_gpus, check_port
+from app.start_checks import check_gpus, check_port, warn_of_open_ports
 
 
 def test_more_gpus_than_the_machine_has():
@@ -18,6 +18,14 @@ def test_more_gpus_than_the_machine_has():
     with pytest.raises(ValueError, match="2 of gpus_per_replica 1 need 2 GPUs; .* has 0"):
         check_gpus(args, 0)
     check_gpus(SLoRAArgs(), 0)
+
+
+def test_ports_that_are_open_to_others_are_told_loudly(caplog):
+    warn_of_open_ports("127.0.0.1")
+    assert caplog.text == ""
+    warn_of_open_ports("192.0.2.7")
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and "192.0.2.7 WITHOUT AUTHENTICATION" in caplog.text
 
 
 @contextmanager
