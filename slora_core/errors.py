@@ -93,6 +93,10 @@ class OverloadedError(SLoRAError):
     """Every engine is full and so is the queue before them."""
 
 
+class ServerStoppingError(SLoRAError):
+    """The server is being stopped, and ends what runs."""
+
+
 class EngineFaultError(SLoRAError):
     """An engine, or several, failed at this request alone; trying again would not help."""
 

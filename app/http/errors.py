@@ -26,6 +26,7 @@ from slora_core.errors import (
     InvalidAdapterError,
     InvalidRequestError,
     OverloadedError,
+    ServerStoppingError,
     SLoRAError,
     StoreFullError,
     StoreGoneError,
@@ -83,6 +84,7 @@ STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (StoreFullError, 503, None),
     (StoreGoneError, 503, None),
     (OverloadedError, 503, None),
+    (ServerStoppingError, 503, None),
     (EngineDeadError, 503, None),
     (EngineFaultError, 500, None),
 )

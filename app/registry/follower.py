@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 from app.registry.changes import Position, RegistryChanges
 from app.registry.registrations import Registrations
 from app.registry.state import AdapterRecord
+from app.remote_errors import is_actor_death
 from slora_core.errors import AdapterNotFoundError
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,13 @@ async def follow_registry(
             is_told = False
             on_changes(changes)
             is_told = True
-        except Exception:
+        except Exception as error:
             # Told once for a registry that is away for a while.
             if is_going:
-                logger.warning("the adapter registry is not followed; trying on", exc_info=True)
+                logger.warning(
+                    "the adapter registry is not followed; trying on",
+                    exc_info=not is_actor_death(error),
+                )
             is_going = False
             await asyncio.sleep(RETRY_S)
         else:

@@ -1,12 +1,16 @@
 """A start that fails ends the user's `serve run` with one line and a status."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -15,7 +19,7 @@ from app.build import build
 from app.ray_private import ServeRun
 from app.serve_run import MAX_LINE_CHARS, as_line, ended_by_failure
 from slora_core.errors import UnsupportedModelError
-from tests.app.serve_app import make_tiny_model
+from tests.app.serve_app import make_tiny_model, wait_until
 from tests.conftest import ROOT, free_port
 
 START_TIMEOUT_S = 120
@@ -79,8 +83,9 @@ def test_where_no_serve_run_waits_the_error_is_all(capfd):
     assert capfd.readouterr().err == ""
 
 
-def serve_run_of(folder: Path, port: int, **args) -> subprocess.CompletedProcess:
-    """`serve run` of a config file, as in a terminal, until it ends."""
+@contextmanager
+def serve_run_of(folder: Path, port: int, **args) -> Iterator[subprocess.Popen]:
+    """`serve run` of a config file, as in a terminal; what it writes goes into `log`."""
     config = {
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": port},
@@ -90,15 +95,27 @@ def serve_run_of(folder: Path, port: int, **args) -> subprocess.CompletedProcess
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    return subprocess.run(
-        [sys.executable, "-m", "ray.serve.scripts", "run", str(path)],
-        cwd=ROOT,
-        # Never a cluster that happens to run on this machine.
-        env={**os.environ, "RAY_ADDRESS": "local"},
-        capture_output=True,
-        text=True,
-        timeout=START_TIMEOUT_S,
-    )
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "ray.serve.scripts", "run", str(path)],
+            cwd=ROOT,
+            # Never a cluster that happens to run on this machine.
+            env={**os.environ, "RAY_ADDRESS": "local"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def reasons(folder: Path) -> list[str]:
+    lines = (folder / "log").read_text().splitlines()
+    return [line for line in lines if "the start failed: " in line]
 
 
 @pytest.mark.serve
@@ -108,10 +125,10 @@ def test_weights_that_are_damaged(tmp_path):
     model = make_tiny_model(tmp_path)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    ended = serve_run_of(tmp_path, free_port(), model=str(model), num_pool_tokens=1024)
-    assert ended.returncode != 0
-    told = [line for line in ended.stderr.splitlines() if "the start failed: " in line]
-    assert len(told) == 1 and f"{weights} is damaged" in told[0]
+    with serve_run_of(tmp_path, free_port(), model=str(model), num_pool_tokens=1024) as process:
+        assert process.wait(START_TIMEOUT_S) != 0
+    [told] = reasons(tmp_path)
+    assert f"{weights} is damaged" in told
 
 
 @pytest.mark.serve
@@ -119,7 +136,37 @@ def test_weights_that_are_damaged(tmp_path):
 def test_two_servers_on_one_port(ray_cluster, tmp_path):
     """The second ends, and the first is not disturbed."""
     port = int(ray_cluster.rpartition(":")[2])
-    started = time.monotonic()
-    ended = serve_run_of(tmp_path, port, model=str(tmp_path))
-    assert ended.returncode != 0 and time.monotonic() - started < START_TIMEOUT_S / 2
-    assert ended.stderr.count(f"the start failed: http_options: port {port} of 127.0.0.1") == 1
+    with serve_run_of(tmp_path, port, model=str(tmp_path)) as process:
+        assert process.wait(START_TIMEOUT_S) != 0
+    [told] = reasons(tmp_path)
+    assert f"http_options: port {port} of 127.0.0.1 is taken by process " in told
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+def test_at_an_interrupt_streams_end_with_an_event(tmp_path):
+    """Ctrl-C reaches the whole group of processes, of which Serve's proxies are the first to go."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 2000, "ignore_eos": True}
+    whole = []
+    args = {"model": str(make_tiny_model(tmp_path)), "served_model_name": "tiny"}
+    with serve_run_of(tmp_path, port, num_pool_tokens=8192, **args) as process:
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 200, START_TIMEOUT_S)
+        asking = threading.Thread(
+            target=lambda: whole.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+        )
+        asking.start()
+        request = httpx.stream(
+            "POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60
+        )
+        with request as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            os.killpg(process.pid, signal.SIGINT)
+            events = [line for line in lines if line]
+        asking.join()
+        assert process.wait(60) == 0
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == 503
+    assert whole[0].status_code == 503
+    assert "being stopped" in events[-1] and "being stopped" in whole[0].text
+    assert "Traceback" not in (tmp_path / "log").read_text()
