@@ -112,9 +112,9 @@ def plan_layout(
     geometry: AdapterGeometry, ranks: Mapping[ModuleKey, int], scaling: Mapping[ModuleKey, float]
 ) -> AdapterLayout:
     """Lay out the streams of an adapter; needs ranks and scalings only, no weights."""
-    num_modules = len(geometry.modules)
-    offsets = torch.zeros(geometry.num_layers, num_modules, 3, dtype=torch.int32)
-    scales = torch.zeros(geometry.num_layers, num_modules, dtype=torch.float32)
+    # Filled as lists: a tensor for each module would cost more than all the rest.
+    offsets = [[[0, 0, 0] for _ in geometry.modules] for _ in geometry.module_dims]
+    scales = [[0.0] * len(geometry.modules) for _ in geometry.module_dims]
     longest = 0
     for layer, layer_dims in enumerate(geometry.module_dims):
         end = 0
@@ -125,15 +125,15 @@ def plan_layout(
             assert dims is not None, f"layer {layer} has no {geometry.modules[module]}"
             in_features, out_features = dims
             offset_b = end + rank * row_elems(in_features)
-            offsets[layer, module] = torch.tensor([rank, end, offset_b], dtype=torch.int32)
-            scales[layer, module] = scaling[layer, module]
+            offsets[layer][module] = [rank, end, offset_b]
+            scales[layer][module] = scaling[layer, module]
             end = offset_b + rank * row_elems(out_features)
         longest = max(longest, end)
     return AdapterLayout(
         num_pages=-(-longest // geometry.page_elems),
         max_rank=max(ranks.values(), default=0),
-        offsets=offsets,
-        scaling=scales,
+        offsets=torch.tensor(offsets, dtype=torch.int32),
+        scaling=torch.tensor(scales, dtype=torch.float32),
     )
 
 
