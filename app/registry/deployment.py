@@ -16,7 +16,7 @@ from app.args import SLoRAArgs
 from app.models.geometry import adapter_geometry, base_text, registry_rules
 from app.registry.changes import Position, RegistryChanges
 from app.registry.cluster_state import ClusterState
-from app.registry.inspector import AdapterInspector
+from app.registry.inspector import AdapterInspector, give_memory_back
 from app.registry.long_poll import LongPoll
 from app.registry.pools import LivingPools
 from app.registry.registry import AdapterRegistry
@@ -78,6 +78,8 @@ class RegistryServer:
                 await self._change(self._registry.look_again)
             except Exception:
                 logger.exception("the registrations could not be looked at again")
+            # Of loads since, each of which is too small to do it for.
+            await asyncio.to_thread(give_memory_back)
 
     async def _change(self, change: Callable[[], T]) -> T:
         """Run a change in a thread and wake the polls, also where the caller has left."""

@@ -84,7 +84,7 @@ class AdapterInspector:
                     inspection = self._inspect(name, directory, stamp)
                 finally:
                     if nbytes >= LARGE_FILE_BYTES:
-                        _give_memory_back()
+                        give_memory_back()
             stamp = files_stamp(directory)
             if stamp == inspection.stamp:
                 return inspection
@@ -157,8 +157,8 @@ def _weights_bytes(directory: Path) -> int:
         return 0
 
 
-def _give_memory_back() -> None:
-    """glibc keeps what each thread has freed: as many adapters as there were threads."""
+def give_memory_back() -> None:
+    """To the system: glibc keeps what each thread has freed, for as many threads as there were."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -135,3 +135,21 @@ def test_the_call_that_came_last_holds_whichever_thread_begins_first(start) -> N
         assert last.path == "/q"
 
     asyncio.run(main())
+
+
+def test_memory_of_loads_is_given_back_now_and_then(start, monkeypatch) -> None:
+    monkeypatch.setattr(deployment, "LOOK_AGAIN_S", 0.01)
+    given_back = asyncio.Event()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(
+            deployment, "give_memory_back", lambda: loop.call_soon_threadsafe(given_back.set)
+        )
+        server = await start()
+        for _ in range(2):
+            given_back.clear()
+            await asyncio.wait_for(given_back.wait(), 30)
+        server._looking.cancel()
+
+    asyncio.run(main())

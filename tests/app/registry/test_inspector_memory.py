@@ -75,7 +75,7 @@ def test_memory_of_large_files_is_given_back(tmp_path, monkeypatch, is_damaged) 
     if is_damaged:
         weights.write_bytes(weights.read_bytes()[:-1])
     given_back = []
-    monkeypatch.setattr(inspector, "_give_memory_back", lambda: given_back.append(True))
+    monkeypatch.setattr(inspector, "give_memory_back", lambda: given_back.append(True))
     checker = AdapterInspector(make_geometry(model), [tmp_path])
     for least, expected in ((weights.stat().st_size + 1, []), (weights.stat().st_size, [True])):
         monkeypatch.setattr(inspector, "LARGE_FILE_BYTES", least)
