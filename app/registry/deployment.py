@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 from ray import serve
 
 from app.args import SLoRAArgs
+from app.heap import give_memory_back
 from app.models.geometry import adapter_geometry, base_text, registry_rules
 from app.registry.changes import Position, RegistryChanges
 from app.registry.cluster_state import ClusterState
-from app.registry.inspector import AdapterInspector, give_memory_back
+from app.registry.inspector import AdapterInspector
 from app.registry.long_poll import LongPoll
 from app.registry.pools import LivingPools
 from app.registry.registry import AdapterRegistry

@@ -3,7 +3,6 @@
 Owns the rules by which files are checked. It knows no registrations; `registry` asks it.
 """
 
-import ctypes
 import logging
 import os
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.byte_budget import ThreadByteBudget
+from app.heap import give_memory_back
 from app.registry.names_and_paths import confined_path
 from app.registry.state import AdapterRecord, FilesStamp, files_stamp
 from slora_core.adapters.adapter_rules import AdapterRules
@@ -155,10 +155,3 @@ def _weights_bytes(directory: Path) -> int:
     except OSError:
         # Whoever reads it says what is wrong.
         return 0
-
-
-def give_memory_back() -> None:
-    """To the system: glibc keeps what each thread has freed, for as many threads as there were."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 
 from app.byte_budget import ByteBudget
+from app.heap import give_memory_back
 from app.registry.state import AdapterRecord
 from app.store.adapter_sources import AdapterSources, UnavailableLog
 from app.store.memory import HostStore
@@ -103,6 +104,8 @@ class Keeper:
             self._recheck_at = time.monotonic() + RECHECK_S
             await self._look_for_missing()
             await self._keep_pending()
+            # Of what was packed and read since.
+            await asyncio.to_thread(give_memory_back)
 
     def _ask_for(self, record: AdapterRecord) -> None:
         # Taken out first, or it would keep its old place.
