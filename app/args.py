@@ -4,9 +4,9 @@ Owns names, units, defaults and the reasons for them. It starts nothing; `build`
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slora_core.config import EngineConfig
 
@@ -205,3 +205,28 @@ class SLoRAArgs(BaseModel):
             # A GPU is kept busy by planning a step while the one before computes.
             max_inflight_steps=1 if on_cpu else 2,
         )
+
+
+def parse_args(values: dict[str, Any]) -> SLoRAArgs:
+    """The arguments as a config file has them.
+
+    Raises:
+        ValueError: names every argument that is wrong, its value and what is allowed.
+    """
+    try:
+        return SLoRAArgs.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            _problem(found["loc"], found["msg"], found["input"]) for found in error.errors()
+        ]
+        raise ValueError("; ".join(problems)) from None
+
+
+def _problem(location: tuple[int | str, ...], message: str, value: object) -> str:
+    # Those of several arguments together name them themselves.
+    if not location:
+        return message.removeprefix("Value error, ")
+    name = ".".join(map(str, location))
+    if message.startswith("Extra inputs"):
+        return f"{name} is no argument of this application"
+    return f"{name}: {message}, not {value!r}"

@@ -4,12 +4,14 @@ Owns which deployments there are, what they ask of Ray and who holds whose handl
 """
 
 from pathlib import Path
+from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from app.args import SLoRAArgs
+from app.args import SLoRAArgs, parse_args
 from app.http.server import IngressServer, model_limits, sampling_defaults
 from app.models.geometry import adapter_geometry
 from app.models.source import resolve_revision
@@ -17,6 +19,8 @@ from app.registry.client import REGISTRY_DEPLOYMENT
 from app.registry.deployment import RegistryServer
 from app.replica.server import EngineServer
 from app.routing.serve_router import AffinityRouter
+from app.serve_run import ended_by_failure
+from app.start_checks import check_machine
 from slora_core.text.template_sandbox import TemplateSourceError, check_template
 
 # Ray only counts CPUs; ingress and registry wait most of the time.
@@ -30,7 +34,21 @@ HEALTH_CHECK_PERIOD_S = 1.0
 ROUTING_STATS_PERIOD_S = 0.5
 
 
-def build(args: SLoRAArgs) -> Application:
+def build(args: dict[str, Any]) -> Application:
+    """What a Serve config file imports: the application of its `args`.
+
+    Raises:
+        ValueError: arguments that are wrong or that this machine cannot serve.
+    """
+    with ended_by_failure():
+        parsed = parse_args(args)
+        # `serve run` without a config file builds before it starts Ray.
+        if ray.is_initialized():
+            check_machine(parsed)
+        return application(parsed)
+
+
+def application(args: SLoRAArgs) -> Application:
     """The application of these arguments.
 
     The model is fetched here where it must be, so that the progress is seen where the application

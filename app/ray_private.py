@@ -6,11 +6,18 @@ load it with the router, `app.routing.serve_router`.
 """
 
 import contextvars
+import os
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import ray
 from ray import serve
+from ray._private import state
 from ray.experimental import internal_kv
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -64,14 +71,21 @@ def ingress_built_in_replica(ingress: type[T]) -> type[T]:
     return serve.ingress()(ingress)
 
 
-def read_from_cluster(namespace: str, key: str) -> bytes | None:
-    """What `write_to_cluster` of any process of this cluster wrote last; None if nothing; blocks.
+def read_from_cluster(namespace: str, prefix: str) -> dict[str, bytes]:
+    """What `write_to_cluster` of any process of this cluster wrote, by key; blocks.
 
-    Relies on `_internal_kv_get` of `ray.experimental.internal_kv`, the store in which Ray keeps its
-    own state. Public are only actors and objects, which end with a process or a node. Tested in
-    Ray 2.60.
+    Relies on `_internal_kv_list` of `ray.experimental.internal_kv`, the store in which Ray keeps
+    its own state, and on `internal_kv_multi_get` of its client, which costs one call where there
+    may be thousands of keys. Public are only actors and objects, which end with a process or a
+    node. Tested in Ray 2.60.
+
+    Raises:
+        RayError: the head node does not answer.
     """
-    return internal_kv._internal_kv_get(key, namespace=namespace)
+    keys = internal_kv._internal_kv_list(prefix, namespace=namespace)
+    client = internal_kv.internal_kv_get_gcs_client()
+    found = client.internal_kv_multi_get(keys, namespace.encode())
+    return {key.decode(): data for key, data in found.items()}
 
 
 def write_to_cluster(namespace: str, key: str, data: bytes) -> None:
@@ -83,6 +97,71 @@ def write_to_cluster(namespace: str, key: str, data: bytes) -> None:
         RayError: the head node does not answer.
     """
     internal_kv._internal_kv_put(key, data, overwrite=True, namespace=namespace)
+
+
+@dataclass(frozen=True)
+class ServeRun:
+    """A `serve run` on this node that has not ended."""
+
+    job_id: str
+    pid: int
+    # Whether Ray started with it and ends with it.
+    owns_cluster: bool
+
+
+def find_serve_run() -> ServeRun | None:
+    """The last begun `serve run` of this cluster whose process is on this node; blocks.
+
+    Relies on the job table of `ray._private.state`, of which the public State API is a client of
+    the dashboard that may not have started yet; on a worker being its raylet's child; and on a
+    local cluster's raylet being the child of the driver that started it. Tested in Ray 2.60.
+    """
+    here = ray.util.get_node_ip_address()
+    for job in sorted(state.jobs(), key=lambda job: -job["StartTime"]):
+        pid = job["DriverPid"]
+        is_here = not job["IsDead"] and job["DriverIPAddress"] == here
+        # With one address for several containers, a process id may be another's process.
+        if is_here and _command(pid) == job["Entrypoint"].split() and _is_serve_run(pid):
+            return ServeRun(job["JobID"], pid, _parent(os.getppid()) == pid)
+    return None
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split()
+    except OSError:
+        return []
+
+
+def _is_serve_run(pid: int) -> bool:
+    return re.search(r"\bserve(\.scripts)? run\b", " ".join(_command(pid))) is not None
+
+
+def _parent(pid: int) -> int:
+    # The name before it, in brackets, may hold anything.
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def http_address() -> tuple[str, int]:
+    """Host and port of Serve's proxies; for a process of the cluster; blocks.
+
+    Relies on `_get_global_client` and its `http_config`. The public `serve.status` tells which
+    proxies there are and not where they listen. Tested in Ray 2.60.
+    """
+    config = _get_global_client().http_config
+    return config.host, config.port
+
+
+def is_on_head_node() -> bool:
+    """Whether this process is where the cluster's head is; blocks.
+
+    Relies on the resource `node:__internal_head__`, which only that node has. Tested in Ray 2.60.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    return any(
+        node["NodeID"] == here and "node:__internal_head__" in node["Resources"]
+        for node in ray.nodes()
+    )
 
 
 def known_queue_len(router: RequestRouter, replica: RunningReplica) -> int:

@@ -66,6 +66,10 @@ class AdapterChangingError(InvalidAdapterError):
     """Files that somebody is writing while they are read; trying again helps."""
 
 
+class AdapterUnreadableError(InvalidAdapterError):
+    """Files that the system did not give at the moment; trying again may help."""
+
+
 class AdapterUnavailableError(SLoRAError):
     """A registered adapter whose bytes nothing has any more: no files, no packed copy."""
 
@@ -87,6 +91,10 @@ class UnsupportedModelError(SLoRAError):
 
 class OverloadedError(SLoRAError):
     """Every engine is full and so is the queue before them."""
+
+
+class ServerStoppingError(SLoRAError):
+    """The server is being stopped, and ends what runs."""
 
 
 class EngineFaultError(SLoRAError):

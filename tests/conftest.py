@@ -38,7 +38,7 @@ def ray_cluster():
     # Ray's workers import the packages from here, installed or not.
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    port = _free_port()
+    port = free_port()
     ray.init(
         # Never a cluster that happens to run on this machine.
         address="local",
@@ -114,7 +114,7 @@ def _comparisons() -> tuple[int, int]:
     return oracle.comparisons.num_compared, oracle.comparisons.num_forgiven
 
 
-def _free_port() -> int:
+def free_port() -> int:
     import socket
 
     with socket.socket() as probe:

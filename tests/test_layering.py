@@ -172,11 +172,14 @@ def test_what_is_private_in_ray_is_used_in_one_place() -> None:
     assert seen == {
         "_by_reference",
         "_check_exists",
-        "_internal_kv_get",
+        "_internal_kv_list",
         "_internal_kv_put",
         "__serve_build_asgi_app__",
         "ray.experimental",
         "ray.experimental.internal_kv",
+        "ray._private",
+        "ray._private.state",
+        "ray.serve.context._get_global_client",
         *PRIVATE_NAMES,
     }
 

@@ -5,6 +5,7 @@ is sent once more, to another one, and with an adapter that was replaced on the 
 the version that its name means now. It knows nothing of text or HTTP.
 """
 
+import asyncio
 import itertools
 import logging
 from collections import Counter
@@ -23,6 +24,7 @@ from slora_core.errors import (
     EngineFaultError,
     InvalidAdapterError,
     InvalidRequestError,
+    ServerStoppingError,
 )
 from slora_core.requests import Delta, Request
 
@@ -48,6 +50,17 @@ class EngineClient:
         self._handle = handle
         self._attempt_ids = itertools.count()
         self._text_ends = TextEnds(self._tell_replicas)
+        self._open: set[Any] = set()
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """End everything that runs with a ServerStoppingError, and what comes until `go_on`."""
+        self._is_stopped = True
+        for responses in self._open:
+            responses.cancel()
+
+    def go_on(self) -> None:
+        self._is_stopped = False
 
     async def generate(
         self, request: Request, record: AdapterRecord | None, renew: Renew
@@ -61,6 +74,7 @@ class EngineClient:
             SLoRAError: what the replica reported, or `renew`.
             EngineDeadError: the replica or its engine ended.
             OverloadedError: no replica has room, nor has the queue.
+            ServerStoppingError: `stop` was called.
         """
         attempts = _Attempts(request, record, renew)
         while True:
@@ -68,7 +82,10 @@ class EngineClient:
             # The attempt before may still run where the connection broke: its id must not come
             # again.
             attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
+            if self._is_stopped:
+                raise _stopping()
             responses = self._send(attempts, attempt_id)
+            self._open.add(responses)
             try:
                 async for delta in responses:
                     has_ended, has_started = delta.is_last, has_started or bool(delta.token_ids)
@@ -81,7 +98,14 @@ class EngineClient:
             except TextEndedError:
                 self._text_ends.add(attempt_id)
                 return
+            except asyncio.CancelledError:
+                # Also how Serve tells that a call was cancelled.
+                if self._is_stopped:
+                    raise _stopping() from None
+                raise
             except Exception as error:
+                if self._is_stopped:
+                    raise _stopping() from error
                 typed = typed_call_error(error)
                 if typed is not error:
                     has_ended = True
@@ -90,6 +114,7 @@ class EngineClient:
                     raise typed from (None if typed is error else error)
                 await attempts.after(typed)
             finally:
+                self._open.discard(responses)
                 if not has_ended:
                     responses.cancel()
 
@@ -108,6 +133,10 @@ class EngineClient:
             attempts.record,
             avoid_replica=attempts.avoid_replica,
         )
+
+
+def _stopping() -> ServerStoppingError:
+    return ServerStoppingError("the server is being stopped")
 
 
 class _Attempts:

@@ -14,16 +14,19 @@ from starlette.responses import JSONResponse
 
 from app.remote_errors import is_actor_death
 from slora_core.errors import (
+    AdapterChangingError,
     AdapterExistsError,
     AdapterNameError,
     AdapterNotFoundError,
     AdapterPathError,
     AdapterUnavailableError,
+    AdapterUnreadableError,
     EngineDeadError,
     EngineFaultError,
     InvalidAdapterError,
     InvalidRequestError,
     OverloadedError,
+    ServerStoppingError,
     SLoRAError,
     StoreFullError,
     StoreGoneError,
@@ -70,6 +73,8 @@ STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (BodyTimeoutError, 408, None),
     (ForeignRequestError, 403, None),
     (ContentTypeError, 415, None),
+    (AdapterChangingError, 503, "lora_path"),
+    (AdapterUnreadableError, 503, "lora_path"),
     (InvalidAdapterError, 400, "lora_path"),
     (AdapterNameError, 400, "lora_name"),
     (AdapterExistsError, 400, "lora_name"),
@@ -79,6 +84,7 @@ STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (StoreFullError, 503, None),
     (StoreGoneError, 503, None),
     (OverloadedError, 503, None),
+    (ServerStoppingError, 503, None),
     (EngineDeadError, 503, None),
     (EngineFaultError, 500, None),
 )

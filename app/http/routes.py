@@ -32,7 +32,7 @@ from app.http.schemas import (
 )
 from app.http.service import CompletionService
 from app.registry.state import AdapterRecord
-from app.remote_errors import is_cancellation
+from app.remote_errors import is_actor_death, is_cancellation
 from slora_core.errors import AdapterNotFoundError
 
 Result = TypeVar("Result")
@@ -142,6 +142,10 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except Exception as error:
+            # The proxy has ended, and its connections with it.
+            if not is_actor_death(error):
+                raise
         finally:
             await self._answer.close()
 

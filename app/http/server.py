@@ -5,6 +5,7 @@ the handles. No logic of requests lives here.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,16 +20,22 @@ from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
 from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
+from app.interrupts import interrupts
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
+from app.serve_run import ended_by_failure
 from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
 from slora_core.models.registry import load_generation_defaults, load_model_config
 from slora_core.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 # How long /health waits for an engine replica and believes its last answer, seconds.
 READY_TIMEOUT_S = 2.0
 READY_CACHE_S = 1.0
+# Within so long after an interrupt the server is gone, or it was meant for another process.
+INTERRUPTED_S = 30.0
 
 
 @ray_private.ingress_built_in_replica
@@ -43,28 +50,37 @@ class IngressServer:
         self._ready = (False, -READY_CACHE_S)
 
     def build_asgi_app(self) -> Starlette:
+        with ended_by_failure():
+            return self._api_app()
+
+    def _api_app(self) -> Starlette:
         args = self._args
         model_dir = resolve_model(args.model, args.model_revision)
+        client = EngineClient(self._engine)
         service = CompletionService(
             args.base_model_name,
             args.model or args.base_model_name,
             model_limits(args),
             Tokenizer(model_dir, args.chat_template),
             self._view,
-            EngineClient(self._engine),
+            client,
             sampling_defaults(args),
             args.model_revision,
         )
         bodies = BodyReader(args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes)
         ingress = Ingress(service, self._registry, self._is_ready, bodies)
-        return api_app(ingress, self._lifespan)
+        return api_app(ingress, lambda app: self._lifespan(client))
 
     @asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    async def _lifespan(self, client: EngineClient) -> AsyncIterator[None]:
         await self._view.refresh()
-        following = asyncio.create_task(self._view.follow())
+        tasks = [
+            asyncio.create_task(self._view.follow()),
+            asyncio.create_task(_end_streams_at_interrupts(client)),
+        ]
         yield
-        following.cancel()
+        for task in tasks:
+            task.cancel()
 
     async def _is_ready(self) -> bool:
         """Whether some replica has a living engine; asks them at most once a second."""
@@ -82,6 +98,15 @@ class IngressServer:
                 is_ready = False
             self._ready = (is_ready, time.monotonic())
         return is_ready
+
+
+async def _end_streams_at_interrupts(client: EngineClient) -> None:
+    """Ctrl-C at `serve run` is told to clients while there are connections to tell it."""
+    async for _ in interrupts():
+        logger.info("the server is being stopped")
+        client.stop()
+        await asyncio.sleep(INTERRUPTED_S)
+        client.go_on()
 
 
 def model_limits(args: SLoRAArgs) -> ModelLimits:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.registry.registry import RegistrySnapshot
+from app.registry.changes import Position, RegistryChanges
 from app.registry.state import AdapterRecord
 from app.remote_errors import result_of
 
@@ -17,13 +17,13 @@ class RegistryClient:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def snapshot(self) -> RegistrySnapshot:
-        snapshot: RegistrySnapshot = await self._handle.snapshot.remote()
-        return snapshot
+    async def changes_since(self, position: Position | None) -> RegistryChanges:
+        changes: RegistryChanges = await self._handle.changes_since.remote(position)
+        return changes
 
-    async def wait_for_change(self, revision: int, timeout_s: float) -> RegistrySnapshot:
-        snapshot: RegistrySnapshot = await self._handle.wait_for_change.remote(revision, timeout_s)
-        return snapshot
+    async def wait_for_change(self, position: Position | None, timeout_s: float) -> RegistryChanges:
+        changes: RegistryChanges = await self._handle.wait_for_change.remote(position, timeout_s)
+        return changes
 
     async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
         record: AdapterRecord = await result_of(self._handle.load.remote(name, path, replace))

@@ -1,6 +1,6 @@
 """The adapter registry as a Serve deployment.
 
-Owns the long poll and where the registry's state lies; which adapters are registered is decided by
+Owns where its calls run and where its state lies; which adapters are registered is decided by
 `app.registry.registry`. The ingress, the engine replicas and the stores call it.
 """
 
@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ray import serve
-from ray.exceptions import RayError
 
-from app import ray_private
 from app.args import SLoRAArgs
 from app.models.geometry import adapter_geometry, base_text, registry_rules
-from app.registry.client import NAMESPACE
+from app.registry.changes import Position, RegistryChanges
+from app.registry.cluster_state import ClusterState
 from app.registry.inspector import AdapterInspector
+from app.registry.long_poll import LongPoll
 from app.registry.pools import LivingPools
-from app.registry.registry import AdapterRegistry, RegistrySnapshot
-from app.registry.state import AdapterRecord, StateFile
+from app.registry.registry import AdapterRegistry
+from app.registry.state import AdapterRecord
+from app.registry.state_file import StateFile
 from app.remote_errors import returns_errors
+from app.serve_run import ended_by_failure
 
 logger = logging.getLogger(__name__)
 
@@ -36,37 +38,38 @@ class RegistryServer:
 
     async def __init__(self, args: SLoRAArgs) -> None:  # type: ignore[misc]
         app_name = serve.get_replica_context().app_name
-        self._changed = asyncio.Event()
-        self._registry = await asyncio.to_thread(_open_registry, args, app_name)
+        self._poll = LongPoll()
+        with ended_by_failure():
+            self._registry = await asyncio.to_thread(_open_registry, args, app_name)
         self._looking = asyncio.create_task(self._look_again())
 
-    async def snapshot(self) -> RegistrySnapshot:
-        return self._registry.snapshot()
+    async def changes_since(self, position: Position | None) -> RegistryChanges:
+        """What has changed since a position, or everything."""
+        return self._registry.changes_since(position)
 
-    async def wait_for_change(self, revision: int, timeout_s: float) -> RegistrySnapshot:
-        """The registrations, as soon as their revision is another one or after `timeout_s`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._registry.revision == revision:
-                    await self._changed.wait()
-        except TimeoutError:
-            logger.debug("no change from revision %s in %s s", revision, timeout_s)
-        return self._registry.snapshot()
+    async def wait_for_change(self, position: Position | None, timeout_s: float) -> RegistryChanges:
+        """What has changed since, as soon as anything has or after `timeout_s`."""
+        await self._poll.wait(lambda: self._registry.position != position, timeout_s)
+        return self._registry.changes_since(position)
 
     @returns_errors
     async def load(self, name: str, path: str, replace: bool = False) -> AdapterRecord:
         """Register an adapter directory; see `AdapterRegistry.load`."""
-        return await self._change(lambda: self._registry.load(name, path, replace))
+        # Here: a thread may take a while to begin.
+        asked = self._registry.ask(name)
+        return await self._change(lambda: self._registry.load(name, path, replace, asked))
 
     @returns_errors
-    async def unload(self, name: str) -> AdapterRecord:
+    async def unload(self, name: str) -> AdapterRecord | None:
         """Drop a registration; see `AdapterRegistry.unload`."""
-        return await self._change(lambda: self._registry.unload(name))
+        asked = self._registry.ask(name)
+        return await self._change(lambda: self._registry.unload(name, asked))
 
     @returns_errors
     async def report_pool(self, replica_id: str, num_pages: int) -> None:
         """A living engine replica has a pool of this size."""
-        await self._change(lambda: self._registry.report_pool(replica_id, num_pages))
+        self._registry.report_pool(replica_id, num_pages)
+        self._poll.announce()
 
     async def _look_again(self) -> None:
         while True:
@@ -86,28 +89,7 @@ class RegistryServer:
         if not task.cancelled():
             # Looked at, so that asyncio does not warn where the caller has left.
             task.exception()
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-
-class ClusterState:
-    """An application's entry in Ray's own key-value store, as `StateStore`.
-
-    It is found from every node and ends with the cluster, so that a registry that dies takes up
-    where it was, a new cluster starts afresh and nothing has to be cleaned up.
-    """
-
-    def __init__(self, app_name: str) -> None:
-        self._key = f"registry:{app_name}"
-
-    def read(self) -> bytes | None:
-        return ray_private.read_from_cluster(NAMESPACE, self._key)
-
-    def write(self, data: bytes) -> None:
-        try:
-            ray_private.write_to_cluster(NAMESPACE, self._key, data)
-        except RayError as error:
-            raise OSError(f"Ray's key-value store: {error}") from error
+        self._poll.announce()
 
 
 def _open_registry(args: SLoRAArgs, app_name: str) -> AdapterRegistry:

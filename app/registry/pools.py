@@ -3,9 +3,14 @@
 import time
 from collections.abc import Callable
 
+from app.registry.state import AdapterRecord
+from slora_core.errors import AdapterTooLargeError
+
 # How often a replica tells, and for how long it is believed to live after that, seconds.
 REPORT_EVERY_S = 10.0
 FORGET_AFTER_S = 3.5 * REPORT_EVERY_S
+
+_MIB = 1 << 20
 
 
 class LivingPools:
@@ -35,3 +40,13 @@ class LivingPools:
 
     def report(self, replica_id: str, num_pages: int) -> None:
         self._pools[replica_id] = (num_pages, self._clock())
+
+
+def check_fits(record: AdapterRecord, num_pool_pages: int | None, page_bytes: int) -> None:
+    """Raises AdapterTooLargeError where an adapter leaves a pool no page for a request."""
+    if num_pool_pages is not None and record.num_pages >= num_pool_pages:
+        mib, pool_mib = (pages * page_bytes / _MIB for pages in (record.num_pages, num_pool_pages))
+        raise AdapterTooLargeError(
+            f"adapter {record.name!r} takes {record.num_pages} pages ({mib:.2f} MiB) and a request "
+            f"at least one more; the pool has {num_pool_pages} pages ({pool_mib:.2f} MiB)"
+        )

@@ -1,15 +1,15 @@
-"""What the adapter registry remembers, its JSON form, and the file that may hold it.
+"""What the adapter registry remembers of each name, and its JSON form.
 
-It decides nothing: `registry` owns the state and says when it is written.
+Every entry says itself in which format and for which geometry it was written, so that each can be
+written alone. It decides nothing: `table` owns the entries, a `StateStore` keeps them.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -21,7 +21,9 @@ from slora_core.tokenizer_files import TEXT_FILES
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
+# One document with everything.
+_OLD_FORMAT = 1
 
 # Size, time and inode of an adapter's files; None where one of the two that it must have cannot be
 # read.
@@ -66,54 +68,26 @@ class AdapterRecord:
         )
 
 
-@dataclass
-class RegistryState:
-    """Registrations by name, and what must outlive them."""
+@dataclass(frozen=True)
+class Entry:
+    """One name: what it means, and what must outlive that."""
 
-    revision: int
-    records: dict[str, AdapterRecord] = field(default_factory=dict)
-    # The files of each record as they were when it was loaded.
-    stamps: dict[str, FilesStamp] = field(default_factory=dict)
-    # Last version of every name ever loaded.
-    versions: dict[str, int] = field(default_factory=dict)
-    # Names that were unloaded by hand, which a scan must not bring back.
-    unloaded: set[str] = field(default_factory=set)
+    # Of the last content that the name had.
+    version: int
+    # None: it was unloaded by hand, and a scan must not bring it back.
+    record: AdapterRecord | None = None
+    # The record's files as they were when it was loaded.
+    stamp: FilesStamp = None
 
 
 class StateStore(Protocol):
-    """Where a registry's state outlives the registry: one document, replaced whole."""
+    """Where entries outlive the registry, each under its name and replaced whole."""
 
-    def read(self) -> bytes | None:
-        """What was written last, None where nothing was."""
+    def read(self) -> dict[str, bytes]:
+        """Every entry by its name. Raises OSError where they cannot be read."""
 
-    def write(self, data: bytes) -> None:
-        """Raises OSError where it cannot be written; what was there stays."""
-
-
-@dataclass(frozen=True)
-class StateFile:
-    """A file as `StateStore`."""
-
-    path: Path
-
-    def read(self) -> bytes | None:
-        try:
-            return self.path.read_bytes()
-        except FileNotFoundError:
-            return None
-
-    def write(self, data: bytes) -> None:
-        """Replace the file at once, so that a reader or a crash never sees half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-            os.replace(temporary, self.path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+    def write(self, entries: Mapping[str, bytes]) -> None:
+        """Replace these. Raises OSError where not all could be; none is half-written."""
 
 
 def geometry_key(geometry: AdapterGeometry) -> str:
@@ -135,38 +109,62 @@ def files_stamp(directory: str | Path) -> FilesStamp:
     return tuple(stamp)
 
 
-def encode_state(state: RegistryState, geometry: AdapterGeometry) -> bytes:
+def encode_entry(entry: Entry, geometry: str) -> bytes:
+    """`geometry` is a `geometry_key`."""
     content = {
         "format": _FORMAT,
-        "geometry": geometry_key(geometry),
-        "revision": state.revision,
-        "records": [asdict(record) for record in state.records.values()],
-        "stamps": state.stamps,
-        "versions": state.versions,
-        "unloaded": sorted(state.unloaded),
+        "geometry": geometry,
+        "version": entry.version,
+        "record": None if entry.record is None else asdict(entry.record),
+        "stamp": entry.stamp,
     }
-    return json.dumps(content, indent=1).encode()
+    return json.dumps(content).encode()
 
 
-def decode_state(data: bytes, geometry: AdapterGeometry) -> RegistryState | None:
-    """The state that was encoded, or None where it is damaged.
+def decode_entry(name: str, data: bytes, geometry: str) -> Entry | None:
+    """The entry that was encoded, or None where it is damaged.
 
-    Sizes depend on the geometry: where it was another one, the stamps are left out, so that
-    every adapter counts as changed.
+    Sizes depend on the geometry: where it was another one, the stamp is left out, so that the
+    adapter counts as changed.
     """
     try:
         content = json.loads(data)
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}, not {_FORMAT}")
-        records = [AdapterRecord.from_fields(record) for record in content["records"]]
-        same = content["geometry"] == geometry_key(geometry)
-        return RegistryState(
-            revision=int(content["revision"]),
-            records={record.name: record for record in records},
-            stamps={k: tuple(v) for k, v in content["stamps"].items() if same and v is not None},
-            versions={name: int(version) for name, version in content["versions"].items()},
-            unloaded=set(content["unloaded"]),
+        fields, stamp = content["record"], content["stamp"]
+        is_same = content["geometry"] == geometry and stamp is not None
+        return Entry(
+            version=int(content["version"]),
+            record=None if fields is None else AdapterRecord.from_fields(fields),
+            stamp=tuple(stamp) if is_same else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("the registry's state is damaged and ignored: %r", error)
+        logger.warning("what is remembered of adapter %s is damaged and ignored: %r", name, error)
         return None
+
+
+def entries_of_old_state(data: bytes) -> dict[str, bytes]:
+    """The entries of a state that was written as one document, as files had it once.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        content = json.loads(data)
+        if content["format"] != _OLD_FORMAT:
+            raise ValueError(f"format {content['format']}, not {_OLD_FORMAT}")
+        records = {fields["name"]: fields for fields in content["records"]}
+        names = dict.fromkeys([*records, *content["versions"], *content["unloaded"]])
+        return {
+            name: encode_entry(
+                Entry(
+                    version=int(content["versions"].get(name, 0)),
+                    record=AdapterRecord.from_fields(records[name]) if name in records else None,
+                    stamp=content["stamps"].get(name),
+                ),
+                content["geometry"],
+            )
+            for name in names
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from error

@@ -24,6 +24,7 @@ from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
 from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
+from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
@@ -37,6 +38,11 @@ class EngineServer:
     """One replica, in an actor that Serve makes and asks for its health and load."""
 
     async def __init__(self, args: SLoRAArgs, registry: Any) -> None:  # type: ignore[misc]
+        with ended_by_failure():
+            await self._start(args, registry)
+            started()
+
+    async def _start(self, args: SLoRAArgs, registry: Any) -> None:
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         # Before the engine, so that both start at once.

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from app.byte_budget import ByteBudget
-from app.registry.follower import RegistryReader, follow_registry
-from app.registry.registry import RegistrySnapshot
+from app.registry.changes import RegistryChanges
+from app.registry.follower import POLL_S, RegistryReader, follow_registry
+from app.registry.registrations import Registrations
 from app.registry.state import AdapterRecord
 from app.store.adapter_sources import AdapterSources, UnavailableLog
 from app.store.keeper import Keeper
@@ -62,8 +63,8 @@ class NodeStore:
         self._clients = ProcessWatch()
         self._client_ended: dict[int, asyncio.Event] = {}
         self._bringing: dict[str, asyncio.Task[bool]] = {}
-        # Whether the registry has ever answered.
-        self._is_following = False
+        self._registrations = Registrations()
+        self._sweep_at = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self._end_timer: asyncio.TimerHandle | None = None
 
@@ -72,7 +73,11 @@ class NodeStore:
         loop.add_reader(self._store.holder_fileno(), self._end_leases_of_the_dead)
         loop.add_reader(self._clients.fileno(), self._forget_dead_clients)
         self._tasks = [
-            asyncio.create_task(follow_registry(self._registry, self._take_snapshot)),
+            asyncio.create_task(
+                follow_registry(
+                    self._registry, lambda: self._registrations.position, self._take_changes
+                )
+            ),
             asyncio.create_task(self._keep_registered()),
         ]
         # Nobody may ever attach: whoever made the store may be dead by now.
@@ -150,7 +155,8 @@ class NodeStore:
             return await asyncio.shield(task)
         except AdapterUnavailableError as error:
             # A request may be late, and its version replaced meanwhile: no loss to anybody.
-            if not self._is_following or record.adapter_id in self._keeper.registered:
+            is_following = self._registrations.position is not None
+            if not is_following or record.adapter_id in self._keeper.registered:
                 self._num_unavailable += 1
                 self._on_unavailable()
                 self._unavailable.tell(record, error)
@@ -166,24 +172,37 @@ class NodeStore:
     def _pack(self, record: AdapterRecord) -> None:
         self._store.put(record.adapter_id, *self._sources.read_files(record))
 
-    def _take_snapshot(self, snapshot: RegistrySnapshot) -> None:
-        records = {record.adapter_id: record for record in snapshot.records.values()}
-        for adapter_id in self._keeper.registered.keys() - records.keys():
+    def _take_changes(self, changes: RegistryChanges) -> None:
+        taken = self._registrations.take(changes)
+        if taken is None:
+            # The next answer begins where the copy is.
+            return
+        gone, news = taken.gone, taken.news
+        if changes.is_whole:
+            # Where the changes before could not be taken to their end, nobody knows which were.
+            adapters = self._registrations.adapters()
+            gone = frozenset(self._keeper.registered.keys() - adapters.keys())
+            news = tuple(adapters.values())
+            self._sweep_at = 0.0
+        for adapter_id in gone:
             self._keeper.remove(adapter_id)
-        known = self._keeper.registered
-        # The same content may be registered by another path now.
-        news = [
-            record
-            for record in records.values()
-            if (old := known.get(record.adapter_id)) is None or old.path != record.path
-        ]
-        for record in sorted(news, key=lambda record: record.loaded_at):
-            self._keeper.add(record)
-        self._is_following = True
-        # At every answer, since a late lease may have brought what was unloaded before it.
-        for adapter_id in set(self._store.adapter_ids()) - records.keys():
             self._store.remove(adapter_id)
+        known = self._keeper.registered
+        for record in sorted(news, key=lambda record: record.loaded_at):
+            # The same content may be registered by another path now.
+            if (old := known.get(record.adapter_id)) is None or old.path != record.path:
+                self._keeper.add(record)
+        self._sweep()
         self._keeper.wake()
+
+    def _sweep(self) -> None:
+        """Remove what is not registered: a late lease may have brought what was unloaded before."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._sweep_at:
+            for adapter_id in set(self._store.adapter_ids()) - self._keeper.registered.keys():
+                self._store.remove(adapter_id)
+            # Every poll that times out is one occasion.
+            self._sweep_at = now + POLL_S / 2
 
     async def _keep_registered(self) -> None:
         await asyncio.to_thread(self._files.start)

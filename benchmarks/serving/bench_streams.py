@@ -216,10 +216,10 @@ async def _chat(app: Any, max_tokens: int, body: list[bytes]) -> None:
 class NoRegistry:
     """Of no adapters."""
 
-    async def snapshot(self) -> Any:
+    async def changes_since(self, position: Any = None) -> Any:
         raise AssertionError("the base model needs no registry")
 
-    wait_for_change = load = unload = snapshot
+    wait_for_change = load = unload = changes_since
 
 
 def make_ingress(tokenizer: Any, handle: StubHandle) -> Any:
@@ -231,7 +231,7 @@ def make_ingress(tokenizer: Any, handle: StubHandle) -> Any:
     view = RegistryView(registry)
     service = CompletionService(MODEL, MODEL, limits, tokenizer, view, client)
     bodies = BodyReader(2**20, 60.0, 2**24)
-    return api_app(Ingress(service, registry, registry.snapshot, bodies), lambda app: None)
+    return api_app(Ingress(service, registry, registry.changes_since, bodies), lambda app: None)
 
 
 class PlainText:

@@ -116,9 +116,9 @@ def say(line: str) -> None:
 def _start(args: SLoRAArgs) -> None:
     from ray import serve
 
-    from app.build import build
+    from app.build import application
 
-    serve.run(build(args), name=APP_NAME, route_prefix="/")
+    serve.run(application(args), name=APP_NAME, route_prefix="/")
 
 
 def _wait_ready(url: str, args: SLoRAArgs) -> int:

@@ -6,6 +6,7 @@ Files are read whole before they are parsed, not mapped: one that somebody trunc
 then gives an error here instead of a SIGBUS, and the hash is of the very bytes that are used.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -37,7 +38,7 @@ from slora_core.adapters.peft_config import (
 from slora_core.adapters.tensor_names import LoraTensorName, sort_names
 from slora_core.adapters.tensor_types import SUPPORTED, check_dtype
 from slora_core.adapters.whole_tensors import check_whole_tensors
-from slora_core.errors import InvalidAdapterError
+from slora_core.errors import AdapterUnreadableError, InvalidAdapterError
 from slora_core.quoting import plain, quoted
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -48,6 +49,17 @@ MAX_HEADER_BYTES = 1 << 22
 
 # What PEFT and others call the same weights in pickled form.
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+# Of reading a file: what trying again does not change. A disk or a network may be back later.
+_LASTING_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENXIO,
+)
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,10 @@ def _read_file(directory: Path, name: str, max_bytes: int | None = None) -> byte
     except FileNotFoundError:
         raise _missing_file(directory, name) from None
     except OSError as error:
-        raise InvalidAdapterError(f"cannot read {path}: {error.strerror}") from None
+        what = f"cannot read {path}: {error.strerror}"
+        if error.errno in _LASTING_ERRORS:
+            raise InvalidAdapterError(what) from None
+        raise AdapterUnreadableError(f"{what}; try again") from None
     except MemoryError:
         raise InvalidAdapterError(f"{path} is larger than this machine's memory") from None
 

@@ -2,8 +2,8 @@
 
 import asyncio
 
+from app.registry.changes import ChangeHistory, RegistryChanges
 from app.registry.names_and_paths import check_name
-from app.registry.registry import RegistrySnapshot
 from app.registry.state import AdapterRecord
 from slora_core.errors import AdapterExistsError, AdapterNotFoundError
 from slora_core.requests import Delta, FinishReason
@@ -25,25 +25,34 @@ def make_record(name, version=1, **fields):
 
 
 class FakeRegistry:
-    """Holds records; `revision` moves at each change, as the real one's does."""
+    """Holds records and tells of their changes, as the real one does."""
 
     def __init__(self, *names):
         self.records = {name: make_record(name) for name in names}
-        self.revision = 0
+        self.history = ChangeHistory()
         self.num_pool_pages = 6
-        self.num_snapshots = 0
+        self.num_asked = 0
         self.changed = asyncio.Event()
 
-    async def snapshot(self):
-        self.num_snapshots += 1
+    async def changes_since(self, position):
+        self.num_asked += 1
         await asyncio.sleep(0.01)
-        return RegistrySnapshot(self.revision, dict(self.records), self.num_pool_pages)
+        names = self.history.since(position)
+        since = None if names is None else position
+        names = self.records if names is None else names
+        return RegistryChanges(
+            self.history.position,
+            since,
+            {name: self.records[name] for name in names if name in self.records},
+            frozenset(name for name in names if name not in self.records),
+            self.num_pool_pages,
+        )
 
-    async def wait_for_change(self, revision, timeout_s):
-        while revision == self.revision:
+    async def wait_for_change(self, position, timeout_s):
+        while position == self.history.position:
             self.changed.clear()
             await self.changed.wait()
-        return await self.snapshot()
+        return await self.changes_since(position)
 
     async def load(self, name, path, replace):
         check_name(name, {"base"})
@@ -51,17 +60,17 @@ class FakeRegistry:
             raise AdapterExistsError(f"{name!r} exists")
         version = self.records[name].version + 1 if name in self.records else 1
         self.records[name] = make_record(name, version, path=path)
-        self._change()
+        self._change(name)
         return self.records[name]
 
     async def unload(self, name):
         if name not in self.records:
             raise AdapterNotFoundError(f"no adapter is named {name!r}")
         del self.records[name]
-        self._change()
+        self._change(name)
 
-    def _change(self):
-        self.revision += 1
+    def _change(self, name):
+        self.history.note(name)
         self.changed.set()
 
 

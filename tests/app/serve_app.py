@@ -40,7 +40,7 @@ def running_app(base_url: str, root: Path, name: str, route_prefix: str, **setti
     from ray import serve
 
     from app.args import SLoRAArgs
-    from app.build import build
+    from app.build import application
 
     model = make_tiny_model(root)
     extra_dir = root / "extra"
@@ -59,7 +59,7 @@ def running_app(base_url: str, root: Path, name: str, route_prefix: str, **setti
         packed_cache_dir=str(root / "packed"),
         **settings,
     )
-    serve.run(build(args), name=name, route_prefix=route_prefix)
+    serve.run(application(args), name=name, route_prefix=route_prefix)
     url = base_url + route_prefix.rstrip("/")
     app = RunningApp(url, model, root / "adapters", extra_dir, name)
     app.wait_replicas(args.num_replicas)

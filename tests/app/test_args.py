@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from app.args import SLoRAArgs
+from app.args import SLoRAArgs, parse_args
 
 
 def test_defaults_are_the_demo():
@@ -75,3 +75,16 @@ def test_adapter_roots_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = SLoRAArgs(adapters_dir="a", allowed_adapter_roots=["/b"])
     assert args.adapter_roots == ["/b", str(tmp_path / "a")]
+
+
+def test_what_is_wrong_is_told_in_words():
+    with pytest.raises(ValueError) as told:
+        parse_args({"num_replicas": 0, "nonsense": 3, "dtype": "int8"})
+    assert str(told.value) == (
+        "dtype: Input should be 'float32', 'bfloat16' or 'float16', not 'int8'; "
+        "num_replicas: Input should be greater than or equal to 1, not 0; "
+        "nonsense is no argument of this application"
+    )
+    with pytest.raises(ValueError, match="^num_pool_tokens .*page_tokens"):
+        parse_args({"num_pool_tokens": 8})
+    assert parse_args({"num_replicas": 2}) == SLoRAArgs(num_replicas=2)

@@ -1,7 +1,7 @@
 import pytest
 
 from app.args import SLoRAArgs
-from app.build import build, template_source, with_absolute_paths
+from app.build import application, template_source, with_absolute_paths
 from app.http.server import model_limits
 from app.registry.client import REGISTRY_DEPLOYMENT
 from slora_core.errors import UnsupportedModelError
@@ -15,10 +15,10 @@ def model(tmp_path_factory):
 
 
 def test_an_application_is_built_without_ray(model):
-    application = build(
+    built = application(
         SLoRAArgs(model=str(model), num_replicas=3, num_ingress_replicas=2, max_queued_requests=7)
     )
-    ingress = application._bound_deployment
+    ingress = built._bound_deployment
     args, engine_app, registry_app = ingress.init_args
     engine, registry = engine_app._bound_deployment, registry_app._bound_deployment
     assert (ingress.name, engine.name, registry.name) == ("ingress", "engine", REGISTRY_DEPLOYMENT)
@@ -31,21 +31,21 @@ def test_an_application_is_built_without_ray(model):
 
 def test_what_does_not_fit_is_told_before_anything_starts(model, tmp_path):
     with pytest.raises(ValueError, match="adapters_dir: .*/none"):
-        build(SLoRAArgs(model=str(model), adapters_dir=str(tmp_path / "none")))
+        application(SLoRAArgs(model=str(model), adapters_dir=str(tmp_path / "none")))
     # A page of one token has 2 x 1 x 2 x 15 elements.
     odd = make_model(tmp_path / "odd", head_dim=30)
     with pytest.raises(ValueError, match="page_tokens"):
-        build(SLoRAArgs(model=str(odd), page_tokens=1))
+        application(SLoRAArgs(model=str(odd), page_tokens=1))
     with pytest.raises(ValueError, match="max_model_len is 513; the model's limit is 512 tokens"):
-        build(SLoRAArgs(model=str(model), max_model_len=513))
+        application(SLoRAArgs(model=str(model), max_model_len=513))
 
 
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(UnsupportedModelError, match="/none does not exist"):
-        build(SLoRAArgs(model=str(tmp_path / "none")))
+        application(SLoRAArgs(model=str(tmp_path / "none")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UnsupportedModelError, match=r"config\.json"):
-        build(SLoRAArgs(model=str(tmp_path / "empty")))
+        application(SLoRAArgs(model=str(tmp_path / "empty")))
 
 
 def test_relative_paths_start_where_the_user_is(model, monkeypatch):

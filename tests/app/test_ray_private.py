@@ -126,18 +126,21 @@ def test_what_one_process_writes_to_the_cluster_others_read(ray_cluster):
 
     @ray.remote(num_cpus=0.1)
     def exchange(data):
-        before = read_from_cluster("contracts", "key")
-        write_to_cluster("contracts", "key", data)
+        before = read_from_cluster("contracts", "a:")
+        write_to_cluster("contracts", "a:é", data)
         return before
 
     with contract("ray.experimental.internal_kv"):
-        assert read_from_cluster("contracts", "key") is None
-        write_to_cluster("contracts", "key", b"one")
-        assert ray.get(exchange.remote(b"two"), timeout=30) == b"one"
-        assert read_from_cluster("contracts", "key") == b"two"
-        assert read_from_cluster("elsewhere", "key") is None
-        write_to_cluster("contracts", "key", b"three")
-        assert read_from_cluster("contracts", "key") == b"three"
+        assert read_from_cluster("contracts", "a:") == {}
+        write_to_cluster("contracts", "a:é", b"one")
+        write_to_cluster("contracts", "ab:key", b"of another prefix")
+        assert ray.get(exchange.remote(b"two"), timeout=30) == {"a:é": b"one"}
+        assert read_from_cluster("contracts", "a:") == {"a:é": b"two"}
+        assert read_from_cluster("elsewhere", "a:") == {}
+        many = {f"a:{number}": bytes([number % 256]) * 1000 for number in range(2000)}
+        for key, data in many.items():
+            write_to_cluster("contracts", key, data)
+        assert read_from_cluster("contracts", "a:") == {"a:é": b"two", **many}
 
 
 @pytest.mark.serve
@@ -175,6 +178,27 @@ def test_full_replicas_are_not_asked_without_a_pause(handle, streams, calls, tmp
         assert 1 < num_calls < 100, f"the router was asked {num_calls} times in 2 s"
         (tmp_path / "release").touch()
         assert len(list(waiting)) == 2
+
+
+@pytest.mark.serve
+def test_where_serve_listens_and_what_started_it(ray_cluster, monkeypatch):
+    import os
+
+    from app import ray_private
+
+    with contract("_get_global_client().http_config"):
+        host, port = ray_private.http_address()
+        assert f"http://{host}:{port}" == ray_cluster
+    with contract("the resource node:__internal_head__"):
+        assert ray_private.is_on_head_node()
+    with contract("the job table of ray._private.state"):
+        import ray
+
+        assert ray_private.find_serve_run() is None
+        monkeypatch.setattr(ray_private, "_is_serve_run", lambda pid: pid == os.getpid())
+        found = ray_private.find_serve_run()
+        assert found is not None and found.pid == os.getpid()
+        assert found.job_id == ray.get_runtime_context().get_job_id()
 
 
 def test_an_empty_context_has_no_variables():

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import httpx
 import pytest
 
 from benchmarks.demo.demo_tasks import TASKS
+from tests.conftest import free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
@@ -27,12 +27,6 @@ STOP_TIMEOUT_S = 60
 CLIENT_TIMEOUT_S = 240
 # Eight requests.
 LOAD = ("--rate", "2", "--duration", "4")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def marked_processes(mark):

@@ -16,6 +16,7 @@ from slora_core.errors import (
     InvalidAdapterError,
     InvalidRequestError,
     OverloadedError,
+    ServerStoppingError,
 )
 from slora_core.requests import Delta, FinishReason, Request, SamplingParams
 from tests.app.fakes import make_record
@@ -121,6 +122,54 @@ def test_leaving_early_cancels():
     handle = FakeHandle([FIRST, LAST])
     generate(handle, num=1)
     assert handle.num_cancelled == 1
+
+
+class EndlessResponses:
+    """Waits for ever for the second delta, until it is cancelled as Serve's responses are."""
+
+    def __init__(self):
+        self.items = asyncio.Queue()
+        self.items.put_nowait(FIRST)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        item = await self.items.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def cancel(self):
+        self.items.put_nowait(self.cancellation)
+
+
+@pytest.mark.parametrize("cancellation", [asyncio.CancelledError(), CANCELLED])
+def test_a_stop_ends_what_runs_and_refuses_what_comes(cancellation):
+    responses = EndlessResponses()
+    responses.cancellation = cancellation
+    handle = FakeHandle([FIRST, LAST])
+
+    async def run():
+        client = EngineClient(handle)
+        client._send = lambda *_: responses
+        deltas = client.generate(REQUEST, RECORD, no_newer)
+        assert await anext(deltas) == FIRST
+        waiting = asyncio.ensure_future(anext(deltas))
+        await asyncio.sleep(0)
+        client.stop()
+        with pytest.raises(ServerStoppingError):
+            await waiting
+        with pytest.raises(ServerStoppingError):
+            await anext(client.generate(REQUEST, RECORD, no_newer))
+        del client._send
+        client.go_on()
+        assert [delta async for delta in client.generate(REQUEST, RECORD, no_newer)] == [
+            FIRST,
+            LAST,
+        ]
+
+    asyncio.run(run())
 
 
 def test_the_ends_of_texts_are_told_together():

@@ -30,8 +30,8 @@ class AsyncRegistry:
     def __init__(self, registry: AdapterRegistry) -> None:
         self._registry = registry
 
-    async def snapshot(self):
-        return self._registry.snapshot()
+    async def changes_since(self, position=None):
+        return self._registry.changes_since(position)
 
     async def load(self, name, path, replace):
         return await asyncio.to_thread(self._registry.load, name, path, replace)

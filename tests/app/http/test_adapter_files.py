@@ -1,6 +1,8 @@
 """Loads over HTTP of what people have in their files: served rightly, or a 400 that says why."""
 
+import errno
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -9,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from app.registry import inspector
+from slora_core.adapters import peft_weights
 from slora_core.adapters.peft_weights import read_peft_adapter
 from tests.app.api_errors import error_of
 from tests.app.http.adapter_world import World, load
@@ -65,7 +69,7 @@ def test_mutated_folders_are_refused_by_name_or_served_rightly(world, caplog):
             seconds[seed] = time.monotonic() - started
             outcomes[what.partition(" ")[0]].append(answer.status_code)
             if answer.status_code == 200:
-                records = (await world.registry.snapshot()).records
+                records = (await world.registry.changes_since()).records
                 record = records[folder.name]
                 assert is_as_in_the_files(folder, world.geometry, record.adapter_id), what
                 body = {**good, "model": folder.name}
@@ -223,3 +227,33 @@ def test_an_adapter_of_another_base_is_served_and_everybody_is_told(world, caplo
 def test_an_adapter_of_this_base_or_of_a_path_is_no_warning(world, trained_for):
     folder = world.add("own", base_model_name_or_path=trained_for)
     assert world.load("own", folder).json()["warnings"] == []
+
+
+def test_an_error_that_may_pass_is_503_with_a_time_to_try_again(world, monkeypatch):
+    world.add("passing")
+
+    def failing(path, flags):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_weights, "_open_without_waiting", failing)
+        answer = world.load("passing")
+        assert "Input/output error; try again" in error_of(answer, 503)["message"]
+        assert int(answer.headers["Retry-After"]) > 0
+    stamps = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(inspector, "files_stamp", lambda directory: (next(stamps),))
+        answer = world.load("passing")
+        assert "changed while they were read; try again" in error_of(answer, 503)["message"]
+    assert world.load("passing").status_code == 200
+
+
+def test_an_error_that_lasts_is_a_400(world, monkeypatch):
+    world.add("barred")
+
+    def failing(path, flags):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(peft_weights, "_open_without_waiting", failing)
+    error = error_of(world.load("barred"), 400)
+    assert error["message"].endswith("Permission denied") and error["param"] == "lora_path"

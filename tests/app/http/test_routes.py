@@ -489,7 +489,7 @@ def test_an_adapter_replaced_on_the_way_is_looked_up_again(renewing):
     async def work(client):
         await client.get("/v1/models/sql")
         # The registry moves on unseen, and the store knows the old version no more.
-        renewing.registry.records["sql"] = make_record("sql", version=2)
+        await renewing.registry.load("sql", "/adapters/sql", replace=True)
         return await client.post("/v1/completions", json={"model": "sql", "prompt": "x"})
 
     assert renewing.call(work).status_code == 200
@@ -508,7 +508,7 @@ def test_an_adapter_that_nothing_has_is_503_with_a_time_to_try_again(renewing):
 def test_an_adapter_unloaded_on_the_way_is_404(renewing):
     async def work(client):
         await client.get("/v1/models/sql")
-        del renewing.registry.records["sql"]
+        await renewing.registry.unload("sql")
         return await client.post("/v1/completions", json={"model": "sql", "prompt": "x"})
 
     error_of(renewing.call(work), 404)
@@ -519,13 +519,13 @@ def test_an_adapter_whose_files_are_not_what_was_loaded(renewing):
     assert (error["param"], error["message"]) == ("model", "the files have changed")
 
 
-def test_unknown_models_asked_at_once_share_a_snapshot(server):
+def test_unknown_models_asked_at_once_share_a_look_up(server):
     async def work(client):
         body = {"model": "nope", "prompt": "x"}
         await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(20)))
 
     server.call(work)
-    assert server.registry.num_snapshots <= 3
+    assert server.registry.num_asked <= 3
 
 
 def test_health(server):

@@ -1,20 +1,14 @@
-"""Registrations: versions, refusals, confinement to the roots, and what survives a restart."""
+"""Registrations: versions, refusals, confinement to the roots, scans."""
 
 import logging
 import os
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from app.registry.inspector import AdapterInspector
 from app.registry.pools import FORGET_AFTER_S, LivingPools
-from app.registry.registry import AdapterRegistry
-from app.registry.state import StateFile
-from slora_core.adapters.page_layout import AdapterGeometry
 from slora_core.adapters.peft_weights import inspect_peft_adapter
 from slora_core.errors import (
     AdapterChangingError,
@@ -25,44 +19,7 @@ from slora_core.errors import (
     AdapterTooLargeError,
     InvalidAdapterError,
 )
-from tests.factories import make_geometry, make_model, make_random_adapter
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("registry") / "model", "llama")
-
-
-@pytest.fixture(scope="module")
-def geometry(model_dir: Path) -> AdapterGeometry:
-    return make_geometry(model_dir)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    (tmp_path / "root").mkdir()
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def add(root: Path, model_dir: Path):
-    return lambda name, **options: make_random_adapter(root / name, model_dir, **options)
-
-
-@pytest.fixture
-def make(geometry: AdapterGeometry, root: Path, tmp_path: Path):
-    """A registry whose state outlives it."""
-
-    def make_registry(
-        geometry=geometry, num_pool_pages=1000, allowed_roots=(root,), pools=None, **options
-    ):
-        return AdapterRegistry(
-            AdapterInspector(geometry, allowed_roots),
-            pools or LivingPools(num_pool_pages),
-            **{"store": StateFile(tmp_path / "s" / "state"), **options},
-        )
-
-    return make_registry
+from tests.factories import make_random_adapter
 
 
 def test_load_describes_the_adapter(make, add, geometry) -> None:
@@ -76,33 +33,33 @@ def test_load_describes_the_adapter(make, add, geometry) -> None:
 
 def test_every_change_raises_the_revision(make, add) -> None:
     registry = make()
-    revisions = [registry.revision]
+    positions = [registry.position]
     registry.load("a", add("a"))
-    revisions.append(registry.revision)
+    positions.append(registry.position)
     registry.load("a", add("a", seed=2), replace=True)
-    revisions.append(registry.revision)
+    positions.append(registry.position)
     registry.unload("a")
-    revisions.append(registry.snapshot().revision)
-    assert revisions == sorted(set(revisions))
-    assert registry.snapshot().records == {}
+    positions.append(registry.changes_since().position)
+    assert positions == sorted(set(positions))
+    assert registry.changes_since().records == {}
     with pytest.raises(AdapterNotFoundError):
         registry.unload("a")
-    assert registry.revision == revisions[-1]
+    assert registry.position == positions[-1]
 
 
 def test_the_smallest_living_pool_counts_and_nothing_is_forgotten(make, add) -> None:
     now = 100.0
     registry = make(pools=LivingPools(None, clock=lambda: now))
     small, large = (registry.load(f"rank-{r}", add(f"rank-{r}", rank=r)) for r in (4, 64))
-    assert registry.snapshot().num_pool_pages is None
+    assert registry.changes_since().num_pool_pages is None
     registry.report_pool("first", large.num_pages + 1)
-    revision = registry.revision
+    position = registry.position
     # Of two engines the smaller one counts; a larger one changes nothing.
     registry.report_pool("second", large.num_pages + 9)
-    assert registry.revision == revision
+    assert registry.position == position
     registry.report_pool("third", small.num_pages + 1)
-    snapshot = registry.snapshot()
-    assert snapshot.num_pool_pages == small.num_pages + 1 and snapshot.revision > revision
+    snapshot = registry.changes_since()
+    assert snapshot.num_pool_pages == small.num_pages + 1 and snapshot.position > position
     assert set(snapshot.records) == {"rank-4", "rank-64"}
     with pytest.raises(AdapterTooLargeError):
         registry.load("again", large.path)
@@ -110,7 +67,7 @@ def test_the_smallest_living_pool_counts_and_nothing_is_forgotten(make, add) -> 
     now += FORGET_AFTER_S
     registry.report_pool("first", large.num_pages + 1)
     registry.look_again()
-    assert registry.snapshot().num_pool_pages == large.num_pages + 1
+    assert registry.changes_since().num_pool_pages == large.num_pages + 1
     assert registry.load("again", large.path).num_pages == large.num_pages
 
 
@@ -133,10 +90,10 @@ def test_a_failed_replacement_keeps_the_old_version(make, add) -> None:
     bad = add("bad")
     file = bad / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    revision = registry.revision
+    position = registry.position
     with pytest.raises(InvalidAdapterError):
         registry.load("a", bad, replace=True)
-    assert registry.records() == {"a": old} and registry.revision == revision
+    assert registry.records() == {"a": old} and registry.position == position
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "-a", "a b", "a\n", "é", "a" * 129, "base", "a\0"])
@@ -242,125 +199,6 @@ def test_a_second_scan_takes_what_is_new(make, add, root, tmp_path, model_dir) -
     assert after["moved"].path == str(elsewhere)
 
 
-def test_registrations_survive_the_registry(make, add, root) -> None:
-    registry = make()
-    add("scanned")
-    add("unloaded")
-    registry.scan(root)
-    registry.load("live", add(".deep/live", seed=1))
-    registry.load("live", add(".deep/live2", seed=2), replace=True)
-    registry.unload("unloaded")
-    revision, records = registry.revision, registry.records()
-    again = make()
-    assert again.records() == records and again.revision > revision
-    assert again.scan(root) == [] and again.records() == records
-    assert again.load("unloaded", root / "unloaded").version == 2
-
-
-def test_a_restart_forgets_nothing_and_checks_what_changed(make, add, root, caplog) -> None:
-    registry = make()
-    for name in ("same", "gone", "changed", "broken", "barred"):
-        registry.load(name, add(name))
-    records = registry.records()
-    shutil.rmtree(root / "gone")
-    add("changed", seed=8)
-    (root / "broken" / "adapter_config.json").write_text("{}")
-    shutil.rmtree(root / "barred")
-    (root / "barred").symlink_to("/etc")
-    again = make()
-    assert again.records()["same"] == records["same"]
-    assert again.records()["changed"].version == 2
-    reasons = {"gone": "not a directory", "broken": "peft_type", "barred": "outside the allowed"}
-    for name, reason in reasons.items():
-        record = again.records()[name]
-        assert reason in record.unavailable
-        assert replace(record, unavailable=None) == records[name]
-    assert {r.args[0] for r in caplog.records if r.levelname == "WARNING"} == set(reasons)
-    # What it was is known over further restarts.
-    assert make().records() == again.records()
-
-
-def test_files_that_come_back_are_found(make, add, root) -> None:
-    make().load("a", add("a"))
-    (root / "a").rename(root / "away")
-    registry = make()
-    assert registry.records()["a"].unavailable
-    revision = registry.revision
-    registry.look_again()
-    assert registry.revision == revision
-    (root / "away").rename(root / "a")
-    registry.look_again()
-    record = registry.records()["a"]
-    assert record.unavailable is None and record.version == 1 and registry.revision > revision
-
-
-def test_files_that_are_no_adapter_are_read_once(make, add, root, monkeypatch) -> None:
-    make().load("a", add("a"))
-    (root / "a" / "adapter_config.json").write_text("{}")
-    registry = make()
-    inspected = []
-    inspect = registry._inspector.inspect
-    monkeypatch.setattr(
-        registry._inspector, "inspect", lambda *args: inspected.append(args) or inspect(*args)
-    )
-    for _ in range(3):
-        registry.look_again()
-    assert inspected == [] and "peft_type" in registry.records()["a"].unavailable
-    (root / "a" / "adapter_config.json").write_text("[]")
-    for _ in range(3):
-        registry.look_again()
-    assert len(inspected) == 1 and "JSON object" in registry.records()["a"].unavailable
-    add("a", seed=5)
-    registry.look_again()
-    assert registry.records()["a"].unavailable is None and registry.records()["a"].version == 2
-    registry.unload("a")
-    registry.look_again()
-    assert registry.records() == {}
-
-
-class SlowInspector(AdapterInspector):
-    """Reads a folder at once, and hands it over when it is told to."""
-
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
-        self.has_read, self.may_go_on = threading.Event(), threading.Event()
-
-    def inspect(self, name, path):
-        found = super().inspect(name, path)
-        if Path(path).name == "slow":
-            self.has_read.set()
-            assert self.may_go_on.wait(30)
-        return found
-
-
-def test_of_two_loads_the_one_asked_last_holds(make, add, geometry, root) -> None:
-    inspector = SlowInspector(geometry, [root])
-    registry = AdapterRegistry(inspector, LivingPools(1000))
-    registry.load("name", add("first", seed=1))
-    with ThreadPoolExecutor(1) as pool:
-        older = pool.submit(registry.load, "name", add("slow", seed=2), replace=True)
-        assert inspector.has_read.wait(30)
-        newer = registry.load("name", add("quick", seed=3), replace=True)
-        inspector.may_go_on.set()
-        assert older.result(30) == newer
-    assert registry.records()["name"] == newer and newer.path == str(root / "quick")
-
-
-def test_an_unload_that_is_asked_later_holds(make, add, geometry, root) -> None:
-    inspector = SlowInspector(geometry, [root])
-    registry = AdapterRegistry(inspector, LivingPools(1000))
-    registry.load("name", add("first", seed=1))
-    with ThreadPoolExecutor(1) as pool:
-        older = pool.submit(registry.load, "name", add("slow", seed=2), replace=True)
-        assert inspector.has_read.wait(30)
-        registry.unload("name")
-        inspector.may_go_on.set()
-        with pytest.raises(AdapterNotFoundError, match="was unloaded while it was loaded"):
-            older.result(30)
-    assert registry.records() == {}
-    assert registry.load("name", root / "first").version == 2
-
-
 def test_the_same_content_again_is_no_error(make, add, root) -> None:
     registry = make()
     first = registry.load("a", add("a"))
@@ -403,57 +241,3 @@ def test_a_scan_checks_folders_side_by_side_and_says_what_it_took(
     assert list(registry.records()) == [f"a{index}" for index in range(6)]
     assert "checked 6 adapters, 0.00 GB, in" in caplog.text
     assert "reading and hashing are" in caplog.text and "of 3 threads" in caplog.text
-
-
-def test_a_restart_with_another_geometry_plans_anew(make, add, model_dir, root) -> None:
-    record = make().load("a", add("a", rank=16))
-    again = make(geometry=make_geometry(model_dir, page_tokens=4)).records()["a"]
-    assert again.num_pages > record.num_pages and again.version == 1
-    other = make_geometry(make_model(root / "other", "llama", hidden_size=128, head_dim=16))
-    assert "q_proj" in make(geometry=other).records()["a"].unavailable
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1}', "null"])
-def test_a_damaged_state_is_ignored(make, add, tmp_path, content: str) -> None:
-    make().load("a", add("a"))
-    (tmp_path / "s" / "state").write_text(content)
-    registry = make()
-    assert registry.records() == {}
-    registry.load("a", add("a"))
-    assert set(make().records()) == {"a"}
-
-
-def test_the_state_file_is_replaced_whole(make, add, tmp_path, monkeypatch, caplog) -> None:
-    registry = make()
-    registry.load("a", add("a"))
-    state = tmp_path / "s" / "state"
-    before = state.read_bytes()
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    registry.load("b", add("b"))
-    assert "disk full" in caplog.text
-    assert state.read_bytes() == before and os.listdir(state.parent) == ["state"]
-    assert set(registry.records()) == {"a", "b"}
-
-
-def test_threads_may_load_and_unload_at_once(make, add) -> None:
-    registry = make()
-    paths = [add(f"a{i}", seed=i) for i in range(4)]
-    errors: list[Exception] = []
-
-    def work(mine: int) -> None:
-        try:
-            for i in range(10):
-                registry.load(f"shared{i}", paths[mine], replace=True)
-                registry.load(f"own{mine}", paths[i % 4], replace=True)
-                registry.unload(f"own{mine}")
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert set(registry.records()) == {f"shared{i}" for i in range(10)}
-    assert make().records() == registry.records()

@@ -126,19 +126,19 @@ def test_other_errors_stay_rays(registry_handle) -> None:
 
 def test_the_long_poll_returns_at_a_change_or_in_time(registry) -> None:
     async def scenario():
-        snapshot = await registry.snapshot()
+        whole = await registry.changes_since(None)
+        here = whole.position
         start = time.monotonic()
-        assert (await registry.wait_for_change(snapshot.revision - 1, 30)).revision > 0
-        assert await registry.wait_for_change(snapshot.revision, 0.3) == snapshot
+        assert await registry.wait_for_change(None, 30) == whole
+        nothing = replace(whole, since=here, records={})
+        assert await registry.wait_for_change(here, 0.3) == nothing
         assert 0.25 < time.monotonic() - start < 5
-        polls = [
-            asyncio.create_task(registry.wait_for_change(snapshot.revision, 30)) for _ in range(20)
-        ]
+        polls = [asyncio.create_task(registry.wait_for_change(here, 30)) for _ in range(20)]
         await asyncio.sleep(0.2)
         record = await registry.load("polled", "new")
         for poll in polls:
             changed = await asyncio.wait_for(poll, 5)
-            assert changed.records["polled"] == record
+            assert (changed.since, changed.records) == (here, {"polled": record})
         await registry.unload("polled")
 
     asyncio.run(scenario())
@@ -150,18 +150,18 @@ def test_registrations_survive_the_killed_registry(registry, registry_handle, ro
     async def scenario():
         await registry.load("live", str(root / "extra" / "new"))
         await registry.unload("a3")
-        before = await registry.snapshot()
+        before = await registry.changes_since(None)
         kill_named_actor(f"SERVE_REPLICA::{APP}#registry#")
 
         async def is_back():
             try:
-                return (await registry.snapshot()).revision != before.revision
+                return (await registry.changes_since(before.position)).is_whole
             except Exception:
                 return False
 
         await _until(is_back)
-        after = await registry.snapshot()
-        assert after.records == before.records and after.revision > before.revision
+        after = await registry.changes_since(before.position)
+        assert after.records == before.records and after.position.epoch != before.position.epoch
         session = ray.get_runtime_context().get_session_name()
         assert not list(Path(tempfile.gettempdir()).glob(f"slora*/{session}*"))
         await registry.unload("live")
@@ -175,7 +175,7 @@ def test_the_store_packs_leases_and_follows_the_registry(registry, registry_hand
 
     async def scenario():
         store, other = StoreClient(args, APP), StoreClient(args, APP)
-        records = (await registry.snapshot()).records
+        records = (await registry.changes_since(None)).records
         await _until(lambda: _holds(store, len(records)))
         reader = SlabReader(make_geometry(root / "model"))
         for record in records.values():
@@ -205,7 +205,7 @@ def test_typed_errors_cross_the_stores_handle(registry, args) -> None:
 
     async def scenario():
         store = StoreClient(args, APP)
-        record = (await registry.snapshot()).records["a0"]
+        record = (await registry.changes_since(None)).records["a0"]
         with pytest.raises(AdapterUnavailableError) as error:
             await store.lease(replace(record, adapter_id="another"), ME)
         assert type(error.value) is AdapterUnavailableError
@@ -220,7 +220,7 @@ def test_a_killed_store_comes_back_and_leases_go_on(registry, args, root) -> Non
 
     async def scenario():
         store = StoreClient(args, APP)
-        record = (await registry.snapshot()).records["a0"]
+        record = (await registry.changes_since(None)).records["a0"]
         reader = SlabReader(make_geometry(root / "model"))
         old = await store.lease(record, ME)
         pages = reader.open(old).pages
@@ -283,7 +283,7 @@ def test_a_killed_holders_leases_end(registry, args) -> None:
 
     async def scenario():
         store = StoreClient(args, APP)
-        record = (await registry.snapshot()).records["a1"]
+        record = (await registry.changes_since(None)).records["a1"]
         holder = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         await store.lease(record, holder.pid)
         await store.lease(record, ME)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from app.registry.follower import follow_registry
+from app.registry.inspector import Inspection
 from app.store import adapter_sources, keeper
 from app.store.adapter_sources import LOG_EVERY_S, UnavailableLog
 from slora_core.adapters.peft_weights import load_packed_adapter
@@ -120,9 +121,8 @@ def test_a_new_store_serves_what_only_the_disk_has(run, reads) -> None:
 
     async def second(world):
         # The registry keeps what it had although the files are gone; so it is played here.
-        state = world.registry.registry._state
-        state.records.update({record.name: record for record in records})
-        state.revision += 1
+        for record in records:
+            world.registry.registry._table.register(Inspection(record, None, 0.0))
         await world.until(lambda: world.host.stats().num_adapters == 3)
         for record, pages in zip(records, expected, strict=True):
             location = await world.store.lease(record, ME)
@@ -258,19 +258,21 @@ def test_what_was_loaded_last_is_packed_next(run, monkeypatch) -> None:
             if len(order) == 2:
                 world.add("late", seed=9)
                 # Until the store has heard of it.
-                while world.registry.registry.revision != heard[-1]:
+                while world.registry.registry.position != heard[-1]:
                     time.sleep(0.005)
             return original(path, geometry, rules)
 
         heard = []
-        take_snapshot = world.store._take_snapshot
+        registrations = world.store._registrations
 
-        def taking(snapshot):
-            take_snapshot(snapshot)
-            heard.append(snapshot.revision)
+        def taking(changes):
+            world.store._take_changes(changes)
+            heard.append(changes.position)
 
         world.store._tasks[0].cancel()
-        world.store._tasks[0] = asyncio.create_task(follow_registry(world.registry, taking))
+        world.store._tasks[0] = asyncio.create_task(
+            follow_registry(world.registry, lambda: registrations.position, taking)
+        )
         monkeypatch.setattr(adapter_sources, "read_peft_adapter", read)
         for i in range(6):
             world.add(f"a{i}", seed=i)

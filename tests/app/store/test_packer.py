@@ -196,6 +196,31 @@ def test_a_failed_removal_is_tried_again(run, monkeypatch) -> None:
     run(scenario)
 
 
+def test_changes_that_could_not_be_taken_to_their_end_are_made_up_for(run, monkeypatch) -> None:
+    """One of several at once fails, and with it those behind it."""
+    monkeypatch.setattr("app.registry.follower.RETRY_S", 0.01)
+
+    async def scenario(world):
+        old = [world.add(name, seed=seed) for seed, name in enumerate("ab")]
+        await world.until(lambda: all(record.adapter_id in world.host for record in old))
+        remove, errors = world.host.remove, [OSError("no memory")]
+
+        def failing(adapter_id):
+            if errors:
+                raise errors.pop()
+            return remove(adapter_id)
+
+        monkeypatch.setattr(world.host, "remove", failing)
+        for name in "ab":
+            world.registry.registry.unload(name)
+        new = world.add("c", seed=3)
+        await world.until(lambda: set(world.host.adapter_ids()) == {new.adapter_id})
+        assert errors == []
+        assert world.store._keeper.registered == {new.adapter_id: new}
+
+    run(scenario)
+
+
 def test_the_registry_may_be_away_for_a_while(run, monkeypatch) -> None:
     monkeypatch.setattr("app.registry.follower.RETRY_S", 0.01)
 

@@ -19,13 +19,16 @@ class LocalRegistry:
         self.registry = AdapterRegistry(AdapterInspector(geometry, [root]), LivingPools(1000))
         self.is_down = False
 
-    async def wait_for_change(self, revision, timeout_s):
+    async def changes_since(self, position):
+        return self.registry.changes_since(position)
+
+    async def wait_for_change(self, position, timeout_s):
         async with asyncio.timeout(timeout_s):
-            while self.registry.revision == revision and not self.is_down:
+            while self.registry.position == position and not self.is_down:
                 await asyncio.sleep(0.005)
         if self.is_down:
             raise ConnectionError("down")
-        return self.registry.snapshot()
+        return self.registry.changes_since(position)
 
 
 class World:
