@@ -40,6 +40,8 @@ def get_or_create_store(spec: StoreSpec) -> Any:
         "lifetime": "detached",
         "max_restarts": -1,
         "num_cpus": 0,
+        # Ray's head would keep some kB for each of the last 100,000 leases.
+        "enable_task_events": False,
         # The store's memory is only good for processes of its node.
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_KIB = 1 << 10
 _MIB = 1 << 20
 
 
@@ -19,7 +19,11 @@ class Usage:
     """Of one process at one moment."""
 
     role: str
-    rss_bytes: int
+    # Resident memory but for what it shares: the heap, stacks, mapped files.
+    own_bytes: int
+    # Resident pages of shared memory: the store's slab, Ray's objects. Each process that looks at
+    # one counts it, and whoever made it says how large it is.
+    shared_bytes: int
     num_fds: int
 
 
@@ -28,15 +32,21 @@ def usage_of_descendants(root_pid: int) -> dict[int, Usage]:
     found = {}
     for pid in _descendants(root_pid):
         try:
-            # The second field: pages in memory.
-            rss_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            kib = _resident_kib(Path(f"/proc/{pid}/status").read_text())
             num_fds = len(os.listdir(f"/proc/{pid}/fd"))
             role = role_of(Path(f"/proc/{pid}/cmdline").read_bytes())
         except OSError:
             # It has ended meanwhile.
             continue
-        found[pid] = Usage(role, rss_pages * _PAGE_BYTES, num_fds)
+        own_kib = kib.get("RssAnon", 0) + kib.get("RssFile", 0)
+        found[pid] = Usage(role, own_kib * _KIB, kib.get("RssShmem", 0) * _KIB, num_fds)
     return found
+
+
+def _resident_kib(status: str) -> dict[str, int]:
+    """The fields of resident memory of /proc/PID/status; none of a process that has ended."""
+    fields = (line.split() for line in status.splitlines() if line.startswith("Rss"))
+    return {name.rstrip(":"): int(kib) for name, kib, _ in fields}
 
 
 def role_of(cmdline: bytes) -> str:
@@ -97,7 +107,7 @@ def growth_of_processes(
     for pid in sorted(lasting):
         name = f"{first[0][pid].role} {pid}"
         rss = [
-            median(sample[pid].rss_bytes / _MIB for sample in samples) for samples in (first, last)
+            median(sample[pid].own_bytes / _MIB for sample in samples) for samples in (first, last)
         ]
         fds = [median(sample[pid].num_fds for sample in samples) for samples in (first, last)]
         memory.append(Growth(name, round(rss[0], 2), round(rss[1], 2)))

@@ -33,7 +33,8 @@ from benchmarks.serving.server_files import number_adapters
 from benchmarks.serving.soak_load import SoakClients
 
 SOURCES = ROOT / "serve_configs" / "adapters"
-# Of resident memory, from the first samples after the settling to the last ones.
+# Of a process's own resident memory and of each count, from the first samples after the settling to
+# the last ones.
 MAX_GROWTH = 0.02
 SAMPLE_S = 5.0
 # What is compared are medians of so long at either end.
@@ -173,11 +174,14 @@ def growths(
     return memory, descriptors, counts
 
 
-def grown(memory: list[Growth], descriptors: list[Growth], num_clients: int) -> list[str]:
+def grown(
+    memory: list[Growth], descriptors: list[Growth], counts: list[Growth], num_clients: int
+) -> list[str]:
     """What grew beyond the limits, in words."""
     found = [
-        f"{g.name} grew from {g.first} to {g.last} MiB, {g.share:.1%}"
-        for g in memory
+        f"{g.name} grew from {g.first:g} to {g.last:g}{unit}, {g.share:.1%}"
+        for growths, unit in ((memory, " MiB"), (counts, ""))
+        for g in growths
         if g.share > MAX_GROWTH
     ]
     # Connections of the clients come and go.
@@ -249,8 +253,10 @@ def main() -> None:
         result = run(options, Path(scratch))
     first, last = windows(result.samples, options.settle)
     memory, descriptors, counts = growths(first, last)
-    problems = result.problems + grown(memory, descriptors, options.clients) + ended(first, last)
-    print(f"{'MiB resident':<44}{'first':>10}{'last':>10}{'growth':>9}")
+    problems = (
+        result.problems + grown(memory, descriptors, counts, options.clients) + ended(first, last)
+    )
+    print(f"{'MiB resident, but for shared memory':<44}{'first':>10}{'last':>10}{'growth':>9}")
     for g in memory:
         print(f"{g.name:<44}{g.first:>10.1f}{g.last:>10.1f}{g.share:>9.2%}")
     all_descriptors = Growth(

@@ -43,19 +43,37 @@ def test_grandchildren_are_seen_and_this_process_is_not():
                 time.sleep(0.05)
             [(pid, of_grandchild)] = usage.items()
             assert pid not in (child.pid, os.getpid())
-            assert of_grandchild.rss_bytes > MIB and of_grandchild.num_fds >= 3
+            assert of_grandchild.own_bytes > MIB and of_grandchild.num_fds >= 3
             assert {child.pid, pid} <= set(usage_of_descendants(os.getpid()))
         finally:
             child.communicate(b"\n", timeout=20)
     assert usage_of_descendants(child.pid) == {}
 
 
+def test_shared_memory_is_told_apart():
+    program = (
+        "import mmap\n"
+        "shared = mmap.mmap(-1, 32 << 20)\n"
+        "shared.write(bytes(32 << 20))\n"
+        "print(flush=True)\n"
+        "input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        child.stdout.readline()
+        usage = usage_of_descendants(os.getpid())[child.pid]
+        child.communicate(b"\n", timeout=20)
+    assert 32 * MIB <= usage.shared_bytes < 34 * MIB
+    assert MIB < usage.own_bytes < 96 * MIB
+
+
 def test_growth_by_medians_of_processes_that_last():
     def sample(mib, num_fds, **others):
-        lasting = {1: Usage("engine", mib * MIB, num_fds)}
+        lasting = {1: Usage("engine", mib * MIB, 0, num_fds)}
         return lasting | {int(pid[1:]): usage for pid, usage in others.items()}
 
-    first = [sample(100, 10), sample(100, 10, p2=Usage("worker", 5 * MIB, 3)), sample(400, 90)]
+    first = [sample(100, 10), sample(100, 10, p2=Usage("worker", 5 * MIB, 0, 3)), sample(400, 90)]
     last = [sample(103, 10), sample(50, 12), sample(103, 12)]
     memory, descriptors = growth_of_processes(first, last)
     assert memory == [Growth("engine 1", 100, 103)]

@@ -24,7 +24,7 @@ ANSWERS = {
 def samples(*points):
     """Samples of (second, MiB of process 1, pages)."""
     return [
-        Sample(at_s, {1: Usage("engine", mib * 2**20, 9)}, {"pages": pages})
+        Sample(at_s, {1: Usage("engine", mib * 2**20, 0, 9)}, {"pages": pages})
         for at_s, mib, pages in points
     ]
 
@@ -42,11 +42,14 @@ def test_growth_is_told_beyond_the_limits():
     taken = samples((0, 50, 0), (1, 100, 7), (2, 100, 5), (8, 103, 6), (9, 103, 4))
     memory, descriptors, counts = growths(taken[1:3], taken[3:])
     assert counts == [Growth("pages", 7, 6)]
-    assert grown(memory, descriptors, 8) == ["engine 1 grew from 100.0 to 103.0 MiB, 3.0%"]
-    assert grown(memory[:0], [Growth("engine 1", 9, 18)], 8) == [
+    assert grown(memory, descriptors, counts, 8) == ["engine 1 grew from 100 to 103 MiB, 3.0%"]
+    assert grown([], [Growth("engine 1", 9, 18)], [], 8) == [
         "engine 1 has 18 descriptors where it had 9"
     ]
-    assert grown([Growth("engine 1", 100, 101.9)], [Growth("engine 1", 9, 17)], 8) == []
+    assert grown([], [], [Growth("pages", 100, 103), Growth("leases", 8, 8)], 8) == [
+        "pages grew from 100 to 103, 3.0%"
+    ]
+    assert grown([Growth("engine 1", 100, 101.9)], [Growth("engine 1", 9, 17)], counts, 8) == []
 
 
 def test_a_process_that_ends_is_told():
