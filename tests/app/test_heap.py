@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.skipif("glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="needs glibc")
 def test_what_threads_have_freed_goes_back():
-    """Every tenth piece stays, so that a heap cannot shrink by itself; 27 MiB of one thread could."""
+    """Every tenth piece stays, so that no heap can shrink by itself; one thread frees 27 MiB."""
     program = (
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from pathlib import Path\n"
