@@ -198,6 +198,9 @@ def test_where_serve_listens_and_what_started_it(ray_cluster, monkeypatch):
         import ray
 
         assert ray_private.find_serve_run() is None
+        # This process is none, and a worker of the tests has changed its own command line.
+        [job] = ray_private.state.jobs()
+        monkeypatch.setattr(ray_private, "_command", lambda pid: job["Entrypoint"].split())
         monkeypatch.setattr(ray_private, "_is_serve_run", lambda pid: pid == os.getpid())
         found = ray_private.find_serve_run()
         assert found is not None and found.pid == os.getpid()
