@@ -143,8 +143,8 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         except Exception as error:
-            # The proxy has ended, and its connections with it.
-            if not is_actor_death(error):
+            # Serve's ways to tell that the client has left, or that the proxy has ended.
+            if not (is_cancellation(error) or is_actor_death(error)):
                 raise
         finally:
             await self._answer.close()

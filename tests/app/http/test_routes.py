@@ -8,7 +8,7 @@ from dataclasses import replace
 import httpx
 import openai
 import pytest
-from ray.exceptions import TaskCancelledError
+from ray.exceptions import ActorUnavailableError, TaskCancelledError
 
 from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
@@ -574,6 +574,34 @@ def test_a_client_that_leaves_before_the_first_token(server, stream):
     body = json.dumps({"model": "base", "prompt": "hi", "stream": stream}).encode()
     assert statuses_when_leaving(server, body) == [499]
     assert server.engine.num_closed_early == 1
+
+
+@pytest.mark.parametrize(
+    "error", [TaskCancelledError(), ActorUnavailableError("the proxy", b"x" * 16)]
+)
+def test_a_stream_whose_connection_serve_has_lost_is_no_error(server, error):
+    """Asked whether the client is still there, Serve raises."""
+    engine, sent = server.engine, []
+    engine.text, engine.delay_s = "x" * 90, 0.01
+    body = json.dumps({"model": "base", "prompt": "a", "stream": True, "max_tokens": 90})
+    incoming = [{"type": "http.request", "body": body.encode(), "more_body": False}]
+
+    async def receive():
+        if incoming:
+            return incoming.pop(0)
+        while len(sent) < 3:
+            await asyncio.sleep(0.01)
+        raise error
+
+    async def send(message):
+        sent.append(message)
+
+    async def main():
+        scope = {**SCOPE, "asgi": {"version": "3.0", "spec_version": "2.3"}}
+        await server.make_app()(scope, receive, send)
+
+    asyncio.run(main())
+    assert engine.num_closed_early == 1 and sent[0]["status"] == 200
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
