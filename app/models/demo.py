@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slora_core.errors import SLoRAError
+
 if TYPE_CHECKING:
     from app.progress import ProgressBar
 
@@ -34,7 +36,7 @@ PARTIAL_PREFIX = ".partial-"
 EXTRA_LIBRARIES = ("gguf", "numpy", "tqdm")
 
 
-class DemoModelError(RuntimeError):
+class DemoModelError(SLoRAError):
     """The demo model could not be prepared."""
 
 
