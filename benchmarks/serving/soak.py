@@ -37,6 +37,10 @@ SOURCES = ROOT / "serve_configs" / "adapters"
 # the last ones.
 MAX_GROWTH = 0.02
 SAMPLE_S = 5.0
+# Processes of this project, by the beginning of their names; all others are Ray's own: its daemons,
+# Serve's controller and proxies. These grow on a server that nobody asks anything, too.
+OWN_ROLES = ("ServeReplica:", "slora_core.", "AdapterStoreActor")
+RAYS_GROWTH_MIB = 4.0
 # What is compared are medians of so long at either end.
 MAX_WINDOW_S = 30.0
 # Small enough that adapters are evicted from the pool and from the store all the time.
@@ -174,14 +178,25 @@ def growths(
     return memory, descriptors, counts
 
 
+def has_grown(process: Growth) -> bool:
+    """Whether a process took more memory than it may."""
+    is_own = process.name.startswith(OWN_ROLES)
+    allowed_mib = 0.0 if is_own else RAYS_GROWTH_MIB
+    return process.share > MAX_GROWTH and process.last - process.first > allowed_mib
+
+
 def grown(
     memory: list[Growth], descriptors: list[Growth], counts: list[Growth], num_clients: int
 ) -> list[str]:
     """What grew beyond the limits, in words."""
     found = [
-        f"{g.name} grew from {g.first:g} to {g.last:g}{unit}, {g.share:.1%}"
-        for growths, unit in ((memory, " MiB"), (counts, ""))
-        for g in growths
+        f"{g.name} grew from {g.first:g} to {g.last:g} MiB, {g.share:.1%}"
+        for g in memory
+        if has_grown(g)
+    ]
+    found += [
+        f"{g.name} grew from {g.first:g} to {g.last:g}, {g.share:.1%}"
+        for g in counts
         if g.share > MAX_GROWTH
     ]
     # Connections of the clients come and go.

@@ -24,7 +24,7 @@ ANSWERS = {
 def samples(*points):
     """Samples of (second, MiB of process 1, pages)."""
     return [
-        Sample(at_s, {1: Usage("engine", mib * 2**20, 0, 9)}, {"pages": pages})
+        Sample(at_s, {1: Usage("slora_core.engine.main", mib * 2**20, 0, 9)}, {"pages": pages})
         for at_s, mib, pages in points
     ]
 
@@ -42,7 +42,9 @@ def test_growth_is_told_beyond_the_limits():
     taken = samples((0, 50, 0), (1, 100, 7), (2, 100, 5), (8, 103, 6), (9, 103, 4))
     memory, descriptors, counts = growths(taken[1:3], taken[3:])
     assert counts == [Growth("pages", 7, 6)]
-    assert grown(memory, descriptors, counts, 8) == ["engine 1 grew from 100 to 103 MiB, 3.0%"]
+    assert grown(memory, descriptors, counts, 8) == [
+        "slora_core.engine.main 1 grew from 100 to 103 MiB, 3.0%"
+    ]
     assert grown([], [Growth("engine 1", 9, 18)], [], 8) == [
         "engine 1 has 18 descriptors where it had 9"
     ]
@@ -52,11 +54,24 @@ def test_growth_is_told_beyond_the_limits():
     assert grown([Growth("engine 1", 100, 101.9)], [Growth("engine 1", 9, 17)], counts, 8) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "last", "is_told"),
+    [
+        ("ServeReplica:slora:registry 1", 102.1, True),
+        ("AdapterStoreActor 1", 101.9, False),
+        ("raylet 1", 103.9, False),
+        ("raylet 1", 104.1, True),
+    ],
+)
+def test_rays_own_processes_grow_by_themselves(name, last, is_told):
+    assert bool(grown([Growth(name, 100, last)], [], [], 8)) == is_told
+
+
 def test_a_process_that_ends_is_told():
     first, last = samples((0, 1, 1), (1, 1, 1))
     assert ended([first], [last]) == []
     gone = Sample(1, {}, {})
-    assert ended([first], [gone]) == ["engine 1 ended"]
+    assert ended([first], [gone]) == ["slora_core.engine.main 1 ended"]
 
 
 def test_fewer_adapters_than_tasks_are_refused(capsys):
