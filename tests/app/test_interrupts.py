@@ -14,6 +14,14 @@ from app.interrupts import _ignores_interrupts, interrupts_of_group
 TIMEOUT_S = 20
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """Tests that run in the background ignore interrupts, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def program(**options):
     """A process that leads a group and catches interrupts, as `serve run` does."""

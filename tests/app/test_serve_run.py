@@ -105,6 +105,8 @@ def serve_run_of(folder: Path, port: int, **args) -> Iterator[subprocess.Popen]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # As in a terminal, also where the tests themselves run in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process,
     ):
         try:
