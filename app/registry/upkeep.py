@@ -14,6 +14,7 @@ from app.registry.retries import Retries
 from app.registry.state import AdapterRecord, Entry, files_stamp
 from app.registry.table import RegistrationTable
 from slora_core.errors import AdapterPathError, SLoRAError
+from slora_core.quoting import plain
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ class Upkeep:
                 check_loadable(result.record)
                 self._register(result, entry)
             except SLoRAError as error:
-                logger.warning("adapter %s in %s is skipped: %s", folder.name, directory, error)
+                # A folder's name may be bytes that are no text.
+                name = plain(folder.name)
+                logger.warning("adapter %s in %s is skipped: %s", name, directory, error)
                 failures.append((folder.name, error))
         self._table.write()
         return failures

@@ -177,6 +177,15 @@ def test_scan_loads_the_good_and_reports_the_bad(make, add, root, tmp_path, mode
         registry.scan(root / "nowhere")
 
 
+def test_a_folder_whose_name_is_no_text_is_skipped_in_words(make, add, root, caplog) -> None:
+    (root / os.fsdecode(b"caf\xe9")).mkdir()
+    add("good")
+    with caplog.at_level("WARNING"):
+        assert len(make().scan(root)) == 1
+    # As a log of UTF-8 takes it.
+    assert r"adapter caf\udce9 in " in caplog.text.encode().decode()
+
+
 def test_a_second_scan_takes_what_is_new(make, add, root, tmp_path, model_dir) -> None:
     registry = make()
     add("same")
