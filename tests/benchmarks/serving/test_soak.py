@@ -48,8 +48,8 @@ def test_growth_is_told_beyond_the_limits():
     assert grown([], [Growth("engine 1", 9, 18)], [], 8) == [
         "engine 1 has 18 descriptors where it had 9"
     ]
-    assert grown([], [], [Growth("pages", 100, 103), Growth("leases", 8, 8)], 8) == [
-        "pages grew from 100 to 103, 3.0%"
+    assert grown([], [], [Growth("pages", 100, 109), Growth("leases", 8, 16)], 8) == [
+        "pages grew from 100 to 109, 9.0%"
     ]
     assert grown([Growth("engine 1", 100, 101.9)], [Growth("engine 1", 9, 17)], counts, 8) == []
 
