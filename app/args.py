@@ -125,6 +125,9 @@ class SLoRAArgs(BaseModel):
     # each waits longer for its next piece. HTTP costs 0.2 to 0.4 ms of Python for each in every
     # process on its way, so beyond some thousands answers would queue up behind one another.
     max_pieces_per_s: float = Field(default=2000.0, gt=0.0)
+    # Seconds for which a request whose engine has ended is without one, at most, before its client
+    # is told: twice what a replica of an 8B model takes to come back on a GPU with cold caches.
+    failover_timeout_s: float = Field(default=120.0, ge=0.0)
     # An adapter leaves its replica when that holds this many requests, and more than
     # spill_factor times the mean. 8 requests batch at little cost to each other; 1.25 bounds the
     # imbalance without moving adapters at every fluctuation.

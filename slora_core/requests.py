@@ -69,6 +69,11 @@ class SamplingParams:
         return cuts and not self.greedy
 
 
+# Tokens that a suspect has to give to be none any more: as many as steps may be in flight, so that
+# it has been through each step in which the engine may have ended.
+TRIAL_TOKENS = 2
+
+
 class FinishReason(StrEnum):
     """Why a request ended; STOP covers end-of-sequence, stop token ids and stop strings."""
 
@@ -101,6 +106,12 @@ class Request:
     deadline: float | None = None
     # Higher goes first.
     priority: int = 0
+    # How often it was sent again because the engine that held it had ended; such a request starts
+    # before those that are new to the engine.
+    num_moves: int = 0
+    # The last of these ended by itself while it computed the request: it is computed apart from
+    # other suspects until it has given TRIAL_TOKENS tokens more.
+    is_suspect: bool = False
 
 
 @dataclass(eq=False)

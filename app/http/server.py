@@ -56,7 +56,7 @@ class IngressServer:
     def _api_app(self) -> Starlette:
         args = self._args
         model_dir = resolve_model(args.model, args.model_revision)
-        client = EngineClient(self._engine)
+        client = EngineClient(self._engine, args.failover_timeout_s)
         service = CompletionService(
             args.base_model_name,
             args.model or args.base_model_name,

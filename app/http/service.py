@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Protocol
 
-from app.generation.client import Renew
+from app.generation.attempts import Renew
 from app.generation.text_stream import Generation
 from app.http.limits import ModelLimits
 from app.http.responses import Answer

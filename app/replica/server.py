@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
+import ray
 from ray import serve
 
 from app.args import SLoRAArgs
@@ -33,6 +34,9 @@ from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
 
+# Seconds that the last deltas have to leave this process.
+LAST_WORDS_S = 0.2
+
 
 class EngineServer:
     """One replica, in an actor that Serve makes and asks for its health and load."""
@@ -45,6 +49,8 @@ class EngineServer:
     async def _start(self, args: SLoRAArgs, registry: Any) -> None:
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
+        # Whether Serve ends this replica.
+        self._is_stopped = False
         # Before the engine, so that both start at once.
         store = StoreClient(args)
         self._left = LeftRequests()
@@ -67,6 +73,7 @@ class EngineServer:
         self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
         self._reporting = asyncio.create_task(self._report_pool())
+        self._ending = asyncio.create_task(self._end_with_engine())
 
     async def generate(
         self,
@@ -83,13 +90,16 @@ class EngineServer:
             holding = nullcontext() if record is None else self._leases.hold(record)
             async with holding:
                 with self._engine.generate(request) as stream:
+                    if request.num_moves:
+                        # Its client waits for an engine no longer, but for this one's queue.
+                        yield Delta(request.request_id, [])
                     async for delta in stream:
                         if delta.error is not None:
                             # Also for the lease, which may have to be replaced.
                             raise delta.error
                         yield delta
         except EngineDeadError as error:
-            told = EngineDeadError(str(error), self._replica_id, error.was_running)
+            told = EngineDeadError(str(error), self._replica_id, error.is_suspect)
             yield Delta(request.request_id, [], error=told)
         except SLoRAError as error:
             yield Delta(request.request_id, [], error=error)
@@ -129,12 +139,26 @@ class EngineServer:
 
     def __del__(self) -> None:
         # Serve calls it at a graceful stop, also where __init__ failed.
+        self._is_stopped = True
         if hasattr(self, "_engine"):
             self._engine.close()
 
     def _rank(self) -> str:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
         return str(serve.get_replica_context().rank.rank)
+
+    async def _end_with_engine(self) -> None:
+        """End this actor once its engine has died and its clients know.
+
+        Serve replaces an actor that has ended within a second, and one that says of itself that it
+        is not well only after three checks.
+        """
+        await self._engine.wait_dead()
+        await asyncio.sleep(LAST_WORDS_S)
+        if self._is_stopped:
+            return
+        logger.error("the engine has died, and so does its replica")
+        ray.kill(ray.get_runtime_context().current_actor)
 
     async def _report_pool(self) -> None:
         """Tell the registry of this engine's pool, for as long as there is one."""

@@ -227,7 +227,7 @@ def make_ingress(tokenizer: Any, handle: StubHandle) -> Any:
         context_len=8192, vocab_size=49152, eos_token_ids=frozenset({2}), page_tokens=16
     )
     registry = NoRegistry()
-    client = EngineClient(handle)
+    client = EngineClient(handle, failover_timeout_s=0.0)
     view = RegistryView(registry)
     service = CompletionService(MODEL, MODEL, limits, tokenizer, view, client)
     bodies = BodyReader(2**20, 60.0, 2**24)

@@ -521,20 +521,28 @@ def test_load_while_serving(app):
     ("victim", "end"),
     [
         ("engine_pid", signal.SIGKILL),
+        ("engine_pid", signal.SIGSEGV),
         ("replica_pid", signal.SIGKILL),
         # It hangs: it neither computes nor ends.
         ("engine_pid", signal.SIGSTOP),
     ],
 )
-def test_a_dead_or_hung_process_fails_its_streams_and_the_service_recovers(app, victim, end):
-    with app.stream() as response:
-        lines = response.iter_lines()
-        next(lines)
-        [busy] = [stats for stats in app.stats() if stats["num_running"]]
+def test_a_dead_or_hung_process_costs_its_requests_a_pause(app, victim, end):
+    """Streams and whole answers, greedy and sampled, go on in the other replica as they were."""
+    fields = {"max_tokens": 400, "ignore_eos": True, "seed": 7}
+    asked = [
+        (name, {**fields, "temperature": temperature, "stream": stream})
+        for name in (BASE, *ADAPTERS[:3])
+        for temperature in (0.0, 0.9)
+        for stream in (True, False)
+    ]
+    expected = [_text(app.complete(name, **values)) for name, values in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = [pool.submit(app.complete, name, **values) for name, values in asked]
+        wait_until(lambda: all(stats["num_running"] > 4 for stats in app.stats()), timeout_s=10)
+        busy = app.stats()[0]
         os.kill(busy[victim], end)
-        rest = [line for line in lines if line]
-    error = json.loads(rest[-1].removeprefix("data: "))["error"]
-    assert (error["type"], error["code"]) == ("ServiceUnavailableError", 503)
+        assert [_text(answer.result()) for answer in answers] == expected
     # The other replica takes over at once: nobody who comes later sees the death.
     for name in [BASE, *ADAPTERS]:
         assert app.complete(name, max_tokens=1).status_code == 200
@@ -543,6 +551,20 @@ def test_a_dead_or_hung_process_fails_its_streams_and_the_service_recovers(app, 
     assert busy["engine_pid"] not in [stats["engine_pid"] for stats in app.stats()]
     for name in [BASE, *ADAPTERS]:
         assert app.complete(name, max_tokens=1).status_code == 200
+
+
+def _text(answer):
+    """The text of a completion, whole or streamed, which must have come to its end."""
+    assert answer.status_code == 200
+    if answer.headers["content-type"] == "application/json":
+        events = [answer.json()]
+    else:
+        lines = [line for line in answer.text.splitlines() if line and not line.startswith(":")]
+        assert lines.pop() == "data: [DONE]", lines[-1]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    choices = [event["choices"][0] for event in events]
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"]
+    return "".join(choice["text"] for choice in choices)
 
 
 def _is_running(pid):
