@@ -80,7 +80,6 @@ def application(args: SLoRAArgs) -> Application:
         name="engine",
         num_replicas=args.num_replicas,
         max_ongoing_requests=args.num_ongoing_requests,
-        max_queued_requests=args.max_queued_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         ray_actor_options={

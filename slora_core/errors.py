@@ -90,7 +90,18 @@ class UnsupportedModelError(SLoRAError):
 
 
 class OverloadedError(SLoRAError):
-    """Every engine is full and so is the queue before them."""
+    """As much waits as may; `retry_after_s` is when there will be room, where that is known."""
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (str(self), self.retry_after_s)
+
+
+class RequestTimeoutError(SLoRAError):
+    """A request whose own deadline passed before its answer was complete."""
 
 
 class ServerStoppingError(SLoRAError):

@@ -99,13 +99,13 @@ class Request:
     _: KW_ONLY
     # No two at one time share it: where a request is sent once more, it has another one.
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    # Who asks, for fairness and limits. Unused yet, as the next three.
+    # Who asks, for fairness and limits. Unused yet, as the priority, of which higher goes first.
     tenant: str | None = None
-    # Seconds since the epoch: when the client asked, and when its answer is worth nothing any more.
+    priority: int = 0
+    # Seconds since the epoch: when the client asked, and when its answer is worth nothing any more,
+    # at which the ingress ends it.
     arrived_at: float | None = None
     deadline: float | None = None
-    # Higher goes first.
-    priority: int = 0
     # How often it was sent again because the engine that held it had ended; such a request starts
     # before those that are new to the engine.
     num_moves: int = 0

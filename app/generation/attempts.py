@@ -18,7 +18,6 @@ from slora_core.errors import (
     EngineFaultError,
     InvalidAdapterError,
     InvalidRequestError,
-    OverloadedError,
     StoreFullError,
     StoreGoneError,
 )
@@ -103,7 +102,7 @@ class Attempts:
             await self._send_again(error, may_be_at_once=True)
         elif isinstance(error, StoreGoneError) or (
             # Once accepted it is not refused for want of room.
-            isinstance(error, OverloadedError | StoreFullError) and self.request.num_moves
+            isinstance(error, StoreFullError) and self.request.num_moves
         ):
             await self._send_again(error, may_be_at_once=False)
         elif isinstance(error, _ADAPTER_IS_GONE):

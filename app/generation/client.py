@@ -7,16 +7,24 @@ Owns the streams that run and their end at a stop; what is tried where an attemp
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from app import ray_private
 from app.generation.attempts import Attempts, Renew
+from app.generation.backlog import Backlog
 from app.generation.text_ends import TextEndedError, TextEnds
 from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
-from slora_core.errors import EngineDeadError, ServerStoppingError
+from slora_core.errors import (
+    EngineDeadError,
+    RequestTimeoutError,
+    ServerStoppingError,
+    SLoRAError,
+)
 from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
@@ -31,22 +39,24 @@ class EngineClient:
     """Generates on the replicas behind a Serve handle.
 
     Args:
+        backlog: bounds what waits for its first token.
         failover_timeout_s: how long a request that lost its engine waits for another one.
     """
 
-    def __init__(self, handle: Any, failover_timeout_s: float) -> None:
+    def __init__(self, handle: Any, backlog: Backlog, failover_timeout_s: float) -> None:
         self._handle = handle
+        self._backlog = backlog
         self._failover_timeout_s = failover_timeout_s
         self._attempt_ids = itertools.count()
         self._text_ends = TextEnds(self._tell_replicas)
-        self._open: set[Any] = set()
+        self._open: set[_Ending] = set()
         self._is_stopped = False
 
     def stop(self) -> None:
         """End everything that runs with a ServerStoppingError, and what comes until `go_on`."""
         self._is_stopped = True
-        for responses in self._open:
-            responses.cancel()
+        for ending in self._open:
+            ending.end(_stopping())
 
     def go_on(self) -> None:
         self._is_stopped = False
@@ -64,54 +74,87 @@ class EngineClient:
             SLoRAError: what the replica reported, or `renew`.
             EngineDeadError: the engine ended, and none took the request over in time.
             EngineFaultError: engines end over this request.
-            OverloadedError: no replica has room, nor has the queue.
+            OverloadedError: as much waits as may.
+            RequestTimeoutError: its deadline has passed.
             ServerStoppingError: `stop` was called.
         """
         attempts = Attempts(request, record, renew, self._failover_timeout_s)
-        while True:
-            has_ended = False
-            failure: Exception
-            # The attempt before may still run where the connection broke: its id must not come
-            # again.
-            attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
-            if self._is_stopped:
-                raise _stopping()
-            responses = self._send(attempts, attempt_id)
-            self._open.add(responses)
-            try:
-                timeout_s = attempts.arrival_timeout_s
-                deltas = responses if timeout_s is None else _going_on(responses, timeout_s)
-                async for delta in deltas:
-                    has_ended = delta.is_last
-                    if delta.error is not None:
-                        raise delta.error
-                    if delta is not WAITING:
-                        attempts.received(delta)
-                    yield delta
-                if not has_ended:
-                    raise EngineDeadError("the engine replica stopped before the request ended")
-                return
-            except TextEndedError:
-                self._text_ends.add(attempt_id)
-                return
-            except asyncio.CancelledError:
-                # Also how Serve tells that a call was cancelled.
-                if self._is_stopped:
-                    raise _stopping() from None
+        with (
+            self._ending(request) as ending,
+            self._backlog.waiting(len(request.prompt_ids)) as waiting,
+        ):
+            while True:
+                ending.check()
+                # The attempt before may still run where the connection broke: its id must not come
+                # again.
+                attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
+                try:
+                    async with aclosing(self._attempt(attempts, attempt_id, ending)) as deltas:
+                        async for delta in deltas:
+                            if delta.token_ids:
+                                waiting.begin()
+                            yield delta
+                    return
+                except TextEndedError:
+                    self._text_ends.add(attempt_id)
+                    return
+                except SLoRAError as error:
+                    await attempts.after(error)
+
+    async def _attempt(
+        self, attempts: Attempts, attempt_id: str, ending: "_Ending"
+    ) -> AsyncGenerator[Delta, None]:
+        """Deltas of one attempt; raises a SLoRAError where it failed, what it was ended by too."""
+        responses = self._send(attempts, attempt_id)
+        timeout_s = attempts.arrival_timeout_s
+        has_ended = False
+        ending.responses = responses
+        try:
+            async for delta in responses if timeout_s is None else _going_on(responses, timeout_s):
+                has_ended = delta.is_last
+                if delta.error is not None:
+                    raise delta.error
+                if delta is not WAITING:
+                    attempts.received(delta)
+                yield delta
+            if not has_ended:
+                raise EngineDeadError("the engine replica stopped before the request ended")
+        except asyncio.CancelledError:
+            # Also how Serve tells that a call was cancelled.
+            ending.check()
+            raise
+        except Exception as error:
+            ending.check()
+            typed = typed_call_error(error)
+            if typed is error:
                 raise
-            except Exception as error:
-                if self._is_stopped:
-                    raise _stopping() from error
-                failure = typed_call_error(error)
-                # Then there is nothing left to cancel.
-                has_ended = has_ended or failure is not error
-                if has_ended and isinstance(failure, EngineDeadError):
-                    logger.warning("request %s lost its replica: %r", request.request_id, error)
-            finally:
-                self._open.discard(responses)
-                if not has_ended:
-                    responses.cancel()
-            await attempts.after(failure)
+            # There is nothing left to cancel.
+            has_ended = True
+            logger.warning("attempt %s failed: %r", attempt_id, error)
+            raise typed from error
+        finally:
+            ending.responses = None
+            if not has_ended:
+                responses.cancel()
+
+    @contextmanager
+    def _ending(self, request: Request) -> Iterator["_Ending"]:
+        """What ends a request from outside, for as long as it runs."""
+        ending = _Ending()
+        timer = None
+        if request.deadline is not None:
+            left_s = max(0.0, request.deadline - time.time())
+            error = RequestTimeoutError("the request's timeout has passed")
+            timer = asyncio.get_running_loop().call_later(left_s, ending.end, error)
+        if self._is_stopped:
+            ending.end(_stopping())
+        self._open.add(ending)
+        try:
+            yield ending
+        finally:
+            self._open.discard(ending)
+            if timer is not None:
+                timer.cancel()
 
     async def _tell_replicas(self, request_ids: list[str]) -> None:
         answers = self._handle.broadcast("ended_by_text", request_ids)
@@ -128,6 +171,25 @@ class EngineClient:
             attempts.record,
             avoid_replica=attempts.avoid_replica,
         )
+
+
+class _Ending:
+    """Ends a request with an error of others, wherever it is."""
+
+    def __init__(self) -> None:
+        # Of the attempt that runs.
+        self.responses: Any = None
+        self._error: SLoRAError | None = None
+
+    def end(self, error: SLoRAError) -> None:
+        self._error = error
+        if self.responses is not None:
+            self.responses.cancel()
+
+    def check(self) -> None:
+        """Raise the error that the request was ended with, if it was."""
+        if self._error is not None:
+            raise self._error
 
 
 async def _going_on(responses: Any, timeout_s: float) -> AsyncIterator[Delta]:

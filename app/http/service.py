@@ -67,8 +67,10 @@ class CompletionService:
         self._default_sampling = asdict(defaults)
         self._started_at = int(time.time())
 
-    async def complete(self, body: CompletionRequest) -> Answer:
+    async def complete(self, body: CompletionRequest, deadline: float | None = None) -> Answer:
         """Check and prepare a completion request; nothing runs before the answer is read.
+
+        `deadline` is when it is worth nothing any more, seconds since the epoch.
 
         Raises:
             InvalidRequestError: a prompt or limit that the model cannot take.
@@ -95,11 +97,11 @@ class CompletionService:
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
             sampling = self._sampling(body, max_tokens, seed + index, record)
-            request = _request(body, f"{answer_id}-{index}", prompt_ids, sampling, record)
+            request = _request(f"{answer_id}-{index}", prompt_ids, sampling, record, deadline)
             generations.append(self._generation(index, request, record))
         return Answer(body, generations, answer_id)
 
-    async def chat(self, body: ChatCompletionRequest) -> Answer:
+    async def chat(self, body: ChatCompletionRequest, deadline: float | None = None) -> Answer:
         """Check and prepare a chat request; raises as `complete`."""
         record = await self._resolve(body.model)
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
@@ -117,7 +119,7 @@ class CompletionService:
             limit = self._output_room(prompt_ids, record)
         sampling = self._sampling(body, limit, secrets.randbits(62), record)
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        request = _request(body, answer_id, prompt_ids, sampling, record)
+        request = _request(answer_id, prompt_ids, sampling, record, deadline)
         return Answer(body, [self._generation(0, request, record)], answer_id)
 
     def model_cards(self) -> list[ModelCard]:
@@ -227,11 +229,11 @@ def _naming(param: str) -> Iterator[None]:
 
 
 def _request(
-    body: SamplingFields,
     request_id: str,
     prompt_ids: list[int],
     sampling: SamplingParams,
     record: AdapterRecord | None,
+    deadline: float | None,
 ) -> Request:
     """What of a body is no sampling is put into the request here."""
     return Request(
@@ -240,4 +242,5 @@ def _request(
         None if record is None else record.adapter_id,
         request_id=request_id,
         arrived_at=time.time(),
+        deadline=deadline,
     )

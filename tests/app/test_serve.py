@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -265,6 +266,21 @@ def test_a_client_that_leaves_frees_its_pages(app, stream):
         wait_until(lambda: sum(stats["num_kv_pages"] for stats in app.stats()) > 0, timeout_s=5)
     app.wait_idle(timeout_s=5)
     assert sum(stats["num_aborted"] for stats in app.stats()) == num_aborted + 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_deadline_ends_what_runs_and_what_waits_and_frees_its_pages(app, stream):
+    """Of more prompts than fit the engines' pools, so that some of them wait."""
+    asked = {"prompt": ["hello"] * 32, "max_tokens": 2000, "ignore_eos": True}
+    before = time.monotonic()
+    answer = app.complete(ADAPTERS[0], stream=stream, timeout=1.5, **asked)
+    assert 1.5 <= time.monotonic() - before < 4
+    if stream:
+        error = json.loads(answer.text.split("data: ")[-1])["error"]
+    else:
+        error = error_of(answer, 504)
+    assert (error["type"], error["code"], error["param"]) == ("TimeoutError", 504, "timeout")
+    app.wait_idle(timeout_s=2)
 
 
 def test_a_stop_string_ends_the_request_in_the_engine_and_is_no_abort(app):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from app.generation.attempts import MAX_LOSSES, MAX_PAUSE_S, Attempts
-from slora_core.errors import EngineDeadError, EngineFaultError, OverloadedError, StoreGoneError
+from slora_core.errors import EngineDeadError, EngineFaultError, StoreFullError, StoreGoneError
 from slora_core.requests import TRIAL_TOKENS, Delta, Request, SamplingParams
 from tests.virtual_time import run_in_virtual_time
 
@@ -137,9 +137,9 @@ def test_a_store_that_ended_is_waited_for():
         await tried.after(StoreGoneError("gone"))
         assert loop.time() > 0 and tried.request.num_moves == 1
         # So is room, once the request was accepted.
-        await tried.after(OverloadedError("full"))
-        with pytest.raises(OverloadedError):
-            await attempts().after(OverloadedError("full"))
+        await tried.after(StoreFullError("full"))
+        with pytest.raises(StoreFullError):
+            await attempts().after(StoreFullError("full"))
 
     run(scenario)
 

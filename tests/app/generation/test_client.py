@@ -1,11 +1,13 @@
 import asyncio
+import time
+from dataclasses import replace
 
 import pytest
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorUnavailableError
-from ray.serve.exceptions import BackPressureError
 
+from app.generation.backlog import Backlog
 from app.generation.client import WAITING, EngineClient
 from app.generation.text_ends import GATHER_S, TextEndedError
 from slora_core.errors import (
@@ -15,6 +17,7 @@ from slora_core.errors import (
     InvalidAdapterError,
     InvalidRequestError,
     OverloadedError,
+    RequestTimeoutError,
     ServerStoppingError,
     StoreFullError,
 )
@@ -100,9 +103,13 @@ async def no_newer(record, error):
     raise AssertionError("nobody should ask for a newer adapter")
 
 
+def make_client(handle, max_requests=1000):
+    return EngineClient(handle, Backlog(max_requests, max_tokens=1000), TIMEOUT_S)
+
+
 def generate(handle, num=None, renew=no_newer):
     async def run():
-        deltas = EngineClient(handle, TIMEOUT_S).generate(REQUEST, RECORD, renew)
+        deltas = make_client(handle).generate(REQUEST, RECORD, renew)
         seen = []
         async for delta in deltas:
             seen.append(delta)
@@ -154,7 +161,7 @@ def test_a_stop_ends_what_runs_and_refuses_what_comes(cancellation):
     handle = FakeHandle([FIRST, LAST])
 
     async def run():
-        client = EngineClient(handle, TIMEOUT_S)
+        client = make_client(handle)
         client._send = lambda *_: responses
         deltas = client.generate(REQUEST, RECORD, no_newer)
         assert await anext(deltas) == FIRST
@@ -179,7 +186,7 @@ def test_the_ends_of_texts_are_told_together():
     handle = FakeHandle(*[[FIRST, LAST]] * 4)
 
     async def run():
-        client = EngineClient(handle, TIMEOUT_S)
+        client = make_client(handle)
         for index in range(4):
             deltas = client.generate(REQUEST, RECORD, no_newer)
             assert await anext(deltas) == FIRST
@@ -213,7 +220,7 @@ def test_attempts_of_one_request_never_share_an_id():
     handle = FakeHandle([LAST], [LAST])
 
     async def run():
-        client = EngineClient(handle, TIMEOUT_S)
+        client = make_client(handle)
         for _ in range(2):
             assert [d async for d in client.generate(REQUEST, RECORD, no_newer)] == [LAST]
 
@@ -242,14 +249,26 @@ def test_a_stream_goes_on_after_the_tokens_that_came(failure):
 
 
 class SlowResponses(FakeResponses):
-    """As scripted; a number is so many seconds in which nothing comes."""
+    """As scripted; a number is so many seconds in which nothing comes. Cancelled as Serve's are."""
+
+    def __init__(self, handle, script):
+        super().__init__(handle, script)
+        self.is_cancelled = asyncio.Event()
 
     async def __anext__(self):
         item = await super().__anext__()
         while isinstance(item, float):
-            await asyncio.sleep(item)
-            item = await super().__anext__()
+            try:
+                await asyncio.wait_for(self.is_cancelled.wait(), item)
+            except TimeoutError:
+                item = await super().__anext__()
+            else:
+                raise asyncio.CancelledError
         return item
+
+    def cancel(self):
+        super().cancel()
+        self.is_cancelled.set()
 
 
 def slow(*scripts):
@@ -276,12 +295,12 @@ def test_no_engine_in_time_is_an_error():
 
 
 def test_what_was_accepted_waits_for_room():
-    full = [BackPressureError(5, 4)]
-    handle = FakeHandle(
-        [FIRST, DEAD], full, full, [Delta("r", [], error=StoreFullError("full"))], [LAST]
-    )
+    full = [Delta("r", [], error=StoreFullError("full"))]
+    handle = FakeHandle([FIRST, DEAD], full, full, [LAST])
     assert generate(handle) == [FIRST, LAST]
-    assert [request.num_moves for request in handle.requests] == [0, 1, 2, 3, 4]
+    assert [request.num_moves for request in handle.requests] == [0, 1, 2, 3]
+    with pytest.raises(StoreFullError):
+        generate(FakeHandle(full))
 
 
 def test_errors_that_are_data_are_raised():
@@ -289,9 +308,55 @@ def test_errors_that_are_data_are_raised():
         generate(FakeHandle([Delta("r", [], error=InvalidRequestError("too long"))]))
 
 
-def test_overload():
-    with pytest.raises(OverloadedError):
-        generate(FakeHandle([BackPressureError(5, 4)]))
+def test_what_waits_for_its_first_token_is_bounded():
+    handle = slow([10.0, FIRST, 10.0, LAST], [FIRST, LAST])
+
+    async def run():
+        client = make_client(handle, max_requests=1)
+        first = client.generate(REQUEST, RECORD, no_newer)
+        waiting = asyncio.ensure_future(anext(first))
+        await asyncio.sleep(1)
+        with pytest.raises(OverloadedError, match="1 requests wait"):
+            await anext(client.generate(REQUEST, RECORD, no_newer))
+        assert await waiting == FIRST
+        # It has begun and counts no more, and the one that was refused left nothing.
+        assert [d async for d in client.generate(REQUEST, RECORD, no_newer)] == [FIRST, LAST]
+        assert [d async for d in first] == [LAST]
+        # Nor does one that is left before.
+        handle.scripts = [[10.0, FIRST], [FIRST, LAST]]
+        leaving = asyncio.ensure_future(anext(client.generate(REQUEST, RECORD, no_newer)))
+        await asyncio.sleep(1)
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        assert [d async for d in client.generate(REQUEST, RECORD, no_newer)] == [FIRST, LAST]
+
+    run_in_virtual_time(run())
+
+
+@pytest.mark.parametrize(
+    ("scripts", "expected"),
+    [
+        # It waits for its first token, in the middle of its answer, for another engine.
+        ([[100.0, FIRST]], []),
+        ([[FIRST, 100.0, LAST]], [FIRST]),
+        ([[FIRST, DEAD], *[[DEAD]] * 1000], [FIRST]),
+        ([[FIRST, DEAD], [100.0, LAST]], [FIRST, WAITING]),
+    ],
+)
+def test_a_deadline_ends_a_request_wherever_it_is(scripts, expected):
+    handle = slow(*scripts)
+    seen = []
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        request = replace(REQUEST, deadline=time.time() + 7.0)
+        with pytest.raises(RequestTimeoutError, match="timeout has passed"):
+            async for delta in make_client(handle).generate(request, RECORD, no_newer):
+                seen.append(delta)
+        assert 6.9 < loop.time() < 8.1
+
+    run_in_virtual_time(run())
+    assert seen == expected
 
 
 def test_tokens_that_came_before_an_error_are_handed_over():
@@ -300,7 +365,7 @@ def test_tokens_that_came_before_an_error_are_handed_over():
     seen = []
 
     async def run():
-        async for delta in EngineClient(handle, TIMEOUT_S).generate(REQUEST, RECORD, no_newer):
+        async for delta in make_client(handle).generate(REQUEST, RECORD, no_newer):
             seen.append(delta)
 
     with pytest.raises(InvalidRequestError):
