@@ -177,14 +177,15 @@ def is_on_head_node() -> bool:
     )
 
 
-def known_queue_len(router: RequestRouter, replica: RunningReplica) -> int:
-    """Requests that this router believes a replica to hold; 0 where it knows nothing.
+def known_queue_len(router: RequestRouter, replica: RunningReplica) -> int | None:
+    """Requests that a replica holds, of all routers; None where this one has not heard lately.
 
-    Relies on `RequestRouter.replica_queue_len_cache`, an undocumented property; a replica itself
-    tells its queue's length only by a call to it, one for every request and replica. Tested in
-    Ray 2.60.
+    Relies on `RequestRouter.replica_queue_len_cache`, an undocumented property: what the replica
+    told when it took this router's last request, with those sent and ended since; of ten seconds at
+    most. A replica tells its queue's length otherwise only by a call to it, one for every request
+    and replica. Tested in Ray 2.60.
     """
-    return router.replica_queue_len_cache.get(replica.replica_id) or 0
+    return router.replica_queue_len_cache.get(replica.replica_id)
 
 
 def pause_when_all_are_full(pending_request: PendingRequest) -> None:

@@ -19,6 +19,7 @@ from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
 from app.registry.state import AdapterRecord
+from app.routing.conversation import conversation_of_chat, conversation_of_prompt
 from slora_core.errors import (
     AdapterUnavailableError,
     InvalidRequestError,
@@ -97,7 +98,10 @@ class CompletionService:
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
             sampling = self._sampling(body, max_tokens, seed + index, record)
-            request = _request(f"{answer_id}-{index}", prompt_ids, sampling, record, deadline)
+            conversation = conversation_of_prompt(prompt_ids, self._limits.page_tokens)
+            request = _request(
+                f"{answer_id}-{index}", prompt_ids, sampling, record, deadline, conversation
+            )
             generations.append(self._generation(index, request, record))
         return Answer(body, generations, answer_id)
 
@@ -119,7 +123,10 @@ class CompletionService:
             limit = self._output_room(prompt_ids, record)
         sampling = self._sampling(body, limit, secrets.randbits(62), record)
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        request = _request(answer_id, prompt_ids, sampling, record, deadline)
+        conversation = ""
+        if len(prompt_ids) >= self._limits.page_tokens:
+            conversation = conversation_of_chat(messages, body.chat_template_kwargs)
+        request = _request(answer_id, prompt_ids, sampling, record, deadline, conversation)
         return Answer(body, [self._generation(0, request, record)], answer_id)
 
     def model_cards(self) -> list[ModelCard]:
@@ -234,6 +241,7 @@ def _request(
     sampling: SamplingParams,
     record: AdapterRecord | None,
     deadline: float | None,
+    conversation: str,
 ) -> Request:
     """What of a body is no sampling is put into the request here."""
     return Request(
@@ -243,4 +251,5 @@ def _request(
         request_id=request_id,
         arrived_at=time.time(),
         deadline=deadline,
+        conversation=conversation,
     )

@@ -24,7 +24,7 @@ from app.registry.pools import REPORT_EVERY_S
 from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
-from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
+from app.routing.serve_router import HEALTHY_KEY, QUEUE_LEN_KEY, RANK_KEY
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
@@ -135,7 +135,11 @@ class EngineServer:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve; what `serve_router` reads."""
-        return {RANK_KEY: self._rank(), HEALTHY_KEY: self._engine.is_alive()}
+        return {
+            RANK_KEY: self._rank(),
+            HEALTHY_KEY: self._engine.is_alive(),
+            QUEUE_LEN_KEY: self._engine.num_streams,
+        }
 
     def __del__(self) -> None:
         # Serve calls it at a graceful stop, also where __init__ failed.
