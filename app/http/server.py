@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from app import ray_private
+from app import in_place, ray_private
 from app.args import SLoRAArgs
 from app.generation.backlog import Backlog
 from app.generation.client import EngineClient
@@ -49,6 +49,11 @@ class IngressServer:
         self._registry = RegistryClient(registry)
         self._view = RegistryView(self._registry)
         self._ready = (False, -READY_CACHE_S)
+        self._bodies = BodyReader(*_body_limits(args))
+
+    def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Called by Serve, also after the start; see `in_place.settings`."""
+        self._bodies.set_limits(*_body_limits(in_place.with_settings(self._args, changed)))
 
     def build_asgi_app(self) -> Starlette:
         with ended_by_failure():
@@ -69,8 +74,7 @@ class IngressServer:
             sampling_defaults(args),
             args.model_revision,
         )
-        bodies = BodyReader(args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes)
-        ingress = Ingress(service, self._registry, self._is_ready, bodies, backlog.check_room)
+        ingress = Ingress(service, self._registry, self._is_ready, self._bodies, backlog.check_room)
         return api_app(ingress, lambda app: self._lifespan(client))
 
     @asynccontextmanager
@@ -109,6 +113,10 @@ async def _end_streams_at_interrupts(client: EngineClient) -> None:
         client.stop()
         await asyncio.sleep(INTERRUPTED_S)
         client.go_on()
+
+
+def _body_limits(args: SLoRAArgs) -> tuple[int, float, int]:
+    return args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes
 
 
 def model_limits(args: SLoRAArgs) -> ModelLimits:

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from app import in_place
 from app.args import SLoRAArgs
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
@@ -47,6 +48,7 @@ class EngineServer:
             started()
 
     async def _start(self, args: SLoRAArgs, registry: Any) -> None:
+        self._args = args
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         # Whether Serve ends this replica.
@@ -54,7 +56,7 @@ class EngineServer:
         # Before the engine, so that both start at once.
         store = StoreClient(args)
         self._left = LeftRequests()
-        self._engine = AsyncEngine(engine_spec(args), gathering_interval(args), self._left.left)
+        self._engine = AsyncEngine(engine_spec(args), self._interval, self._left.left)
         started_at = time.monotonic()
         info = await self._engine.start()
         logger.info(
@@ -74,6 +76,10 @@ class EngineServer:
         self._following = asyncio.create_task(view.follow())
         self._reporting = asyncio.create_task(self._report_pool())
         self._ending = asyncio.create_task(self._end_with_engine())
+
+    def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Called by Serve, also after the start; see `in_place.settings`."""
+        self._args = in_place.with_settings(self._args, changed)
 
     async def generate(
         self,
@@ -163,6 +169,9 @@ class EngineServer:
             return
         logger.error("the engine has died, and so does its replica")
         ray.kill(ray.get_runtime_context().current_actor)
+
+    def _interval(self, num_streams: int) -> float:
+        return gathering_interval(self._args)(num_streams)
 
     async def _report_pool(self) -> None:
         """Tell the registry of this engine's pool, for as long as there is one."""

@@ -2,6 +2,7 @@ import pytest
 
 from app.args import SLoRAArgs
 from app.build import application, template_source, with_absolute_paths
+from app.config_place import ConfigPlace
 from app.http.server import model_limits
 from app.registry.client import REGISTRY_DEPLOYMENT
 from slora_core.errors import UnsupportedModelError
@@ -47,16 +48,18 @@ def test_a_model_that_is_not_there(tmp_path):
         application(SLoRAArgs(model=str(tmp_path / "empty")))
 
 
-def test_relative_paths_start_where_the_user_is(model, monkeypatch):
-    monkeypatch.chdir(model.parent)
-    args = with_absolute_paths(SLoRAArgs(model="tiny", adapters_dir="a", registry_state_path="s"))
-    cached = with_absolute_paths(SLoRAArgs(model="tiny", packed_cache_dir="p"))
+def test_relative_paths_start_where_the_user_is(model):
+    here = ConfigPlace(model.parent)
+    args = with_absolute_paths(
+        SLoRAArgs(model="tiny", adapters_dir="a", registry_state_path="s"), here
+    )
+    cached = with_absolute_paths(SLoRAArgs(model="tiny", packed_cache_dir="p"), here)
     parent = model.parent
     assert (args.model, args.base_model_name) == (str(model), "tiny")
     assert (args.adapters_dir, args.registry_state_path) == (f"{parent}/a", f"{parent}/s")
     assert args.allowed_adapter_roots == [f"{parent}/a"]
     assert cached.packed_cache_dir == f"{parent}/p" and args.packed_cache_dir is None
-    hub = with_absolute_paths(SLoRAArgs(model="org/name"))
+    hub = with_absolute_paths(SLoRAArgs(model="org/name"), here)
     assert (hub.model, hub.base_model_name) == ("org/name", "name")
 
 
@@ -73,9 +76,11 @@ def test_limits_of_model_and_pool(model):
 def test_a_chat_template_is_source_or_a_file_of_it(tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages }}")
-    assert template_source(str(file)) == template_source("{{ messages }}") == "{{ messages }}"
-    assert template_source(None) is None
+    here = ConfigPlace(tmp_path)
+    for given in (str(file), "mine.jinja", "{{ messages }}"):
+        assert template_source(given, here) == "{{ messages }}"
+    assert template_source(None, here) is None
     with pytest.raises(ValueError, match="chat_template: cannot read .*nowhere: No such file"):
-        template_source(str(tmp_path / "nowhere"))
+        template_source("nowhere", here)
     with pytest.raises(ValueError, match="chat_template is not valid Jinja in line 1"):
-        template_source("{% if %}")
+        template_source("{% if %}", here)
