@@ -77,15 +77,6 @@ def ingress_built_in_replica(ingress: type[T]) -> type[T]:
     return serve.ingress()(ingress)
 
 
-class _ConfigOfOwnVersion(DeploymentConfig):
-    """A deployment's options, whose version nobody sets."""
-
-    _own_version: str = ""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self._own_version if name == "version" else value)
-
-
 def with_code_version(deployment: Deployment, code_version: str) -> Deployment:
     """The deployment with replicas that a new version replaces, and nothing else of the code.
 
@@ -94,12 +85,16 @@ def with_code_version(deployment: Deployment, code_version: str) -> Deployment:
     one. The parameter `version` of `serve.deployment` is refused since Ray 2.60, so that without
     this a change of any argument replaces every replica of every deployment. Tested in Ray 2.60.
     """
+
+    class ConfigOfOwnVersion(DeploymentConfig):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, code_version if name == "version" else value)
+
     own = deployment.options()
-    fields = dict(own._deployment_config)
-    set_fields = own._deployment_config.model_fields_set
-    config = _ConfigOfOwnVersion.model_construct(_fields_set=set_fields, **fields)
-    config._own_version = code_version
-    own._deployment_config = config
+    config = own._deployment_config
+    own._deployment_config = ConfigOfOwnVersion.model_construct(
+        config.model_fields_set, **dict(config)
+    )
     return own
 
 

@@ -104,13 +104,14 @@ class AdapterRegistry:
         """
         roots_before = self._inspector.roots
         self._inspector.allow(allowed_roots)
-        if adapters_dir is not None:
-            try:
-                self.scan(adapters_dir)
-            except AdapterPathError:
-                self._inspector.allow(roots_before)
-                raise
-        self._upkeep.forget_other_directories(adapters_dir)
+        try:
+            failures = [] if adapters_dir is None else self.scan(adapters_dir)
+        except AdapterPathError:
+            self._inspector.allow(roots_before)
+            raise
+        # As after a load that fails, what the name meant stays.
+        failed = {name for name, _ in failures}
+        self._upkeep.forget_other_directories(adapters_dir, failed)
         self._upkeep.check_changed()
 
     def ask(self, name: str) -> int:

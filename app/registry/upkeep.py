@@ -72,10 +72,10 @@ class Upkeep:
                 self._register(result, entry, None if entry is None else entry.scanned_in)
         self._table.write()
 
-    def forget_other_directories(self, directory: str | Path | None) -> None:
+    def forget_other_directories(self, directory: str | None, kept: Collection[str]) -> None:
         """Forget what scans of other directories of adapters found and nobody has loaded since."""
         scanned = None if directory is None else os.path.realpath(directory)
-        names = self._table.scanned_elsewhere(scanned)
+        names = [name for name in self._table.scanned_elsewhere(scanned) if name not in kept]
         for name in names:
             self._table.forget(name)
         if names:
