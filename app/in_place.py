@@ -71,7 +71,15 @@ def settings(deployment: str, args: SLoRAArgs) -> dict[str, Any]:
 
 
 def with_settings(args: SLoRAArgs, changed: Mapping[str, Any]) -> SLoRAArgs:
-    """The arguments with `settings` of a later deployment."""
+    """The arguments with `settings` of a later deployment.
+
+    Raises:
+        ValueError: a relative path, which only a config file's `user_config` can have.
+    """
+    paths = [changed.get("adapters_dir"), *changed.get("allowed_adapter_roots", ())]
+    for path in paths:
+        if path is not None and not Path(path).is_absolute():
+            raise ValueError(f"user_config has the relative path {path}; make it absolute")
     return SLoRAArgs.model_validate({**args.model_dump(), **changed})
 
 

@@ -1,5 +1,10 @@
 import pytest
+import yaml
+from click.testing import CliRunner
+from ray.serve.schema import ServeDeploySchema
+from ray.serve.scripts import cli as serve_cli
 
+from app import build, in_place
 from app.args import SLoRAArgs
 from app.build import application, template_source, with_absolute_paths
 from app.config_place import ConfigPlace
@@ -27,6 +32,21 @@ def test_an_application_is_built_without_ray(model):
     # All of them know the same arguments, and one registry.
     assert args.served_model_name == "tiny"
     assert engine.init_args == (args, registry_app) and registry.init_args == (args,)
+
+
+def test_serve_build_writes_a_config_of_the_default_application(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "parse_args", lambda values: SLoRAArgs(model=str(model), **values))
+    written = tmp_path / "config.yaml"
+    asked = CliRunner().invoke(serve_cli, ["build", "app.build:app", "-o", str(written)])
+    assert asked.exit_code == 0, asked.output
+    [app] = ServeDeploySchema.model_validate(yaml.safe_load(written.read_text())).applications
+    assert app.import_path == "app.build:app"
+    deployments = {deployment.name: deployment for deployment in app.deployments}
+    assert set(deployments) == {"ingress", "engine", REGISTRY_DEPLOYMENT}
+    assert deployments["engine"].user_config == in_place.settings("engine", SLoRAArgs())
+    assert deployments["ingress"].max_surge_percent == 100
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        build.nothing  # noqa: B018
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(model, tmp_path):

@@ -76,6 +76,14 @@ def test_settings_arrive(name):
     assert in_place.code_version(name, taken) == in_place.code_version(name, later)
 
 
+def test_settings_that_somebody_wrote_into_a_config_file():
+    for wrong in ({"adapters_dir": "a"}, {"allowed_adapter_roots": ["/a", "b"]}):
+        with pytest.raises(ValueError, match="user_config has the relative path [ab];"):
+            in_place.with_settings(SLoRAArgs(), wrong)
+    with pytest.raises(ValueError, match="max_body_bytes"):
+        in_place.with_settings(SLoRAArgs(), {"max_body_bytes": 1})
+
+
 def test_other_sources_are_another_version(monkeypatch):
     before = in_place.code_version(ENGINE, SLoRAArgs())
     monkeypatch.setattr(in_place, "_sources", lambda: "later")

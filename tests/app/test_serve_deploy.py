@@ -70,13 +70,8 @@ def app(ray_cluster, tmp_path_factory) -> Iterator[Deployed]:
     from ray import serve
 
     root = tmp_path_factory.mktemp("deploy")
-    model = make_model(
-        root / "model",
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=CONTEXT_LEN,
-        num_hidden_layers=1,
-    )
-    make_tokenizer(model)
+    shape = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT_LEN}
+    model = make_tokenizer(make_model(root / "model", num_hidden_layers=1, **shape))
     for directory, name, seed in (("old", "both", 1), ("old", "gone", 2), ("new", "both", 3)):
         make_random_adapter(root / directory / name, model, seed=seed)
     app = Deployed(f"{ray_cluster}/{APP}", model, root / "old", root / "new", APP)
