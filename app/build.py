@@ -11,6 +11,7 @@ import ray
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 
 from app import in_place, ray_private
 from app.args import SLoRAArgs, parse_args
@@ -22,7 +23,7 @@ from app.registry.client import REGISTRY_DEPLOYMENT
 from app.registry.deployment import RegistryServer
 from app.replica.server import EngineServer
 from app.routing.serve_router import AffinityRouter
-from app.serve_run import ended_by_failure
+from app.serve_run import EXPECTED, as_line, ended_by_failure
 from app.start_checks import check_machine
 from slora_core.text.template_sandbox import TemplateSourceError, check_template
 
@@ -42,13 +43,20 @@ def build(args: dict[str, Any]) -> Application:
 
     Raises:
         ValueError: arguments that are wrong or that this machine cannot serve.
+        RayServeException: the same, and whatever else is no defect, where Ray runs: Serve tells
+            it in its status as it is, and would try four times after any other error.
     """
-    with ended_by_failure():
-        parsed = parse_args(args)
-        # `serve run` without a config file builds before it starts Ray.
-        if ray.is_initialized():
-            check_machine(parsed)
-        return application(parsed, find_config_place())
+    try:
+        with ended_by_failure():
+            parsed = parse_args(args)
+            # `serve run` without a config file builds before it starts Ray.
+            if ray.is_initialized():
+                check_machine(parsed)
+            return application(parsed, find_config_place())
+    except EXPECTED as error:
+        if not ray.is_initialized():
+            raise
+        raise RayServeException(as_line(error)) from error
 
 
 def __getattr__(name: str) -> Application:

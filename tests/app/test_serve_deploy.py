@@ -179,7 +179,7 @@ def test_a_config_that_is_wrong_changes_nothing(app):
     before = app.running()
     app.deploy(adapters_dir="nowhere")
     wait_until(app.failure, 30)
-    assert "adapters_dir: nowhere is relative" in app.failure()
+    assert "exception:\nadapters_dir: nowhere is relative, " in app.failure()
     assert app.complete("both", max_tokens=4).status_code == 200
     # Serve tells of no deployment while there is no config that it could compare them with.
     assert app.running() in ({}, before)
