@@ -15,7 +15,7 @@ from ray.serve.exceptions import RayServeException
 
 from app import in_place, ray_private
 from app.args import SLoRAArgs, parse_args
-from app.config_place import ConfigPlace, find_config_place
+from app.config_place import ConfigPlace, find_config_place, is_built_by_serve
 from app.http.server import IngressServer, model_limits, sampling_defaults
 from app.models.geometry import adapter_geometry
 from app.models.source import resolve_revision
@@ -43,8 +43,8 @@ def build(args: dict[str, Any]) -> Application:
 
     Raises:
         ValueError: arguments that are wrong or that this machine cannot serve.
-        RayServeException: the same, and whatever else is no defect, where Ray runs: Serve tells
-            it in its status as it is, and would try four times after any other error.
+        RayServeException: the same, and whatever else is no defect, in a process of Serve's: its
+            status tells it as it is, and Serve would try four times after any other error.
     """
     try:
         with ended_by_failure():
@@ -54,7 +54,7 @@ def build(args: dict[str, Any]) -> Application:
                 check_machine(parsed)
             return application(parsed, find_config_place())
     except EXPECTED as error:
-        if not ray.is_initialized():
+        if not is_built_by_serve():
             raise
         raise RayServeException(as_line(error)) from error
 

@@ -55,10 +55,14 @@ class ConfigPlace:
         return "" if found is None else f", {found} does not exist"
 
 
+def is_built_by_serve() -> bool:
+    """Whether Serve builds here what a config file names, and not the user's own process."""
+    return ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None
+
+
 def find_config_place() -> ConfigPlace:
     """The place of whoever has the application built in this process; blocks on Ray."""
-    if not ray.is_initialized() or ray.get_runtime_context().get_task_id() is None:
-        # Their own process.
+    if not is_built_by_serve():
         return ConfigPlace(Path.cwd())
     if ray.get_runtime_context().runtime_env.get("working_dir"):
         # Ray has started this process in it, as it will the replicas.
