@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from app.args import SLoRAArgs
+from app.args import DEMO_MODEL_NAME, SLoRAArgs
 from app.registry.client import REGISTRY_DEPLOYMENT
 
 REGISTRY, ENGINE, INGRESS = REGISTRY_DEPLOYMENT, "engine", "ingress"
@@ -24,7 +24,6 @@ _OPTIONS = {
     "cpus_per_replica",
     "gpus_per_replica",
     "max_ongoing_requests",
-    "max_queued_requests",
     "max_surge_percent",
     "graceful_shutdown_timeout_s",
 }
@@ -33,7 +32,13 @@ _OPTIONS = {
 _SETTINGS: Mapping[str, tuple[str, ...]] = {
     REGISTRY: ("adapters_dir", "allowed_adapter_roots"),
     ENGINE: ("flush_interval_s", "max_pieces_per_s"),
-    INGRESS: ("max_body_bytes", "body_timeout_s", "max_inflight_body_bytes"),
+    INGRESS: (
+        "max_queued_requests",
+        "max_queued_tokens",
+        "max_body_bytes",
+        "body_timeout_s",
+        "max_inflight_body_bytes",
+    ),
 }
 
 # Arguments that only these deployments are started with.
@@ -57,6 +62,7 @@ _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "packed_cache_bytes": (ENGINE,),
     "num_threads": (ENGINE,),
     "engine_stall_timeout_s": (ENGINE,),
+    "failover_timeout_s": (INGRESS,),
     # Serve makes a router once in the life of a process that holds a handle.
     "spill_queue_len": (INGRESS,),
     "spill_factor": (INGRESS,),
@@ -101,6 +107,11 @@ def code_version(deployment: str, args: SLoRAArgs) -> str:
     values = args.model_dump(mode="json", include=started_with(deployment))
     told = json.dumps([_sources(), values], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def model_key(args: SLoRAArgs) -> str:
+    """Names the base model: prompts of another one are not computed by its replicas."""
+    return f"{args.model or DEMO_MODEL_NAME}@{args.model_revision or ''}"
 
 
 @cache

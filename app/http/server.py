@@ -50,10 +50,13 @@ class IngressServer:
         self._view = RegistryView(self._registry)
         self._ready = (False, -READY_CACHE_S)
         self._bodies = BodyReader(*_body_limits(args))
+        self._backlog = Backlog(args.max_queued_requests, args.num_queued_tokens)
 
     def reconfigure(self, changed: dict[str, Any]) -> None:
         """Called by Serve, also after the start; see `in_place.settings`."""
-        self._bodies.set_limits(*_body_limits(in_place.with_settings(self._args, changed)))
+        args = in_place.with_settings(self._args, changed)
+        self._bodies.set_limits(*_body_limits(args))
+        self._backlog.set_limits(args.max_queued_requests, args.num_queued_tokens)
 
     def build_asgi_app(self) -> Starlette:
         with ended_by_failure():
@@ -62,8 +65,9 @@ class IngressServer:
     def _api_app(self) -> Starlette:
         args = self._args
         model_dir = resolve_model(args.model, args.model_revision)
-        backlog = Backlog(args.max_queued_requests, args.num_queued_tokens)
-        client = EngineClient(self._engine, backlog, args.failover_timeout_s)
+        client = EngineClient(
+            self._engine, self._backlog, args.failover_timeout_s, in_place.model_key(args)
+        )
         service = CompletionService(
             args.base_model_name,
             args.model or args.base_model_name,
@@ -74,7 +78,8 @@ class IngressServer:
             sampling_defaults(args),
             args.model_revision,
         )
-        ingress = Ingress(service, self._registry, self._is_ready, self._bodies, backlog.check_room)
+        check_room = self._backlog.check_room
+        ingress = Ingress(service, self._registry, self._is_ready, self._bodies, check_room)
         return api_app(ingress, lambda app: self._lifespan(client))
 
     @asynccontextmanager

@@ -25,16 +25,18 @@ from app.registry.pools import REPORT_EVERY_S
 from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
-from app.routing.serve_router import HEALTHY_KEY, QUEUE_LEN_KEY, RANK_KEY
+from app.routing.serve_router import HEALTHY_KEY, MODEL_KEY, QUEUE_LEN_KEY, RANK_KEY
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
-from slora_core.errors import EngineDeadError, SLoRAError
+from slora_core.errors import EngineDeadError, OverloadedError, SLoRAError
 from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
 
+# Seconds in which another base model's ingress takes over, as clients are told.
+MODEL_CHANGE_S = 5
 # Seconds that the last deltas have to leave this process.
 LAST_WORDS_S = 0.2
 
@@ -93,6 +95,7 @@ class EngineServer:
         for the router, which has read it.
         """
         try:
+            self._check_model(request)
             holding = nullcontext() if record is None else self._leases.hold(record)
             async with holding:
                 with self._engine.generate(request) as stream:
@@ -145,6 +148,7 @@ class EngineServer:
             RANK_KEY: self._rank(),
             HEALTHY_KEY: self._engine.is_alive(),
             QUEUE_LEN_KEY: self._engine.num_streams,
+            MODEL_KEY: in_place.model_key(self._args),
         }
 
     def __del__(self) -> None:
@@ -156,6 +160,16 @@ class EngineServer:
     def _rank(self) -> str:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
         return str(serve.get_replica_context().rank.rank)
+
+    def _check_model(self, request: Request) -> None:
+        """Raises OverloadedError for a prompt that another base model's ingress has tokenized.
+
+        While a deployment of another model is under way, old processes are there beside new ones.
+        """
+        if request.model_key not in ("", in_place.model_key(self._args)):
+            raise OverloadedError(
+                "the base model is being replaced; try again in a few seconds", MODEL_CHANGE_S
+            )
 
     async def _end_with_engine(self) -> None:
         """End this actor once its engine has died and its clients know.
