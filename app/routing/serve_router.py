@@ -16,6 +16,7 @@ from app.routing.spread import AdapterSpread
 RANK_KEY = "rank_in_deployment"
 HEALTHY_KEY = "healthy"
 QUEUE_LEN_KEY = "queue_len"
+MODEL_KEY = "base_model"
 
 
 class AffinityRouter(RequestRouter):
@@ -36,8 +37,10 @@ class AffinityRouter(RequestRouter):
         """
         adapter_id, conversation, avoid = "", "", None
         if pending_request is not None:
+            candidate_replicas = _of_same_model(candidate_replicas, pending_request)
             adapter_id = pending_request.metadata.session_id
-            conversation, avoid = _conversation(pending_request), _replica_to_avoid(pending_request)
+            conversation = _of_request(pending_request, "conversation")
+            avoid = _replica_to_avoid(pending_request)
             ray_private.pause_when_all_are_full(pending_request)
         loads = [self._load(replica, avoid) for replica in candidate_replicas]
         width = 1
@@ -72,10 +75,19 @@ class AffinityRouter(RequestRouter):
         )
 
 
-def _conversation(pending_request: PendingRequest) -> str:
+def _of_same_model(
+    replicas: list[RunningReplica], pending_request: PendingRequest
+) -> list[RunningReplica]:
+    """Those of the base model that a request is for, or all, which then refuse it."""
+    model = _of_request(pending_request, "model_key")
+    same = [replica for replica in replicas if replica.routing_stats.get(MODEL_KEY, model) == model]
+    return same or replicas
+
+
+def _of_request(pending_request: PendingRequest, field: str) -> str:
     """Of the request that is `generate`'s first argument; calls of other methods have none."""
     [*arguments] = pending_request.args
-    return getattr(arguments[0], "conversation", "") if arguments else ""
+    return getattr(arguments[0], field, "") if arguments else ""
 
 
 def _replica_to_avoid(pending_request: PendingRequest) -> str | None:
