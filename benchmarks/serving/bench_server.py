@@ -1,0 +1,256 @@
+"""What the server around an engine adds to a first token, and how many tokens a second it streams.
+
+`python -m benchmarks.serving.bench_server`: `serve run` of the application with stubbed engines,
+two of them and two ingress replicas, by default and with Serve's fast settings, in turn. One client
+alone measures the first token, above the stub's own step; then 64 streams at once measure tokens a
+second and which process takes the cores. Every text is compared with what the stub was to say.
+Server and client share the machine's cores.
+"""
+
+import argparse
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import uvloop
+
+from app.args import DEMO_MODEL_NAME
+from app.models.demo import ensure_demo_model
+from benchmarks.report import add_output_option, make_row, publish
+from benchmarks.serving.load_summary import percentile
+from benchmarks.serving.local_server import READY_TIMEOUT_S
+from benchmarks.serving.process_usage import cpu_shares, usage_of_descendants
+from benchmarks.serving.raw_client import RawAnswer, RawConnection, post, read_stream
+from benchmarks.serving.serve_process import serve_run
+from benchmarks.serving.stub_tokens import StubVocabulary
+from slora_core.models.registry import load_model_config
+from slora_core.requests import Request, SamplingParams
+from slora_core.text.tokenizer import Tokenizer
+
+# Serve reads them where it starts, in each of its processes.
+SETTINGS = {
+    "default": {},
+    "fast": {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Else a stop takes half a minute.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    },
+}
+NUM_REPLICAS = 2
+WARM_UP_S = 3.0
+NUM_WARM_UPS = 20
+# Of a request of the client alone: a first token and some more.
+SHORT_ANSWER = 4
+# A process that takes less of a core is not told.
+LEAST_SHARE = 0.02
+PORT = 8000
+
+
+class WrongTextError(Exception):
+    """An answer that is not what the stub was to say."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat, and the token ids that its answer begins with."""
+
+    content: str
+    token_ids: list[int]
+    prompt_ids: list[int]
+
+    def request(self, url: str, num_tokens: int) -> bytes:
+        body = {
+            "model": DEMO_MODEL_NAME,
+            "messages": [{"role": "user", "content": self.content}],
+            "temperature": 0,
+            "max_tokens": num_tokens,
+            "stream": True,
+        }
+        return post(url, "/v1/chat/completions", body)
+
+
+async def make_prompts(tokenizer: Tokenizer, num_prompts: int, num_tokens: int) -> list[Prompt]:
+    """Different chats, with answers of `num_tokens` tokens."""
+    model = load_model_config(ensure_demo_model())
+    vocabulary = StubVocabulary(model.vocab_size, model.eos_token_ids)
+    prompts = []
+    for index in range(num_prompts):
+        content = f"Tell me of the sea, in {index + 3} sentences of plain words, and of its ships."
+        prompt_ids = await tokenizer.encode_chat([{"role": "user", "content": content}])
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=0)
+        token_ids = vocabulary.answer(Request(prompt_ids, sampling))
+        prompts.append(Prompt(content, token_ids, prompt_ids))
+    return prompts
+
+
+async def ask_in_turn(url: str, prompts: Sequence[Prompt], number: int) -> list[RawAnswer]:
+    """One client, one request after the other."""
+    connection = await RawConnection.open(url)
+    requests = [prompt.request(url, SHORT_ANSWER) for prompt in prompts]
+    try:
+        return [await connection.ask(requests[i % len(requests)]) for i in range(number)]
+    finally:
+        connection.close()
+
+
+async def ask_at_once(
+    url: str, prompts: Sequence[Prompt], num_tokens: int, seconds: float
+) -> list[list[RawAnswer]]:
+    """A client for each prompt, which asks it again and again; nothing begins after `seconds`.
+
+    Their first answers differ in length, so that they end one after another from then on.
+    """
+    end = time.monotonic() + seconds
+
+    async def ask(index: int, prompt: Prompt) -> list[RawAnswer]:
+        connection = await RawConnection.open(url)
+        request = prompt.request(url, num_tokens)
+        answers = []
+        try:
+            first = first_length(index, len(prompts), num_tokens)
+            answers.append(await connection.ask(prompt.request(url, first)))
+            while time.monotonic() < end:
+                answers.append(await connection.ask(request))
+        finally:
+            connection.close()
+        return answers
+
+    return list(await asyncio.gather(*(ask(i, prompt) for i, prompt in enumerate(prompts))))
+
+
+def first_length(index: int, num_streams: int, num_tokens: int) -> int:
+    """Tokens of a stream's first answer."""
+    return max(1, num_tokens * (index + 1) // num_streams)
+
+
+async def warm_up(url: str, prompts: Sequence[Prompt], num_tokens: int) -> None:
+    """Until the server has answered for a while; HAProxy cuts connections while replicas start."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        try:
+            await ask_at_once(url, prompts, num_tokens, WARM_UP_S)
+            await ask_in_turn(url, prompts, NUM_WARM_UPS)
+            return
+        except ConnectionError:
+            if time.monotonic() > deadline:
+                raise
+
+
+class Checker:
+    """Compares answers with what the stub was to say."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def num_pieces(self, prompt: Prompt, num_tokens: int, answers: Iterable[RawAnswer]) -> int:
+        """Pieces of text that they came in.
+
+        Raises:
+            BadAnswerError, WrongTextError: of the first that is not right.
+        """
+        decoder = self._tokenizer.decoder(prompt.prompt_ids)
+        expected = decoder.push(prompt.token_ids[:num_tokens]) + decoder.finish()
+        num_pieces = 0
+        for answer in answers:
+            streamed = read_stream(answer.data)
+            if (streamed.text, streamed.finish_reason) != (expected, "length"):
+                raise WrongTextError(f"{streamed} instead of {expected!r} for {prompt.content!r}")
+            num_pieces += streamed.num_pieces
+        return num_pieces
+
+
+async def measure(
+    url: str, pid: int, args: argparse.Namespace, prompts: Sequence[Prompt], checker: Checker
+) -> dict[str, Any]:
+    """Figures of a server that has just started."""
+    await warm_up(url, prompts, args.tokens)
+    alone = await ask_in_turn(url, prompts, args.requests)
+    for index, answer in enumerate(alone):
+        checker.num_pieces(prompts[index % len(prompts)], SHORT_ANSWER, [answer])
+
+    before, began, own_cpu_s = usage_of_descendants(pid), time.monotonic(), time.process_time()
+    by_prompt = await ask_at_once(url, prompts, args.tokens, args.seconds)
+    own_cpu_s, seconds = time.process_time() - own_cpu_s, time.monotonic() - began
+    shares = cpu_shares(before, usage_of_descendants(pid), seconds)
+    num_pieces = num_tokens = 0
+    for index, (prompt, answers) in enumerate(zip(prompts, by_prompt, strict=True)):
+        first = first_length(index, args.streams, args.tokens)
+        num_pieces += checker.num_pieces(prompt, first, answers[:1])
+        num_pieces += checker.num_pieces(prompt, args.tokens, answers[1:])
+        num_tokens += first + args.tokens * (len(answers) - 1)
+    answers = [answer for of_prompt in by_prompt for answer in of_prompt]
+    return {
+        "added_ttft_ms": _added_ms(alone, args.step_ms, (50, 90, 99)),
+        "tokens_per_s": round(num_tokens / seconds, 1),
+        "engine_tokens_per_s": round(args.streams * 1e3 / args.step_ms, 1),
+        "tokens_per_piece": round(num_tokens / num_pieces, 2),
+        "busy_added_ttft_ms": _added_ms(answers, args.step_ms, (50, 90, 99)),
+        "num_answers": len(alone) + len(answers),
+        "cores": _by_role([("client", own_cpu_s / seconds), *shares]),
+    }
+
+
+def _added_ms(
+    answers: Sequence[RawAnswer], step_ms: float, percents: Sequence[int]
+) -> dict[str, float]:
+    times = [1e3 * (a.first_at - a.sent_at) - step_ms for a in answers if a.first_at is not None]
+    return {f"p{percent}": round(percentile(times, percent) or 0.0, 2) for percent in percents}
+
+
+def _by_role(shares: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Cores that all processes of a role take together."""
+    cores: Counter[str] = Counter()
+    for role, share in shares:
+        cores[role] += share
+    return {role: round(share, 2) for role, share in cores.most_common() if share >= LEAST_SHARE}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--repeats", type=int, default=3, help="of all settings, in turn")
+    parser.add_argument("--streams", type=int, default=64, help="at once")
+    parser.add_argument("--step-ms", type=float, default=4.0, help="what a step of a stub takes")
+    parser.add_argument("--tokens", type=int, default=256, help="of a stream")
+    parser.add_argument("--requests", type=int, default=200, help="of the client alone")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of all streams at once")
+    parser.add_argument("--port", type=int, default=PORT)
+    add_output_option(parser)
+    args = parser.parse_args(argv)
+    tokenizer = Tokenizer(ensure_demo_model())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        _measure_all(runner, args, tokenizer)
+
+
+def _measure_all(runner: asyncio.Runner, args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    prompts = runner.run(make_prompts(tokenizer, args.streams, args.tokens))
+    app_args = {
+        "num_replicas": NUM_REPLICAS,
+        "num_ingress_replicas": NUM_REPLICAS,
+        "stub_step_s": args.step_ms / 1e3,
+    }
+    for _ in range(args.repeats):
+        for setting in args.settings:
+            environment = SETTINGS[setting]
+            server = serve_run(
+                "benchmarks.serving.stub_app:build", app_args, args.port, environment
+            )
+            with server as (url, pid):
+                figures = runner.run(measure(url, pid, args, prompts, Checker(tokenizer)))
+            config = {
+                **app_args,
+                "environment": environment,
+                "streams": args.streams,
+                "tokens": args.tokens,
+            }
+            publish(make_row("server", {"setting": setting, **figures}, config, 0), args.output)
+
+
+if __name__ == "__main__":
+    main()
