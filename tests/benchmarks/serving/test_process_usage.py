@@ -70,10 +70,10 @@ def test_shared_memory_is_told_apart():
 
 def test_growth_by_medians_of_processes_that_last():
     def sample(mib, num_fds, **others):
-        lasting = {1: Usage("engine", mib * MIB, 0, num_fds)}
+        lasting = {1: Usage("engine", mib * MIB, 0, num_fds, 1.0)}
         return lasting | {int(pid[1:]): usage for pid, usage in others.items()}
 
-    first = [sample(100, 10), sample(100, 10, p2=Usage("worker", 5 * MIB, 0, 3)), sample(400, 90)]
+    first = [sample(100, 10), sample(100, 10, p2=Usage("worker", 5 * MIB, 0, 3, 1.0)), sample(400, 90)]
     last = [sample(103, 10), sample(50, 12), sample(103, 12)]
     memory, descriptors = growth_of_processes(first, last)
     assert memory == [Growth("engine 1", 100, 103)]
