@@ -49,6 +49,14 @@ def usage_of_descendants(root_pid: int) -> dict[int, Usage]:
     return found
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; one that waits to be asked for its status has."""
+    try:
+        return _fields_after_name(Path(f"/proc/{pid}/stat"))[0] != "Z"
+    except OSError:
+        return False
+
+
 def cpu_shares(
     first: dict[int, Usage], last: dict[int, Usage], seconds: float
 ) -> list[tuple[str, float]]:

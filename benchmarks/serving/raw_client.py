@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+ANSWER_TIMEOUT_S = 60.0
+
 _HEAD_END = b"\r\n\r\n"
 # The last chunk, after the line's end of the one before. No event has such bytes.
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
@@ -62,6 +64,7 @@ class RawConnection(asyncio.Protocol):
 
         Raises:
             ConnectionError: the server has closed the connection.
+            TimeoutError: it does not answer, or not to the end.
         """
         assert self._transport is not None and self._ended is None
         self._data.clear()
@@ -70,7 +73,8 @@ class RawConnection(asyncio.Protocol):
         sent_at = time.monotonic()
         self._transport.write(request)
         try:
-            await self._ended
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self._ended
         finally:
             self._ended = None
         return RawAnswer(sent_at, self._first_at, time.monotonic(), bytes(self._data))

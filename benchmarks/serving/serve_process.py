@@ -20,8 +20,9 @@ import httpx
 
 from benchmarks.report import ROOT
 from benchmarks.serving.local_server import HOST, READY_TIMEOUT_S, ServerError
-from benchmarks.serving.process_usage import usage_of_descendants
+from benchmarks.serving.process_usage import is_running, usage_of_descendants
 
+COMMAND = (sys.executable, "-m", "ray.serve.scripts", "run")
 STOP_TIMEOUT_S = 60.0
 # How long the processes of a server that has ended may take to follow it.
 FOLLOW_TIMEOUT_S = 10.0
@@ -57,7 +58,7 @@ def serve_run(
         log_path = Path(directory) / "log"
         with log_path.open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ray.serve.scripts", "run", str(path)],
+                [*COMMAND, str(path)],
                 cwd=ROOT,
                 # Never a cluster that happens to run on this machine.
                 env={**os.environ, "RAY_ADDRESS": "local", **environment},
@@ -97,17 +98,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.kill()
         process.wait()
     deadline = time.monotonic() + FOLLOW_TIMEOUT_S
-    while (left := [pid for pid in started if _runs(pid)]) and time.monotonic() < deadline:
+    while (left := [pid for pid in started if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        # The first field after the name, which is in parentheses and may hold anything.
-        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"

@@ -23,7 +23,6 @@ from slora_core.models.registry import load_model_config
 from slora_core.models.weights import allocate_weights
 from slora_core.requests import RequestState, ScheduledChunk, StepOutput, StepPlan
 
-
 # prctl(2): by how many nanoseconds the kernel may wake a thread late.
 _PR_SET_TIMERSLACK = 29
 
