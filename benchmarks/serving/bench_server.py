@@ -12,22 +12,26 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import uvloop
 
-from app.args import DEMO_MODEL_NAME
 from app.models.demo import ensure_demo_model
 from benchmarks.report import add_output_option, make_row, publish
 from benchmarks.serving.load_summary import percentile
 from benchmarks.serving.local_server import READY_TIMEOUT_S
 from benchmarks.serving.process_usage import cpu_shares, usage_of_descendants
-from benchmarks.serving.raw_client import RawAnswer, RawConnection, post, read_stream
+from benchmarks.serving.raw_client import RawAnswer
 from benchmarks.serving.serve_process import serve_run
-from benchmarks.serving.stub_tokens import StubVocabulary
-from slora_core.models.registry import load_model_config
-from slora_core.requests import Request, SamplingParams
+from benchmarks.serving.stub_load import (
+    SHORT_ANSWER,
+    Checker,
+    Prompt,
+    ask_at_once,
+    ask_in_turn,
+    first_length,
+    make_prompts,
+)
 from slora_core.text.tokenizer import Tokenizer
 
 # Serve reads them where it starts, in each of its processes.
@@ -43,88 +47,9 @@ SETTINGS = {
 NUM_REPLICAS = 2
 WARM_UP_S = 3.0
 NUM_WARM_UPS = 20
-# Of a request of the client alone: a first token and some more.
-SHORT_ANSWER = 4
 # A process that takes less of a core is not told.
 LEAST_SHARE = 0.02
 PORT = 8000
-
-
-class WrongTextError(Exception):
-    """An answer that is not what the stub was to say."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A chat, and the token ids that its answer begins with."""
-
-    content: str
-    token_ids: list[int]
-    prompt_ids: list[int]
-
-    def request(self, url: str, num_tokens: int) -> bytes:
-        body = {
-            "model": DEMO_MODEL_NAME,
-            "messages": [{"role": "user", "content": self.content}],
-            "temperature": 0,
-            "max_tokens": num_tokens,
-            "stream": True,
-        }
-        return post(url, "/v1/chat/completions", body)
-
-
-async def make_prompts(tokenizer: Tokenizer, num_prompts: int, num_tokens: int) -> list[Prompt]:
-    """Different chats, with answers of `num_tokens` tokens."""
-    model = load_model_config(ensure_demo_model())
-    vocabulary = StubVocabulary(model.vocab_size, model.eos_token_ids)
-    prompts = []
-    for index in range(num_prompts):
-        content = f"Tell me of the sea, in {index + 3} sentences of plain words, and of its ships."
-        prompt_ids = await tokenizer.encode_chat([{"role": "user", "content": content}])
-        sampling = SamplingParams(max_tokens=num_tokens, temperature=0)
-        token_ids = vocabulary.answer(Request(prompt_ids, sampling))
-        prompts.append(Prompt(content, token_ids, prompt_ids))
-    return prompts
-
-
-async def ask_in_turn(url: str, prompts: Sequence[Prompt], number: int) -> list[RawAnswer]:
-    """One client, one request after the other."""
-    connection = await RawConnection.open(url)
-    requests = [prompt.request(url, SHORT_ANSWER) for prompt in prompts]
-    try:
-        return [await connection.ask(requests[i % len(requests)]) for i in range(number)]
-    finally:
-        connection.close()
-
-
-async def ask_at_once(
-    url: str, prompts: Sequence[Prompt], num_tokens: int, seconds: float
-) -> list[list[RawAnswer]]:
-    """A client for each prompt, which asks it again and again; nothing begins after `seconds`.
-
-    Their first answers differ in length, so that they end one after another from then on.
-    """
-    end = time.monotonic() + seconds
-
-    async def ask(index: int, prompt: Prompt) -> list[RawAnswer]:
-        connection = await RawConnection.open(url)
-        request = prompt.request(url, num_tokens)
-        answers = []
-        try:
-            first = first_length(index, len(prompts), num_tokens)
-            answers.append(await connection.ask(prompt.request(url, first)))
-            while time.monotonic() < end:
-                answers.append(await connection.ask(request))
-        finally:
-            connection.close()
-        return answers
-
-    return list(await asyncio.gather(*(ask(i, prompt) for i, prompt in enumerate(prompts))))
-
-
-def first_length(index: int, num_streams: int, num_tokens: int) -> int:
-    """Tokens of a stream's first answer."""
-    return max(1, num_tokens * (index + 1) // num_streams)
 
 
 async def warm_up(url: str, prompts: Sequence[Prompt], num_tokens: int) -> None:
@@ -138,29 +63,6 @@ async def warm_up(url: str, prompts: Sequence[Prompt], num_tokens: int) -> None:
         except ConnectionError:
             if time.monotonic() > deadline:
                 raise
-
-
-class Checker:
-    """Compares answers with what the stub was to say."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def num_pieces(self, prompt: Prompt, num_tokens: int, answers: Iterable[RawAnswer]) -> int:
-        """Pieces of text that they came in.
-
-        Raises:
-            BadAnswerError, WrongTextError: of the first that is not right.
-        """
-        decoder = self._tokenizer.decoder(prompt.prompt_ids)
-        expected = decoder.push(prompt.token_ids[:num_tokens]) + decoder.finish()
-        num_pieces = 0
-        for answer in answers:
-            streamed = read_stream(answer.data)
-            if (streamed.text, streamed.finish_reason) != (expected, "length"):
-                raise WrongTextError(f"{streamed} instead of {expected!r} for {prompt.content!r}")
-            num_pieces += streamed.num_pieces
-        return num_pieces
 
 
 async def measure(

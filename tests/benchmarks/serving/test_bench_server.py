@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from benchmarks.serving import bench_server
-from benchmarks.serving.bench_server import Checker, WrongTextError, first_length, make_prompts
+from benchmarks.serving import bench_server, stub_load
+from benchmarks.serving.stub_load import Checker, WrongTextError, first_length, make_prompts
 from slora_core.text.tokenizer import Tokenizer
 from tests.factories import make_model
 from tests.tiny_tokenizer import VOCAB_SIZE, make_tokenizer
@@ -24,7 +24,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(model_dir, monkeypatch):
-    monkeypatch.setattr(bench_server, "ensure_demo_model", lambda: model_dir)
+    monkeypatch.setattr(stub_load, "ensure_demo_model", lambda: model_dir)
     return Tokenizer(model_dir)
 
 
