@@ -11,16 +11,16 @@ import argparse
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import uvloop
 
 from app.models.demo import ensure_demo_model
 from benchmarks.report import add_output_option, make_row, publish
-from benchmarks.serving.load_summary import percentile
+from benchmarks.serving.load_summary import PERCENTILES, percentile
 from benchmarks.serving.local_server import READY_TIMEOUT_S
-from benchmarks.serving.process_usage import cpu_shares, usage_of_descendants
+from benchmarks.serving.process_usage import cpu_shares, machine_cpu_s, usage_of_descendants
 from benchmarks.serving.raw_client import RawAnswer
 from benchmarks.serving.serve_process import serve_run
 from benchmarks.serving.stub_load import (
@@ -37,6 +37,11 @@ from slora_core.text.tokenizer import Tokenizer
 # Serve reads them where it starts, in each of its processes.
 SETTINGS = {
     "default": {},
+    # Without HAProxy: Serve's own threads beside the application's are gone.
+    "one-loop": {
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    },
     "fast": {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -70,47 +75,65 @@ async def measure(
 ) -> dict[str, Any]:
     """Figures of a server that has just started."""
     await warm_up(url, prompts, args.tokens)
+    meter = CoreMeter(pid)
     alone = await ask_in_turn(url, prompts, args.requests)
+    alone_cores = meter.read()
+    meter = CoreMeter(pid)
+    by_prompt = await ask_at_once(url, prompts, args.tokens, args.seconds)
+    cores = meter.read()
     for index, answer in enumerate(alone):
         checker.num_pieces(prompts[index % len(prompts)], SHORT_ANSWER, [answer])
-
-    before, began, own_cpu_s = usage_of_descendants(pid), time.monotonic(), time.process_time()
-    by_prompt = await ask_at_once(url, prompts, args.tokens, args.seconds)
-    own_cpu_s, seconds = time.process_time() - own_cpu_s, time.monotonic() - began
-    shares = cpu_shares(before, usage_of_descendants(pid), seconds)
-    num_pieces = num_tokens = num_answers = 0
+    num_pieces = num_tokens = 0
     for index, (prompt, answers) in enumerate(zip(prompts, by_prompt, strict=True)):
         first = first_length(index, args.streams, args.tokens)
         num_pieces += checker.num_pieces(prompt, first, answers[:1])
         num_pieces += checker.num_pieces(prompt, args.tokens, answers[1:])
         num_tokens += first + args.tokens * (len(answers) - 1)
-        num_answers += len(answers)
     # The first ones all came at once.
     later = [answer for answers in by_prompt for answer in answers[1:]]
     return {
-        "added_ttft_ms": _added_ms(alone, args.step_ms, (50, 90, 99)),
-        "tokens_per_s": round(num_tokens / seconds, 1),
+        "added_ttft_ms": _added_ms(alone, args.step_ms),
+        "tokens_per_s": round(num_tokens / meter.seconds, 1),
         "engine_tokens_per_s": round(args.streams * 1e3 / args.step_ms, 1),
         "tokens_per_piece": round(num_tokens / num_pieces, 2),
-        "busy_added_ttft_ms": _added_ms(later, args.step_ms, (50, 90, 99)),
-        "num_answers": len(alone) + num_answers,
-        "cores": _by_role([("client", own_cpu_s / seconds), *shares]),
+        "busy_added_ttft_ms": _added_ms(later, args.step_ms),
+        "num_answers": len(alone) + args.streams + len(later),
+        "cores": cores,
+        "alone_cores": alone_cores,
     }
 
 
-def _added_ms(
-    answers: Sequence[RawAnswer], step_ms: float, percents: Sequence[int]
-) -> dict[str, float]:
+class CoreMeter:
+    """Cores that a server's processes, this one and all others take from now on, by role."""
+
+    def __init__(self, server_pid: int) -> None:
+        self._server_pid = server_pid
+        self._first = usage_of_descendants(server_pid)
+        self._began = time.monotonic()
+        self._own_s, self._machine_s = time.process_time(), machine_cpu_s()
+        # Once it was read.
+        self.seconds = 0.0
+
+    def read(self) -> dict[str, float]:
+        self.seconds = time.monotonic() - self._began
+        shares = cpu_shares(self._first, usage_of_descendants(self._server_pid), self.seconds)
+        shares.append(("client", (time.process_time() - self._own_s) / self.seconds))
+        known = sum(share for _, share in shares)
+        machine = (machine_cpu_s() - self._machine_s) / self.seconds
+        cores: Counter[str] = Counter()
+        for role, share in [*shares, ("others", machine - known)]:
+            cores[role] += share
+        told = {"client", "others"}
+        return {
+            role: round(share, 2)
+            for role, share in cores.most_common()
+            if share >= LEAST_SHARE or role in told
+        }
+
+
+def _added_ms(answers: Sequence[RawAnswer], step_ms: float) -> dict[str, float]:
     times = [1e3 * (a.first_at - a.sent_at) - step_ms for a in answers if a.first_at is not None]
-    return {f"p{percent}": round(percentile(times, percent) or 0.0, 2) for percent in percents}
-
-
-def _by_role(shares: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Cores that all processes of a role take together."""
-    cores: Counter[str] = Counter()
-    for role, share in shares:
-        cores[role] += share
-    return {role: round(share, 2) for role, share in cores.most_common() if share >= LEAST_SHARE}
+    return {f"p{percent}": round(percentile(times, percent) or 0.0, 2) for percent in PERCENTILES}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -49,6 +49,14 @@ def usage_of_descendants(root_pid: int) -> dict[int, Usage]:
     return found
 
 
+def machine_cpu_s() -> float:
+    """CPU time of the machine since its start: all processes, and what its host kept from it."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, interrupt, soft_interrupt, stolen = map(int, fields[:8])
+    busy = user + nice + system + interrupt + soft_interrupt + stolen
+    return busy / os.sysconf("SC_CLK_TCK")
+
+
 def is_running(pid: int) -> bool:
     """Whether a process has not ended; one that waits to be asked for its status has."""
     try:

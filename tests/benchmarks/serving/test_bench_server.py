@@ -5,10 +5,12 @@ import json
 import os
 from argparse import Namespace
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.serving import bench_server, stub_load
+from benchmarks.serving.process_usage import Usage
 from benchmarks.serving.stub_load import Checker, WrongTextError, first_length, make_prompts
 from slora_core.text.tokenizer import Tokenizer
 from tests.factories import make_model
@@ -85,6 +87,8 @@ def test_figures(tokenizer, monkeypatch):
     # Five alone, and one at least of each stream.
     assert figures["num_answers"] >= 5 + 3
     assert figures["tokens_per_s"] > 0 and figures["tokens_per_piece"] >= 1
+    for cores in (figures["cores"], figures["alone_cores"]):
+        assert {"client", "others"} <= cores.keys()
     # It answers at once, and a step of 4 ms is taken off.
     assert -4.0 < figures["added_ttft_ms"]["p50"] < figures["added_ttft_ms"]["p99"]
 
@@ -103,3 +107,21 @@ def test_prompts_and_answers_differ(tokenizer):
 def test_streams_get_out_of_step():
     assert [first_length(index, 4, 256) for index in range(4)] == [64, 128, 192, 256]
     assert first_length(0, 64, 16) == 1
+
+
+def test_what_others_take(monkeypatch):
+    """The machine's time less the server's and this process's own."""
+    monkeypatch.setattr(bench_server, "usage_of_descendants", lambda pid: next(samples))
+    monkeypatch.setattr(bench_server, "machine_cpu_s", lambda: next(machine))
+    clock = SimpleNamespace(monotonic=lambda: next(times), process_time=lambda: next(own))
+    monkeypatch.setattr(bench_server, "time", clock)
+    samples = iter(
+        [
+            {1: Usage("a", 0, 0, 0, 3.0), 2: Usage("a", 0, 0, 0, 0.0)},
+            {1: Usage("a", 0, 0, 0, 7.0), 2: Usage("a", 0, 0, 0, 2.0)},
+        ]
+    )
+    machine, times, own = iter([100.0, 115.0]), iter([0.0, 10.0]), iter([1.0, 2.0])
+    meter = bench_server.CoreMeter(1)
+    assert meter.read() == {"others": 0.8, "a": 0.6, "client": 0.1}
+    assert meter.seconds == 10.0
