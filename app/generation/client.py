@@ -16,6 +16,7 @@ from typing import Any
 from app import ray_private
 from app.generation.attempts import Attempts, Renew
 from app.generation.backlog import Backlog
+from app.generation.course import Course
 from app.generation.text_ends import TextEndedError, TextEnds
 from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
@@ -62,13 +63,17 @@ class EngineClient:
         self._is_stopped = False
 
     async def generate(
-        self, request: Request, record: AdapterRecord | None, renew: Renew
+        self,
+        request: Request,
+        record: AdapterRecord | None,
+        renew: Renew,
+        course: Course | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of one request, the last with a finish reason; closing it aborts the request.
 
         So does a TextEndedError thrown into it, which is no abort to those who count. `record` is
         of the adapter that it names. A replica that ends on the way costs a pause, in which there
-        are deltas without tokens every few seconds.
+        are deltas without tokens every few seconds. `course` is told of what happens.
 
         Raises:
             SLoRAError: what the replica reported, or `renew`.
@@ -78,6 +83,7 @@ class EngineClient:
             RequestTimeoutError: its deadline has passed.
             ServerStoppingError: `stop` was called.
         """
+        course = course or Course()
         attempts = Attempts(request, record, renew, self._failover_timeout_s)
         with (
             self._ending(request) as ending,
@@ -85,6 +91,7 @@ class EngineClient:
         ):
             while True:
                 ending.check()
+                course.attempt(attempts.request, attempts.record)
                 # The attempt before may still run where the connection broke: its id must not come
                 # again.
                 attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
@@ -93,6 +100,7 @@ class EngineClient:
                         async for delta in deltas:
                             if delta.token_ids:
                                 waiting.begin()
+                                course.tokens_came()
                             yield delta
                     return
                 except TextEndedError:

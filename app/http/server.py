@@ -25,6 +25,7 @@ from app.interrupts import interrupts
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
+from app.serve_log import log_with_serve
 from app.serve_run import ended_by_failure
 from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
 from slora_core.models.registry import load_generation_defaults, load_model_config
@@ -44,6 +45,7 @@ class IngressServer:
     """Takes HTTP requests; any number of them serve the same engine replicas."""
 
     def __init__(self, args: SLoRAArgs, engine: Any, registry: Any) -> None:
+        log_with_serve()
         self._args = args
         self._engine = engine
         self._registry = RegistryClient(registry)

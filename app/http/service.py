@@ -6,15 +6,16 @@ token ids exist. It knows nothing of HTTP; `routes` reads bodies and sends the a
 
 import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 from app.generation.attempts import Renew
+from app.generation.course import Course
 from app.generation.text_stream import Generation
 from app.http.limits import ModelLimits
+from app.http.request_ids import drawn_id, unique_id
 from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
@@ -37,8 +38,18 @@ class Engine(Protocol):
     """What the service needs of `generation.client.EngineClient`."""
 
     def generate(
-        self, request: Request, record: AdapterRecord | None, renew: Renew
+        self, request: Request, record: AdapterRecord | None, renew: Renew, course: Course
     ) -> AsyncGenerator[Delta, None]: ...
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What is known of a request beside its body."""
+
+    # Its client's, which others may use too.
+    request_id: str = field(default_factory=drawn_id)
+    # When its answer is worth nothing any more, seconds since the epoch.
+    deadline: float | None = None
 
 
 class CompletionService:
@@ -67,10 +78,8 @@ class CompletionService:
         self._default_sampling = asdict(defaults)
         self._started_at = int(time.time())
 
-    async def complete(self, body: CompletionRequest, deadline: float | None = None) -> Answer:
+    async def complete(self, body: CompletionRequest, envelope: Envelope) -> Answer:
         """Check and prepare a completion request; nothing runs before the answer is read.
-
-        `deadline` is when it is worth nothing any more, seconds since the epoch.
 
         Raises:
             InvalidRequestError: a prompt or limit that the model cannot take.
@@ -78,7 +87,7 @@ class CompletionService:
         """
         record = await self._resolve(body.model)
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
-        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        answer_id = unique_id("cmpl", envelope.request_id)
         seed = secrets.randbits(62)
         generations = []
         for index, prompt in enumerate(body.prompt):
@@ -97,11 +106,12 @@ class CompletionService:
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
             sampling = self._sampling(body, max_tokens, seed + index, record)
-            request = _request(f"{answer_id}-{index}", prompt_ids, sampling, record, deadline)
+            request_id = f"{answer_id}-{index}"
+            request = _request(request_id, prompt_ids, sampling, record, envelope)
             generations.append(self._generation(index, request, record))
         return Answer(body, generations, answer_id)
 
-    async def chat(self, body: ChatCompletionRequest, deadline: float | None = None) -> Answer:
+    async def chat(self, body: ChatCompletionRequest, envelope: Envelope) -> Answer:
         """Check and prepare a chat request; raises as `complete`."""
         record = await self._resolve(body.model)
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
@@ -118,8 +128,8 @@ class CompletionService:
         if limit is None:
             limit = self._output_room(prompt_ids, record)
         sampling = self._sampling(body, limit, secrets.randbits(62), record)
-        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        request = _request(answer_id, prompt_ids, sampling, record, deadline)
+        answer_id = unique_id("chatcmpl", envelope.request_id)
+        request = _request(answer_id, prompt_ids, sampling, record, envelope)
         return Answer(body, [self._generation(0, request, record)], answer_id)
 
     def model_cards(self) -> list[ModelCard]:
@@ -196,10 +206,11 @@ class CompletionService:
         return self._limits.output_room(len(prompt_ids), record, self.registry.num_pool_pages)
 
     def _generation(self, index: int, request: Request, record: AdapterRecord | None) -> Generation:
-        deltas = self._engine.generate(request, record, self._renewed)
+        course = Course()
+        deltas = self._engine.generate(request, record, self._renewed, course)
         is_end = self._limits.eos_token_ids.__contains__
         decoder = self._tokenizer.decoder([*request.prompt_ids[-MAX_CONTEXT:], *request.output_ids])
-        return Generation(index, request, deltas, decoder, is_end)
+        return Generation(index, request, deltas, decoder, is_end, course)
 
     async def _renewed(self, record: AdapterRecord, error: Exception) -> AdapterRecord:
         """What an adapter's name means now that the adapter is gone."""
@@ -233,7 +244,7 @@ def _request(
     prompt_ids: list[int],
     sampling: SamplingParams,
     record: AdapterRecord | None,
-    deadline: float | None,
+    envelope: Envelope,
 ) -> Request:
     """What of a body is no sampling is put into the request here."""
     return Request(
@@ -242,5 +253,5 @@ def _request(
         None if record is None else record.adapter_id,
         request_id=request_id,
         arrived_at=time.time(),
-        deadline=deadline,
+        deadline=envelope.deadline,
     )

@@ -25,6 +25,7 @@ from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
 from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
+from app.serve_log import log_with_serve
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
@@ -42,6 +43,7 @@ class EngineServer:
     """One replica, in an actor that Serve makes and asks for its health and load."""
 
     async def __init__(self, args: SLoRAArgs, registry: Any) -> None:  # type: ignore[misc]
+        log_with_serve()
         with ended_by_failure():
             await self._start(args, registry)
             started()
