@@ -20,6 +20,7 @@ from app.generation.course import Course
 from app.generation.text_ends import TextEndedError, TextEnds
 from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
+from app.tracing.spans import Carrier
 from slora_core.errors import (
     EngineDeadError,
     RequestTimeoutError,
@@ -91,17 +92,19 @@ class EngineClient:
         ):
             while True:
                 ending.check()
-                course.attempt(attempts.request, attempts.record)
                 # The attempt before may still run where the connection broke: its id must not come
                 # again.
                 attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
                 try:
-                    async with aclosing(self._attempt(attempts, attempt_id, ending)) as deltas:
-                        async for delta in deltas:
-                            if delta.token_ids:
-                                waiting.begin()
-                                course.tokens_came()
-                            yield delta
+                    with course.attempt(attempt_id, attempts.request, attempts.record) as trace:
+                        responses = self._send(attempts, attempt_id, trace)
+                        deltas = self._attempt(attempts, attempt_id, responses, ending)
+                        async with aclosing(deltas):
+                            async for delta in deltas:
+                                if delta.token_ids:
+                                    waiting.begin()
+                                    course.tokens_came()
+                                yield delta
                     return
                 except TextEndedError:
                     self._text_ends.add(attempt_id)
@@ -110,10 +113,9 @@ class EngineClient:
                     await attempts.after(error)
 
     async def _attempt(
-        self, attempts: Attempts, attempt_id: str, ending: "_Ending"
+        self, attempts: Attempts, attempt_id: str, responses: Any, ending: "_Ending"
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of one attempt; raises a SLoRAError where it failed, what it was ended by too."""
-        responses = self._send(attempts, attempt_id)
         timeout_s = attempts.arrival_timeout_s
         has_ended = False
         ending.responses = responses
@@ -168,14 +170,14 @@ class EngineClient:
         answers = self._handle.broadcast("ended_by_text", request_ids)
         await answers.results_async(return_exceptions=True)
 
-    def _send(self, attempts: Attempts, attempt_id: str) -> Any:
+    def _send(self, attempts: Attempts, attempt_id: str, trace: Carrier | None) -> Any:
         """Start the next attempt; Serve's response, an async iterator of deltas."""
         request = attempts.request
         return ray_private.stream_by_value(
             self._handle,
             "generate",
             request.adapter_id or "",
-            replace(request, request_id=attempt_id),
+            replace(request, request_id=attempt_id, trace=trace),
             attempts.record,
             avoid_replica=attempts.avoid_replica,
         )

@@ -128,7 +128,7 @@ class ApiError:
 
 
 def api_error(error: Exception, request_id: str = "") -> ApiError:
-    """What the client of this request is told; a defect is logged with its traceback, see `defects`."""
+    """What the client of this request is told; a defect is logged, see `defects`."""
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail)
     if is_actor_death(error):

@@ -1,11 +1,11 @@
 """One HTTP request and what is known of it at its end, whatever that is.
 
-Owns the middleware that gives every request its id and tells an observer of each that is over.
+Owns the middleware that gives every request its id and tells observers of each that is over.
 Handlers put what they learn into the `Exchange` of their request; it knows no routes and no models.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.http.errors import ApiError, api_error
 from app.http.request_ids import request_id_of
 from app.http.responses import Answer
+from app.tracing.spans import Span, Tracing
 from slora_core.errors import InvalidRequestError
 
 _KEY = "slora.exchange"
@@ -25,6 +26,7 @@ class Exchange:
 
     request_id: str
     method: str
+    span: Span
     # Of `time.monotonic`.
     began_at: float = field(default_factory=time.monotonic)
     # Of the route that took it, not what the client wrote; None where there is none.
@@ -48,11 +50,12 @@ def exchange_of(request: Request) -> Exchange:
 
 
 class Exchanges:
-    """ASGI middleware; `on_end` is told of each request that is over."""
+    """ASGI middleware; each of `observers` is told of each request that is over."""
 
-    def __init__(self, app: ASGIApp, on_end: Observer) -> None:
+    def __init__(self, app: ASGIApp, tracing: Tracing, observers: Sequence[Observer]) -> None:
         self._app = app
-        self._on_end = on_end
+        self._tracing = tracing
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,8 +68,10 @@ class Exchanges:
             # Without a line in the log: there is no id for one.
             await api_error(error).response()(scope, receive, send)
             return
-        exchange = scope[_KEY] = Exchange(request_id, request.method)
+        span = self._tracing.start(request.method, request.headers, "server")
+        exchange = scope[_KEY] = Exchange(request_id, request.method, span)
         try:
             await self._app(scope, receive, send)
         finally:
-            self._on_end(exchange)
+            for observer in self._observers:
+                observer(exchange)

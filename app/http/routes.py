@@ -26,6 +26,7 @@ from app.http.exchange import Exchanges, exchange_of
 from app.http.origin import check_origin
 from app.http.parsing import Model, parse_body
 from app.http.request_log import log_exchange
+from app.http.request_trace import end_span
 from app.http.responses import Answer
 from app.http.schemas import (
     ChatCompletionRequest,
@@ -38,6 +39,7 @@ from app.http.schemas import (
 from app.http.service import CompletionService, Envelope
 from app.registry.state import AdapterRecord
 from app.remote_errors import is_actor_death, is_cancellation
+from app.tracing.spans import NO_TRACING, Tracing
 from slora_core.errors import AdapterNotFoundError
 
 Result = TypeVar("Result")
@@ -130,7 +132,8 @@ class Ingress:
         self._check_room()
         body = await self._parse(model, request)
         deadline = deadline_of(request, body, arrived_at)
-        return body, Envelope(exchange_of(request).request_id, deadline)
+        exchange = exchange_of(request)
+        return body, Envelope(exchange.request_id, deadline, exchange.span.carrier)
 
     async def _parse(self, model: type[Model], request: Request) -> Model:
         async with self._bodies.reading(request) as body:
@@ -174,7 +177,7 @@ class EventStream(StreamingResponse):
             await self._answer.close()
 
 
-def api_app(ingress: Ingress, lifespan: Lifespan) -> Starlette:
+def api_app(ingress: Ingress, lifespan: Lifespan, tracing: Tracing = NO_TRACING) -> Starlette:
     """The ASGI application; `lifespan` runs around its life, before the first request."""
 
     def post(path: str, handler: Handler) -> Route:
@@ -194,7 +197,7 @@ def api_app(ingress: Ingress, lifespan: Lifespan) -> Starlette:
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Exchanges, on_end=log_exchange)],
+        middleware=[Middleware(Exchanges, tracing=tracing, observers=(log_exchange, end_span))],
         exception_handlers={HTTPException: _no_such_route},
         lifespan=lifespan,
     )

@@ -27,6 +27,7 @@ from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
 from app.serve_log import log_with_serve
 from app.serve_run import ended_by_failure
+from app.tracing.spans import Tracing, tracing_of
 from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
 from slora_core.models.registry import load_generation_defaults, load_model_config
 from slora_core.text.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ class IngressServer:
         args = self._args
         model_dir = resolve_model(args.model, args.model_revision)
         backlog = Backlog(args.max_queued_requests, args.num_queued_tokens)
+        tracing = tracing_of("ingress")
         client = EngineClient(self._engine, backlog, args.failover_timeout_s)
         service = CompletionService(
             args.base_model_name,
@@ -70,13 +72,14 @@ class IngressServer:
             client,
             sampling_defaults(args),
             args.model_revision,
+            tracing,
         )
         bodies = BodyReader(args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes)
         ingress = Ingress(service, self._registry, self._is_ready, bodies, backlog.check_room)
-        return api_app(ingress, lambda app: self._lifespan(client))
+        return api_app(ingress, lambda app: self._lifespan(client, tracing), tracing)
 
     @asynccontextmanager
-    async def _lifespan(self, client: EngineClient) -> AsyncIterator[None]:
+    async def _lifespan(self, client: EngineClient, tracing: Tracing) -> AsyncIterator[None]:
         await self._view.refresh()
         tasks = [
             asyncio.create_task(self._view.follow()),
@@ -85,6 +88,7 @@ class IngressServer:
         yield
         for task in tasks:
             task.cancel()
+        await asyncio.to_thread(tracing.close)
 
     async def _is_ready(self) -> bool:
         """Whether some replica has a living engine; asks them at most once a second."""

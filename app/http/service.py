@@ -20,6 +20,7 @@ from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
 from app.registry.state import AdapterRecord
+from app.tracing.spans import NO_TRACING, Carrier, Tracing
 from slora_core.errors import (
     AdapterUnavailableError,
     InvalidRequestError,
@@ -50,6 +51,8 @@ class Envelope:
     request_id: str = field(default_factory=drawn_id)
     # When its answer is worth nothing any more, seconds since the epoch.
     deadline: float | None = None
+    # Of its span; None where it is not traced.
+    trace: Carrier | None = None
 
 
 class CompletionService:
@@ -65,6 +68,7 @@ class CompletionService:
         engine: Engine,
         defaults: GenerationDefaults = OPENAI_DEFAULTS,
         base_model_revision: str | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.base_model_name = base_model_name
         self.registry = registry
@@ -76,6 +80,7 @@ class CompletionService:
         # Of sampling, where a request is silent.
         self._defaults = defaults
         self._default_sampling = asdict(defaults)
+        self._tracing = tracing
         self._started_at = int(time.time())
 
     async def complete(self, body: CompletionRequest, envelope: Envelope) -> Answer:
@@ -206,7 +211,7 @@ class CompletionService:
         return self._limits.output_room(len(prompt_ids), record, self.registry.num_pool_pages)
 
     def _generation(self, index: int, request: Request, record: AdapterRecord | None) -> Generation:
-        course = Course()
+        course = Course(self._tracing)
         deltas = self._engine.generate(request, record, self._renewed, course)
         is_end = self._limits.eos_token_ids.__contains__
         decoder = self._tokenizer.decoder([*request.prompt_ids[-MAX_CONTEXT:], *request.output_ids])
@@ -254,4 +259,5 @@ def _request(
         request_id=request_id,
         arrived_at=time.time(),
         deadline=envelope.deadline,
+        trace=envelope.trace,
     )

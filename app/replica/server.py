@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -24,10 +24,12 @@ from app.registry.pools import REPORT_EVERY_S
 from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
+from app.replica.spans import ReplicaSpans
 from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
 from app.serve_log import log_with_serve
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
+from app.tracing.spans import tracing_of
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
 from slora_core.errors import EngineDeadError, SLoRAError
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds that the last deltas have to leave this process.
 LAST_WORDS_S = 0.2
+# And its spans, which tell of the death.
+LAST_SPANS_S = 1.0
 
 
 class EngineServer:
@@ -51,6 +55,8 @@ class EngineServer:
     async def _start(self, args: SLoRAArgs, registry: Any) -> None:
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
+        self._tracing = tracing_of("engine")
+        self._spans = ReplicaSpans(self._tracing, self._replica_id)
         # Whether Serve ends this replica.
         self._is_stopped = False
         # Before the engine, so that both start at once.
@@ -89,9 +95,10 @@ class EngineServer:
         for the router, which has read it.
         """
         try:
-            holding = nullcontext() if record is None else self._leases.hold(record)
+            spans = self._spans
+            holding = spans.leasing(request, self._leases.hold(record)) if record else nullcontext()
             async with holding:
-                with self._engine.generate(request) as stream:
+                with self._engine.generate(request) as stream, spans.running(request, stream):
                     if request.num_moves:
                         # Its client waits for an engine no longer, but for this one's queue.
                         yield Delta(request.request_id, [])
@@ -144,6 +151,7 @@ class EngineServer:
         self._is_stopped = True
         if hasattr(self, "_engine"):
             self._engine.close()
+            self._tracing.close()
 
     def _rank(self) -> str:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
@@ -160,6 +168,8 @@ class EngineServer:
         if self._is_stopped:
             return
         logger.error("the engine has died, and so does its replica")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(self._tracing.close), LAST_SPANS_S)
         ray.kill(ray.get_runtime_context().current_actor)
 
     async def _report_pool(self) -> None:

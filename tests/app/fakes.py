@@ -95,23 +95,24 @@ class FakeEngine:
 
     async def generate(self, request, record, renew, course):
         self.requests.append(request)
-        course.attempt(replace(request, num_moves=self.num_moves), record)
         ids = byte_ids(self.text.encode())
         starts = range(0, len(ids), self.num_bytes)
         finished = False
+        moved = replace(request, num_moves=self.num_moves)
         try:
-            for number, start in enumerate(starts):
-                await asyncio.sleep(self.delay_s)
-                if number in self.errors:
-                    finished = True
-                    raise self.errors[number]
-                reason = None
-                if start == starts[-1]:
-                    finished = True
-                    reason = FinishReason(self.finish_reason)
-                token_ids = ids[start : start + self.num_bytes]
-                num_cached = 0 if number else self.num_cached_tokens
-                course.tokens_came()
-                yield Delta(request.request_id, token_ids, reason, num_cached_tokens=num_cached)
+            with course.attempt(request.request_id, moved, record):
+                for number, start in enumerate(starts):
+                    await asyncio.sleep(self.delay_s)
+                    if number in self.errors:
+                        finished = True
+                        raise self.errors[number]
+                    reason = None
+                    if start == starts[-1]:
+                        finished = True
+                        reason = FinishReason(self.finish_reason)
+                    token_ids = ids[start : start + self.num_bytes]
+                    num_cached = 0 if number else self.num_cached_tokens
+                    course.tokens_came()
+                    yield Delta(request.request_id, token_ids, reason, None, num_cached)
         finally:
             self.num_closed_early += not finished
