@@ -267,7 +267,7 @@ async def measure(args: argparse.Namespace, tokenizer: Tokenizer) -> list[dict[s
     # Without Serve, which its constructor asks who it is.
     server = object.__new__(EngineServer)
     server._engine, server._replica_id = engine, "replica"
-    server._spans = ReplicaSpans(NO_TRACING, "replica")
+    server._tracing, server._spans = NO_TRACING, ReplicaSpans(NO_TRACING, "replica")
     rows = []
     for num_streams in args.streams:
         texts = make_texts(tokenizer, num_streams, args.tokens)
