@@ -14,15 +14,17 @@ OUR_LOGGERS = ("app", "slora_core")
 
 class _ServeHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        logging.getLogger(SERVE_LOGGER).handle(record)
+        # Its level may be changed while it serves.
+        serve = logging.getLogger(SERVE_LOGGER)
+        if serve.isEnabledFor(record.levelno):
+            serve.handle(record)
 
 
 def log_with_serve() -> None:
     """To be called in a replica, where Serve has set its logger up; may be called again."""
-    level = logging.getLogger(SERVE_LOGGER).getEffectiveLevel()
     for name in OUR_LOGGERS:
         logger = logging.getLogger(name)
-        logger.setLevel(level)
+        logger.setLevel(logging.DEBUG)
         logger.propagate = False
         if not any(isinstance(handler, _ServeHandler) for handler in logger.handlers):
             logger.addHandler(_ServeHandler())
