@@ -70,9 +70,12 @@ class Answer:
 
     async def close(self) -> None:
         """Abort what still runs."""
-        if self._first is not None and not self._first.done():
+        if self._first is not None:
             self._first.cancel()
             await asyncio.wait({self._first})
+            if not self._first.cancelled():
+                # Looked at, or asyncio would log what nobody waited for, words of it included.
+                self._first.exception()
         await self._source.close()
 
     async def collect(self) -> Completion | ChatCompletion:

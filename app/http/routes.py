@@ -21,8 +21,10 @@ from starlette.types import Receive, Scope, Send
 
 from app.http.bodies import BodyReader
 from app.http.deadline import deadline_of
+from app.http.envelope import Envelope
 from app.http.errors import ApiError, api_error
 from app.http.exchange import Exchanges, exchange_of
+from app.http.leaving import unless_client_leaves
 from app.http.origin import check_origin
 from app.http.parsing import Model, parse_body
 from app.http.request_log import log_exchange
@@ -36,13 +38,12 @@ from app.http.schemas import (
     SamplingFields,
     UnloadAdapterRequest,
 )
-from app.http.service import CompletionService, Envelope
+from app.http.service import CompletionService
 from app.registry.state import AdapterRecord
 from app.remote_errors import is_actor_death, is_cancellation
 from app.tracing.spans import NO_TRACING, Tracing
 from slora_core.errors import AdapterNotFoundError
 
-Result = TypeVar("Result")
 Sampling = TypeVar("Sampling", bound=SamplingFields)
 Handler = Callable[[Request], Awaitable[Response]]
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
@@ -144,11 +145,11 @@ class Ingress:
     async def _answer(self, request: Request, answer: Answer, stream: bool) -> Response:
         exchange_of(request).answer = answer
         if not stream:
-            return await _unless_client_leaves(request, _collect(answer)) or CLIENT_LEFT
+            return await unless_client_leaves(request, _collect(answer)) or CLIENT_LEFT
         # Before the status line is written, so that an early error has a status of its own, unless
         # it takes so long that somebody on the way may take the connection for dead.
         try:
-            started = await _unless_client_leaves(request, answer.start(FIRST_PIECE_S))
+            started = await unless_client_leaves(request, answer.start(FIRST_PIECE_S))
         except BaseException:
             await answer.close()
             raise
@@ -241,21 +242,3 @@ def _json(model: BaseModel) -> Response:
 
 async def _collect(answer: Answer) -> Response:
     return _json(await answer.collect())
-
-
-async def _unless_client_leaves(request: Request, work: Awaitable[Result]) -> Result | None:
-    """The result of `work`, which is cancelled if the client disconnects first: None then."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_client_left(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _client_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

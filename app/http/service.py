@@ -8,19 +8,20 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Protocol
 
 from app.generation.attempts import Renew
 from app.generation.course import Course
 from app.generation.text_stream import Generation
+from app.http.envelope import Envelope
 from app.http.limits import ModelLimits
-from app.http.request_ids import drawn_id, unique_id
+from app.http.request_ids import unique_id
 from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
 from app.registry.state import AdapterRecord
-from app.tracing.spans import NO_TRACING, Carrier, Tracing
+from app.tracing.spans import NO_TRACING, Tracing
 from slora_core.errors import (
     AdapterUnavailableError,
     InvalidRequestError,
@@ -41,18 +42,6 @@ class Engine(Protocol):
     def generate(
         self, request: Request, record: AdapterRecord | None, renew: Renew, course: Course
     ) -> AsyncGenerator[Delta, None]: ...
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """What is known of a request beside its body."""
-
-    # Its client's, which others may use too.
-    request_id: str = field(default_factory=drawn_id)
-    # When its answer is worth nothing any more, seconds since the epoch.
-    deadline: float | None = None
-    # Of its span; None where it is not traced.
-    trace: Carrier | None = None
 
 
 class CompletionService:
