@@ -21,7 +21,9 @@ from ray._raylet import (  # type: ignore[attr-defined]
     get_authentication_mode,
 )
 from ray.experimental import internal_kv
+from ray.serve._private.config import DeploymentConfig
 from ray.serve.context import _get_global_client
+from ray.serve.deployment import Deployment
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
@@ -78,6 +80,27 @@ def ingress_built_in_replica(ingress: type[T]) -> type[T]:
     """
     ingress.__serve_build_asgi_app__ = ingress.build_asgi_app  # type: ignore[attr-defined]
     return serve.ingress()(ingress)
+
+
+def with_code_version(deployment: Deployment, code_version: str) -> Deployment:
+    """The deployment with replicas that a new version replaces, and nothing else of the code.
+
+    Relies on Serve setting `DeploymentConfig.version` when it deploys, to a hash of the whole
+    application's arguments, and on replicas being replaced where what it reads back is another
+    one. The parameter `version` of `serve.deployment` is refused since Ray 2.60, so that without
+    this a change of any argument replaces every replica of every deployment. Tested in Ray 2.60.
+    """
+
+    class ConfigOfOwnVersion(DeploymentConfig):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, code_version if name == "version" else value)
+
+    own = deployment.options()
+    config = own._deployment_config
+    own._deployment_config = ConfigOfOwnVersion.model_construct(
+        config.model_fields_set, **dict(config)
+    )
+    return own
 
 
 def read_from_cluster(namespace: str, prefix: str) -> dict[str, bytes]:
@@ -182,14 +205,15 @@ def is_on_head_node() -> bool:
     )
 
 
-def known_queue_len(router: RequestRouter, replica: RunningReplica) -> int:
-    """Requests that this router believes a replica to hold; 0 where it knows nothing.
+def known_queue_len(router: RequestRouter, replica: RunningReplica) -> int | None:
+    """Requests that a replica holds, of all routers; None where this one has not heard lately.
 
-    Relies on `RequestRouter.replica_queue_len_cache`, an undocumented property; a replica itself
-    tells its queue's length only by a call to it, one for every request and replica. Tested in
-    Ray 2.60.
+    Relies on `RequestRouter.replica_queue_len_cache`, an undocumented property: what the replica
+    told when it took this router's last request, with those sent and ended since; of ten seconds at
+    most. A replica tells its queue's length otherwise only by a call to it, one for every request
+    and replica. Tested in Ray 2.60.
     """
-    return router.replica_queue_len_cache.get(replica.replica_id) or 0
+    return router.replica_queue_len_cache.get(replica.replica_id)
 
 
 def pause_when_all_are_full(pending_request: PendingRequest) -> None:

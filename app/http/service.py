@@ -21,6 +21,7 @@ from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
 from app.registry.state import AdapterRecord
+from app.routing.conversation import conversation_of_chat, conversation_of_prompt
 from app.tracing.spans import NO_TRACING, Tracing
 from slora_core.errors import (
     AdapterUnavailableError,
@@ -100,8 +101,9 @@ class CompletionService:
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
             sampling = self._sampling(body, max_tokens, seed + index, record)
+            conversation = conversation_of_prompt(prompt_ids, self._limits.page_tokens)
             request_id = f"{answer_id}-{index}"
-            request = _request(request_id, prompt_ids, sampling, record, envelope)
+            request = _request(request_id, prompt_ids, sampling, record, envelope, conversation)
             generations.append(self._generation(index, request, record))
         return Answer(body, generations, answer_id)
 
@@ -123,7 +125,10 @@ class CompletionService:
             limit = self._output_room(prompt_ids, record)
         sampling = self._sampling(body, limit, secrets.randbits(62), record)
         answer_id = unique_id("chatcmpl", envelope.request_id)
-        request = _request(answer_id, prompt_ids, sampling, record, envelope)
+        conversation = ""
+        if len(prompt_ids) >= self._limits.page_tokens:
+            conversation = conversation_of_chat(messages, body.chat_template_kwargs)
+        request = _request(answer_id, prompt_ids, sampling, record, envelope, conversation)
         return Answer(body, [self._generation(0, request, record)], answer_id)
 
     def model_cards(self) -> list[ModelCard]:
@@ -239,6 +244,7 @@ def _request(
     sampling: SamplingParams,
     record: AdapterRecord | None,
     envelope: Envelope,
+    conversation: str,
 ) -> Request:
     """What of a body is no sampling is put into the request here."""
     return Request(
@@ -249,4 +255,5 @@ def _request(
         arrived_at=time.time(),
         deadline=envelope.deadline,
         trace=envelope.trace,
+        conversation=conversation,
     )

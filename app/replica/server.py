@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from app import in_place
 from app.args import SLoRAArgs
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
@@ -25,18 +26,20 @@ from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
 from app.replica.spans import ReplicaSpans
-from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
+from app.routing.serve_router import HEALTHY_KEY, MODEL_KEY, QUEUE_LEN_KEY, RANK_KEY
 from app.serve_log import log_with_serve
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
 from app.tracing.spans import tracing_of
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
-from slora_core.errors import EngineDeadError, SLoRAError
+from slora_core.errors import EngineDeadError, OverloadedError, SLoRAError
 from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
 
+# Seconds in which another base model's ingress takes over, as clients are told.
+MODEL_CHANGE_S = 5
 # Seconds that the last deltas have to leave this process.
 LAST_WORDS_S = 0.2
 # And its spans, which tell of the death.
@@ -53,6 +56,7 @@ class EngineServer:
             started()
 
     async def _start(self, args: SLoRAArgs, registry: Any) -> None:
+        self._args = args
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._tracing = tracing_of("engine")
@@ -62,7 +66,7 @@ class EngineServer:
         # Before the engine, so that both start at once.
         store = StoreClient(args)
         self._left = LeftRequests()
-        self._engine = AsyncEngine(engine_spec(args), gathering_interval(args), self._left.left)
+        self._engine = AsyncEngine(engine_spec(args), self._interval, self._left.left)
         started_at = time.monotonic()
         info = await self._engine.start()
         logger.info(
@@ -83,6 +87,10 @@ class EngineServer:
         self._reporting = asyncio.create_task(self._report_pool())
         self._ending = asyncio.create_task(self._end_with_engine())
 
+    def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Called by Serve, also after the start; see `in_place.settings`."""
+        self._args = in_place.with_settings(self._args, changed)
+
     async def generate(
         self,
         request: Request,
@@ -95,6 +103,7 @@ class EngineServer:
         for the router, which has read it.
         """
         try:
+            self._check_model(request)
             spans = self._spans
             holding = spans.leasing(request, self._leases.hold(record)) if record else nullcontext()
             async with holding:
@@ -144,7 +153,12 @@ class EngineServer:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve; what `serve_router` reads."""
-        return {RANK_KEY: self._rank(), HEALTHY_KEY: self._engine.is_alive()}
+        return {
+            RANK_KEY: self._rank(),
+            HEALTHY_KEY: self._engine.is_alive(),
+            QUEUE_LEN_KEY: self._engine.num_streams,
+            MODEL_KEY: in_place.model_key(self._args),
+        }
 
     def __del__(self) -> None:
         # Serve calls it at a graceful stop, also where __init__ failed.
@@ -156,6 +170,16 @@ class EngineServer:
     def _rank(self) -> str:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
         return str(serve.get_replica_context().rank.rank)
+
+    def _check_model(self, request: Request) -> None:
+        """Raises OverloadedError for a prompt that another base model's ingress has tokenized.
+
+        While a deployment of another model is under way, old processes are there beside new ones.
+        """
+        if request.model_key not in ("", in_place.model_key(self._args)):
+            raise OverloadedError(
+                "the base model is being replaced; try again in a few seconds", MODEL_CHANGE_S
+            )
 
     async def _end_with_engine(self) -> None:
         """End this actor once its engine has died and its clients know.
@@ -171,6 +195,9 @@ class EngineServer:
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.to_thread(self._tracing.close), LAST_SPANS_S)
         ray.kill(ray.get_runtime_context().current_actor)
+
+    def _interval(self, num_streams: int) -> float:
+        return gathering_interval(self._args)(num_streams)
 
     async def _report_pool(self) -> None:
         """Tell the registry of this engine's pool, for as long as there is one."""

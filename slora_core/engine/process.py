@@ -177,6 +177,11 @@ class AsyncEngine:
     def is_alive(self) -> bool:
         return self._death is None and self._process is not None and self._process.poll() is None
 
+    @property
+    def num_streams(self) -> int:
+        """Requests that were sent and are still read."""
+        return len(self._streams)
+
     async def wait_dead(self) -> None:
         """Wait until the engine has died, however it did, and nobody reads of it any more."""
         await self._died.wait()

@@ -126,6 +126,31 @@ def test_serve_writes_the_id_of_a_request_into_its_answer(url, path):
         assert len({*drawn}) == 2 and "" not in drawn
 
 
+def test_a_deployment_has_the_version_that_it_was_given(ray_cluster):
+    """By the function with which Serve makes all that its controller learns of a deployment."""
+    from ray import serve
+    from ray.serve._private.config import DeploymentConfig
+    from ray.serve._private.deploy_utils import get_deploy_args
+
+    from app.ray_private import with_code_version
+    from tests.app.ray_contract_app import Replica
+
+    with contract("DeploymentConfig.version"):
+        options = {"num_replicas": 3, "user_config": {"a": 1}, "max_queued_requests": 7}
+        given = with_code_version(serve.deployment(Replica).options(**options), "mine")
+        # As Serve does it, more options come later.
+        bound = given.bind()._bound_deployment.options(name="replica")
+        sent = get_deploy_args(
+            name=bound.name,
+            replica_config=bound._replica_config,
+            deployment_config=bound._deployment_config,
+            version="of the whole application",
+        )
+        config = DeploymentConfig.from_proto_bytes(sent["deployment_config_proto_bytes"])
+        assert config.version == "mine"
+        assert {name: getattr(config, name) for name in options} == options
+
+
 @pytest.mark.serve
 def test_a_handle_needs_no_deployment(url):
     with contract("_check_exists of serve.get_deployment_handle"):
@@ -181,7 +206,8 @@ def test_a_session_comes_home_when_its_replica_is_free(streams):
     with contract("RequestRouter.replica_queue_len_cache"):
         pids = set()
         for _ in range(4):
-            pids.add(streams(holding=False))
+            # Of its own: one that has just been spread comes home later.
+            pids.add(streams("alone", holding=False))
             # The router learns of the end a moment later.
             time.sleep(0.2)
         assert len(pids) == 1
@@ -255,7 +281,8 @@ def test_the_router_brings_nothing_heavy_along():
         "print(*set(sys.modules) - before)"
     )
     others = {name for name in loaded.split() if name.split(".")[0] not in sys.stdlib_module_names}
-    assert others == {"app", "app.ray_private", "app.routing", "app.routing.order"}
+    files = {"app.routing.order", "app.routing.spread"}
+    assert others == {"app", "app.ray_private", "app.routing", *files}
 
 
 def test_a_broken_contract_names_the_touch():

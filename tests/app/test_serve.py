@@ -292,6 +292,25 @@ def test_a_hot_adapter_spills_over(app):
     assert min(counts.values()) >= 8
 
 
+def test_a_conversation_of_the_base_model_finds_its_prefix(app):
+    """Each on a replica of its own, whose prefix cache has what the turns before computed."""
+    before = app.finished()
+    for number in range(8):
+        messages = [{"role": "user", "content": f"conversation {number}, which is about a thing"}]
+        num_prompt_tokens = 0
+        for _ in range(3):
+            body = {"model": BASE, "messages": messages, "max_tokens": 16, "temperature": 0}
+            answer = httpx.post(f"{app.url}/v1/chat/completions", json=body, timeout=60).json()
+            usage = answer["usage"]
+            cached = usage["prompt_tokens_details"]["cached_tokens"]
+            assert cached >= num_prompt_tokens // PAGE_TOKENS * PAGE_TOKENS
+            num_prompt_tokens = usage["prompt_tokens"]
+            messages.append(answer["choices"][0]["message"])
+            messages.append({"role": "user", "content": "and then?"})
+    counts = app.finished() - before
+    assert len(counts) == NUM_REPLICAS
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_pages(app, stream):
     num_aborted = sum(stats["num_aborted"] for stats in app.stats())

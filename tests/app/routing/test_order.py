@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from app.routing.order import ReplicaLoad, order_replicas
+from app.routing.order import LoadBound, ReplicaLoad, RoutingKeys, order_replicas
 
 ADAPTERS = [f"adapter-{i:04d}" for i in range(2000)]
 
@@ -11,8 +11,8 @@ def idle(num_replicas):
     return [ReplicaLoad(str(rank), 0) for rank in range(num_replicas)]
 
 
-def order(key, replicas, spill_queue_len=4, spill_factor=1.25):
-    return order_replicas(key, replicas, spill_queue_len, spill_factor)
+def order(key, replicas, conversation="", width=1):
+    return order_replicas(RoutingKeys(key, conversation, width), replicas, LoadBound(4, 1.25))
 
 
 def test_every_replica_is_tried_once():
@@ -93,8 +93,57 @@ def test_equal_replicas_share_the_base_model():
     assert min(counts.values()) > 50
 
 
-def test_a_replica_without_engine_comes_last_and_does_not_count():
+def test_a_replica_without_engine_is_no_choice_and_does_not_count():
     replicas = [ReplicaLoad("0", 0, healthy=False), ReplicaLoad("1", 3), ReplicaLoad("2", 100)]
     for key in ("", *ADAPTERS[:20]):
-        assert order(key, replicas)[-1] == 0
-        assert order(key, replicas)[0] == 1
+        assert order(key, replicas) == [1, 2]
+    assert order("a", [ReplicaLoad("0", 0, healthy=False)]) == []
+
+
+@pytest.mark.parametrize("key", ["", "a"])
+def test_a_conversation_has_a_replica_of_its_own(key):
+    """Of all for the base model, of those that share its adapter otherwise; evenly."""
+    width = 3
+    allowed = range(5) if key == "" else order(key, idle(5))[:width]
+    counts = Counter()
+    for number in range(1000):
+        first = order(key, idle(5), f"c{number}", width)
+        assert first == order(key, idle(5), f"c{number}", width)
+        counts[first[0]] += 1
+        if key:
+            assert set(first[:width]) == set(allowed)
+            assert first[width:] == order(key, idle(5))[width:]
+    assert counts.keys() == set(allowed)
+    assert max(counts.values()) < 1.2 * 1000 / len(allowed)
+
+
+def test_a_new_replica_moves_only_the_conversations_that_it_takes():
+    names = [f"c{number}" for number in range(2000)]
+    before = [order("", idle(3), name)[0] for name in names]
+    after = [order("", idle(4), name)[0] for name in names]
+    moved = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert set(moved) == {3}
+    assert len(moved) / len(names) == pytest.approx(1 / 4, abs=0.03)
+
+
+def test_a_conversation_leaves_a_replica_that_is_beyond_the_bound():
+    for number in range(50):
+        home, second = order("", idle(3), f"c{number}")[:2]
+        replicas = idle(3)
+        replicas[home] = ReplicaLoad(str(home), 3)
+        assert order("", replicas, f"c{number}")[0] == home
+        replicas[home] = ReplicaLoad(str(home), 4)
+        assert order("", replicas, f"c{number}")[0] == second
+
+
+def test_an_adapter_that_is_spread_goes_to_the_least_loaded_of_its_replicas():
+    first, second, third = order("hot", idle(3))
+    replicas = idle(3)
+    replicas[first] = ReplicaLoad(str(first), 2)
+    assert order("hot", replicas, width=2) == [second, first, third]
+    replicas[second] = ReplicaLoad(str(second), 3)
+    assert order("hot", replicas, width=2) == [first, second, third]
+    # Beyond the bound it goes on as another adapter would.
+    replicas[first], replicas[second] = ReplicaLoad(str(first), 20), ReplicaLoad(str(second), 20)
+    replicas[third] = ReplicaLoad(str(third), 3)
+    assert order("hot", replicas, width=2)[0] == third

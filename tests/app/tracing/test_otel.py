@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from app.args import SLoRAArgs
 from app.generation.backlog import Backlog
 from app.generation.client import EngineClient
 from app.http.bodies import BodyReader
@@ -134,7 +135,7 @@ class World:
         # Without Serve, which its constructor asks who it is.
         server = object.__new__(EngineServer)
         server._engine, server._leases = self.engines[index], self.leases
-        server._replica_id = f"replica-{index}"
+        server._replica_id, server._args = f"replica-{index}", SLoRAArgs()
         server._tracing = self._tracing()
         server._spans = ReplicaSpans(server._tracing, server._replica_id)
         return server
