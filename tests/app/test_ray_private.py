@@ -126,6 +126,7 @@ def test_serve_writes_the_id_of_a_request_into_its_answer(url, path):
         assert len({*drawn}) == 2 and "" not in drawn
 
 
+@pytest.mark.serve
 def test_a_deployment_has_the_version_that_it_was_given(ray_cluster):
     """By the function with which Serve makes all that its controller learns of a deployment."""
     from ray import serve
