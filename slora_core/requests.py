@@ -4,6 +4,7 @@ Shared by scheduling (which decides) and execution (which computes); neither kno
 """
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Self
@@ -106,6 +107,8 @@ class Request:
     # Who asks, for fairness and limits. Unused yet, as the priority, of which higher goes first.
     tenant: str | None = None
     priority: int = 0
+    # Headers of the trace that its hops belong to; None: it is not traced. No matter to the engine.
+    trace: Mapping[str, str] | None = None
     # Seconds since the epoch: when the client asked, and when its answer is worth nothing any more,
     # at which the ingress ends it.
     arrived_at: float | None = None
@@ -296,6 +299,8 @@ class StepOutput:
     # Tokens of their prompts found in the prefix cache, of requests that got their first token; of
     # none where none were found.
     cached_tokens: dict[str, int] = field(default_factory=dict)
+    # When it was sent, seconds since the epoch.
+    at: float | None = field(default=None, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.request_ids or self.endings)

@@ -52,9 +52,11 @@ TRANSFORMERS_MODULES = {
 TRANSFORMERS_LIBRARIES = {"transformers", "jinja2", "tokenizers"}
 
 # Distributions by what is imported of them, where the two differ.
-DISTRIBUTIONS = {"grpc": "grpcio", "re2": "google-re2"}
+DISTRIBUTIONS = {"grpc": "grpcio", "opentelemetry": "opentelemetry-sdk", "re2": "google-re2"}
 # The only modules that may import what the extra `demo` installs.
 DEMO_MODULES = {"app/models/demo.py", "app/models/gguf.py", "app/progress.py"}
+# The same of the extra `otel`.
+OTEL_MODULES = {"app/tracing/otel.py"}
 
 RAY_PRIVATE = "app/ray_private.py"
 # What of Ray is private without an underscore of its own; `contextvars` is Serve's current request.
@@ -142,10 +144,12 @@ def test_serving_libraries_are_used_where_they_are_allowed() -> None:
 def test_imported_libraries_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base = _distributions(project["dependencies"])
-    demo = _distributions(project["optional-dependencies"]["demo"])
+    extras = project["optional-dependencies"]
+    demo, otel = _distributions(extras["demo"]), _distributions(extras["otel"])
     for package in PRODUCT:
         for path in _modules(package):
-            declared = base | demo if _name(path) in DEMO_MODULES else base
+            declared = base | (demo if _name(path) in DEMO_MODULES else set())
+            declared |= otel if _name(path) in OTEL_MODULES else set()
             needed = {DISTRIBUTIONS.get(library, library) for library in _libraries(path)}
             assert needed <= declared, f"{_name(path)} needs {needed - declared}: see pyproject"
 

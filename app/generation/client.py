@@ -16,9 +16,11 @@ from typing import Any
 from app import ray_private
 from app.generation.attempts import Attempts, Renew
 from app.generation.backlog import Backlog
+from app.generation.course import Course
 from app.generation.text_ends import TextEndedError, TextEnds
 from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
+from app.tracing.spans import Carrier
 from slora_core.errors import (
     EngineDeadError,
     RequestTimeoutError,
@@ -66,13 +68,17 @@ class EngineClient:
         self._is_stopped = False
 
     async def generate(
-        self, request: Request, record: AdapterRecord | None, renew: Renew
+        self,
+        request: Request,
+        record: AdapterRecord | None,
+        renew: Renew,
+        course: Course | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of one request, the last with a finish reason; closing it aborts the request.
 
         So does a TextEndedError thrown into it, which is no abort to those who count. `record` is
         of the adapter that it names. A replica that ends on the way costs a pause, in which there
-        are deltas without tokens every few seconds.
+        are deltas without tokens every few seconds. `course` is told of what happens.
 
         Raises:
             SLoRAError: what the replica reported, or `renew`.
@@ -82,6 +88,7 @@ class EngineClient:
             RequestTimeoutError: its deadline has passed.
             ServerStoppingError: `stop` was called.
         """
+        course = course or Course()
         attempts = Attempts(request, record, renew, self._failover_timeout_s)
         with (
             self._ending(request) as ending,
@@ -93,11 +100,15 @@ class EngineClient:
                 # again.
                 attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
                 try:
-                    async with aclosing(self._attempt(attempts, attempt_id, ending)) as deltas:
-                        async for delta in deltas:
-                            if delta.token_ids:
-                                waiting.begin()
-                            yield delta
+                    with course.attempt(attempt_id, attempts.request, attempts.record) as trace:
+                        responses = self._send(attempts, attempt_id, trace)
+                        deltas = self._attempt(attempts, attempt_id, responses, ending)
+                        async with aclosing(deltas):
+                            async for delta in deltas:
+                                if delta.token_ids:
+                                    waiting.begin()
+                                    course.tokens_came()
+                                yield delta
                     return
                 except TextEndedError:
                     self._text_ends.add(attempt_id)
@@ -106,10 +117,9 @@ class EngineClient:
                     await attempts.after(error)
 
     async def _attempt(
-        self, attempts: Attempts, attempt_id: str, ending: "_Ending"
+        self, attempts: Attempts, attempt_id: str, responses: Any, ending: "_Ending"
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of one attempt; raises a SLoRAError where it failed, what it was ended by too."""
-        responses = self._send(attempts, attempt_id)
         timeout_s = attempts.arrival_timeout_s
         has_ended = False
         ending.responses = responses
@@ -164,14 +174,14 @@ class EngineClient:
         answers = self._handle.broadcast("ended_by_text", request_ids)
         await answers.results_async(return_exceptions=True)
 
-    def _send(self, attempts: Attempts, attempt_id: str) -> Any:
+    def _send(self, attempts: Attempts, attempt_id: str, trace: Carrier | None) -> Any:
         """Start the next attempt; Serve's response, an async iterator of deltas."""
         request = attempts.request
         return ray_private.stream_by_value(
             self._handle,
             "generate",
             request.adapter_id or "",
-            replace(request, request_id=attempt_id, model_key=self._model_key),
+            replace(request, request_id=attempt_id, trace=trace, model_key=self._model_key),
             attempts.record,
             avoid_replica=attempts.avoid_replica,
         )

@@ -9,13 +9,15 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from app.tracing.spans import NoFailure
+
 logger = logging.getLogger(__name__)
 
 # Seconds for which ids gather: a call of every replica costs each of them a millisecond.
 GATHER_S = 1.0
 
 
-class TextEndedError(Exception):
+class TextEndedError(NoFailure):
     """Thrown into the deltas of a request whose text has ended; nobody is told of it."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+from app.generation.course import Course
 from app.generation.text_ends import TextEndedError
 from slora_core.requests import Delta, FinishReason, Request
 from slora_core.text.detokenizer import Detokenizer, TextDecoder
@@ -52,6 +53,7 @@ class Generation:
         deltas: of the request, not begun; closing them aborts it.
         is_end: whether a token id ends a text without being part of it, beside the request's own
             `stop_token_ids`.
+        course: of the request, told how it ends.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Generation:
         deltas: AsyncGenerator[Delta, None],
         decoder: TextDecoder,
         is_end: Callable[[int], bool],
+        course: Course,
     ) -> None:
         self.index = index
+        self.course = course
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_output_tokens = 0
         # Of the prompt, found in the prefix cache; known with the first piece.
@@ -80,6 +84,7 @@ class Generation:
             piece = self._push(delta)
             if piece.finish_reason is not None:
                 self._has_ended = True
+                self.course.finish_reason = piece.finish_reason
                 if not delta.is_last:
                     await self._end_by_text()
                 await self.close()

@@ -1,7 +1,7 @@
 """Typed errors to HTTP statuses and OpenAI's error body.
 
 Owns the status of each error. It knows no requests; the ingress calls it for every error that a
-request meets, and one that it does not know is logged in full and answered without its text.
+request meets, and one that it does not know is logged with its traceback and answered without.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from app.http.defects import without_words
 from app.remote_errors import is_actor_death
 from slora_core.errors import (
     AdapterChangingError,
@@ -104,12 +105,16 @@ class ApiError:
     retry_after_s: int | None = None
 
     @property
+    def type(self) -> str:
+        """Its name in OpenAI's form."""
+        return TYPE_OF_STATUS.get(self.status) or HTTPStatus(self.status).phrase.replace(" ", "")
+
+    @property
     def body(self) -> dict[str, Any]:
         """OpenAI's form; an event of a stream carries it too."""
-        name = TYPE_OF_STATUS.get(self.status) or HTTPStatus(self.status).phrase.replace(" ", "")
         error = {
             "message": self.message,
-            "type": name,
+            "type": self.type,
             "param": self.param,
             "code": self.status,
         }
@@ -123,7 +128,7 @@ class ApiError:
 
 
 def api_error(error: Exception, request_id: str = "") -> ApiError:
-    """What the client of this request is told; a defect is logged with its traceback."""
+    """What the client of this request is told; a defect is logged, see `defects`."""
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail)
     if is_actor_death(error):
@@ -137,6 +142,6 @@ def api_error(error: Exception, request_id: str = "") -> ApiError:
                 getattr(error, "param", None) or param,
                 getattr(error, "retry_after_s", None),
             )
-    logger.error("request %s failed", request_id, exc_info=error)
+    logger.error("request %s failed:\n%s", request_id, without_words(error))
     reference = f"; the server's log has it under request {request_id}" if request_id else ""
     return ApiError(500, f"internal error{reference}")

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Self
 
 from app.generation.text_stream import Generation, MergedGenerations, PieceSource, TextPiece
-from app.http.errors import api_error
+from app.http.errors import ApiError, api_error
 from app.http.schemas import (
     AssistantMessage,
     ChatChoice,
@@ -43,9 +43,12 @@ class Answer:
         self, request: SamplingFields, generations: Sequence[Generation], answer_id: str
     ) -> None:
         self.id = answer_id
+        self.model = request.model
+        self.generations = generations
+        # What a stream ended with that had begun.
+        self.error: ApiError | None = None
         self._created = int(time.time())
         self._request = request
-        self._generations = generations
         self._source: PieceSource = (
             generations[0] if len(generations) == 1 else MergedGenerations(generations)
         )
@@ -67,22 +70,25 @@ class Answer:
 
     async def close(self) -> None:
         """Abort what still runs."""
-        if self._first is not None and not self._first.done():
+        if self._first is not None:
             self._first.cancel()
             await asyncio.wait({self._first})
+            if not self._first.cancelled():
+                # Looked at, or asyncio would log what nobody waited for, words of it included.
+                self._first.exception()
         await self._source.close()
 
     async def collect(self) -> Completion | ChatCompletion:
         """The whole answer at once."""
-        texts = [""] * len(self._generations)
-        reasons: list[str | None] = [None] * len(self._generations)
+        texts = [""] * len(self.generations)
+        reasons: list[str | None] = [None] * len(self.generations)
         try:
             while (piece := await self._source.next_piece()) is not None:
                 texts[piece.choice] += piece.text
                 reasons[piece.choice] = piece.finish_reason
         finally:
             await self.close()
-        model, usage = self._request.model, self._usage()
+        model, usage = self.model, self.usage()
         if isinstance(self._request, ChatCompletionRequest):
             message = AssistantMessage(content=texts[0])
             choice = ChatChoice(index=0, message=message, finish_reason=reasons[0])
@@ -115,21 +121,23 @@ class Answer:
                 if piece.is_nothing:
                     yield _COMMENT
                 else:
-                    usage = self._usage() if self._request.continuous_usage else None
+                    usage = self.usage() if self._request.continuous_usage else None
                     yield format.piece(piece, is_first, usage)
                     is_first = False
                 piece = await self._source.next_piece()
             if self._request.include_usage:
-                yield format.usage(self._usage())
+                yield format.usage(self.usage())
             yield b"data: [DONE]\n\n"
         except Exception as error:
             await self.close()
-            yield f"data: {json.dumps(api_error(error, self.id).body)}\n\n".encode()
+            self.error = api_error(error, self.id)
+            yield f"data: {json.dumps(self.error.body)}\n\n".encode()
 
-    def _usage(self) -> Usage:
-        num_prompt = sum(generation.num_prompt_tokens for generation in self._generations)
-        num_output = sum(generation.num_output_tokens for generation in self._generations)
-        num_cached = sum(generation.num_cached_tokens for generation in self._generations)
+    def usage(self) -> Usage:
+        """Tokens of all its generations so far."""
+        num_prompt = sum(generation.num_prompt_tokens for generation in self.generations)
+        num_output = sum(generation.num_output_tokens for generation in self.generations)
+        num_cached = sum(generation.num_cached_tokens for generation in self.generations)
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_output,

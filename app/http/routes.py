@@ -6,7 +6,6 @@ methods; `api_app` makes the ASGI application, which `build` puts under Serve.
 
 import asyncio
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeVar
@@ -14,6 +13,7 @@ from typing import Protocol, TypeVar
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -21,9 +21,14 @@ from starlette.types import Receive, Scope, Send
 
 from app.http.bodies import BodyReader
 from app.http.deadline import deadline_of
+from app.http.envelope import Envelope
 from app.http.errors import ApiError, api_error
+from app.http.exchange import Exchanges, exchange_of
+from app.http.leaving import unless_client_leaves
 from app.http.origin import check_origin
 from app.http.parsing import Model, parse_body
+from app.http.request_log import log_exchange
+from app.http.request_trace import end_span
 from app.http.responses import Answer
 from app.http.schemas import (
     ChatCompletionRequest,
@@ -36,9 +41,9 @@ from app.http.schemas import (
 from app.http.service import CompletionService
 from app.registry.state import AdapterRecord
 from app.remote_errors import is_actor_death, is_cancellation
+from app.tracing.spans import NO_TRACING, Tracing
 from slora_core.errors import AdapterNotFoundError
 
-Result = TypeVar("Result")
 Sampling = TypeVar("Sampling", bound=SamplingFields)
 Handler = Callable[[Request], Awaitable[Response]]
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
@@ -83,13 +88,13 @@ class Ingress:
         self._check_room = check_room
 
     async def completions(self, request: Request) -> Response:
-        body, deadline = await self._accept(CompletionRequest, request)
-        answer = await self._service.complete(body, deadline)
+        body, envelope = await self._accept(CompletionRequest, request)
+        answer = await self._service.complete(body, envelope)
         return await self._answer(request, answer, body.stream)
 
     async def chat_completions(self, request: Request) -> Response:
-        body, deadline = await self._accept(ChatCompletionRequest, request)
-        answer = await self._service.chat(body, deadline)
+        body, envelope = await self._accept(ChatCompletionRequest, request)
+        answer = await self._service.chat(body, envelope)
         return await self._answer(request, answer, body.stream)
 
     async def list_models(self, request: Request) -> Response:
@@ -122,14 +127,14 @@ class Ingress:
             return JSONResponse({"status": "ok"})
         return ApiError(503, "no engine replica answers").response()
 
-    async def _accept(
-        self, model: type[Sampling], request: Request
-    ) -> tuple[Sampling, float | None]:
-        """A body and its deadline; where there is no room, nothing is spent on it."""
+    async def _accept(self, model: type[Sampling], request: Request) -> tuple[Sampling, Envelope]:
+        """A body and what is known beside it; where there is no room, nothing is spent on it."""
         arrived_at = time.time()
         self._check_room()
         body = await self._parse(model, request)
-        return body, deadline_of(request, body, arrived_at)
+        deadline = deadline_of(request, body, arrived_at)
+        exchange = exchange_of(request)
+        return body, Envelope(exchange.request_id, deadline, exchange.span.carrier)
 
     async def _parse(self, model: type[Model], request: Request) -> Model:
         async with self._bodies.reading(request) as body:
@@ -138,12 +143,13 @@ class Ingress:
             return await asyncio.to_thread(parse_body, model, body)
 
     async def _answer(self, request: Request, answer: Answer, stream: bool) -> Response:
+        exchange_of(request).answer = answer
         if not stream:
-            return await _unless_client_leaves(request.receive, _collect(answer)) or CLIENT_LEFT
+            return await unless_client_leaves(request.receive, _collect(answer)) or CLIENT_LEFT
         # Before the status line is written, so that an early error has a status of its own, unless
         # it takes so long that somebody on the way may take the connection for dead.
         try:
-            started = await _unless_client_leaves(request.receive, answer.start(FIRST_PIECE_S))
+            started = await unless_client_leaves(request.receive, answer.start(FIRST_PIECE_S))
         except BaseException:
             await answer.close()
             raise
@@ -164,7 +170,7 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             # What Starlette does, without a task group, which takes longer than a first event.
-            await _unless_client_leaves(receive, self.stream_response(send))
+            await unless_client_leaves(receive, self.stream_response(send))
         except Exception as error:
             # Serve's ways to tell that the client has left, or that the proxy has ended.
             if not (is_cancellation(error) or is_actor_death(error)):
@@ -173,14 +179,14 @@ class EventStream(StreamingResponse):
             await self._answer.close()
 
 
-def api_app(ingress: Ingress, lifespan: Lifespan) -> Starlette:
+def api_app(ingress: Ingress, lifespan: Lifespan, tracing: Tracing = NO_TRACING) -> Starlette:
     """The ASGI application; `lifespan` runs around its life, before the first request."""
 
     def post(path: str, handler: Handler) -> Route:
-        return Route(path, _answering_errors(handler), methods=["POST"])
+        return Route(path, _answering_errors(path, handler), methods=["POST"])
 
     def get(path: str, handler: Handler) -> Route:
-        return Route(path, _answering_errors(handler), methods=["GET"])
+        return Route(path, _answering_errors(path, handler), methods=["GET"])
 
     routes = [
         post("/v1/completions", ingress.completions),
@@ -192,23 +198,32 @@ def api_app(ingress: Ingress, lifespan: Lifespan) -> Starlette:
         get("/health", ingress.health),
     ]
     return Starlette(
-        routes=routes, exception_handlers={HTTPException: _no_such_route}, lifespan=lifespan
+        routes=routes,
+        middleware=[Middleware(Exchanges, tracing=tracing, observers=(log_exchange, end_span))],
+        exception_handlers={HTTPException: _no_such_route},
+        lifespan=lifespan,
     )
 
 
-def _answering_errors(handler: Handler) -> Handler:
-    """What a handler raises becomes its answer."""
+def _answering_errors(path: str, handler: Handler) -> Handler:
+    """What a handler of a route raises becomes its answer."""
 
     async def answer(request: Request) -> Response:
+        exchange = exchange_of(request)
+        exchange.route = path
         try:
-            return await handler(request)
+            response = await handler(request)
         except ClientDisconnect:
-            return CLIENT_LEFT
+            response = CLIENT_LEFT
         except Exception as error:
             if is_cancellation(error):
                 # Serve was the first to see that the client left.
-                return CLIENT_LEFT
-            return api_error(error, uuid.uuid4().hex).response()
+                response = CLIENT_LEFT
+            else:
+                exchange.error = api_error(error, exchange.request_id)
+                response = exchange.error.response()
+        exchange.status = response.status_code
+        return response
 
     return answer
 
@@ -216,7 +231,10 @@ def _answering_errors(handler: Handler) -> Handler:
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path}"
-    return ApiError(error.status_code, message).response()
+    exchange = exchange_of(request)
+    exchange.status = error.status_code
+    exchange.error = ApiError(error.status_code, message)
+    return exchange.error.response()
 
 
 def _json(model: BaseModel) -> Response:
@@ -225,21 +243,3 @@ def _json(model: BaseModel) -> Response:
 
 async def _collect(answer: Answer) -> Response:
     return _json(await answer.collect())
-
-
-async def _unless_client_leaves(receive: Receive, work: Awaitable[Result]) -> Result | None:
-    """The result of `work`, which is cancelled if the client disconnects first: None then."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_client_left(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _client_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -25,7 +25,9 @@ from app.interrupts import interrupts
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
 from app.registry.follower import RegistryView
+from app.serve_log import log_with_serve
 from app.serve_run import ended_by_failure
+from app.tracing.spans import Tracing, tracing_of
 from slora_core.models.generation_defaults import OPENAI_DEFAULTS, GenerationDefaults
 from slora_core.models.registry import load_generation_defaults, load_model_config
 from slora_core.text.tokenizer import Tokenizer
@@ -44,6 +46,7 @@ class IngressServer:
     """Takes HTTP requests; any number of them serve the same engine replicas."""
 
     def __init__(self, args: SLoRAArgs, engine: Any, registry: Any) -> None:
+        log_with_serve()
         self._args = args
         self._engine = engine
         self._registry = RegistryClient(registry)
@@ -65,6 +68,7 @@ class IngressServer:
     def _api_app(self) -> Starlette:
         args = self._args
         model_dir = resolve_model(args.model, args.model_revision)
+        tracing = tracing_of("ingress")
         client = EngineClient(
             self._engine, self._backlog, args.failover_timeout_s, in_place.model_key(args)
         )
@@ -77,13 +81,14 @@ class IngressServer:
             client,
             sampling_defaults(args),
             args.model_revision,
+            tracing,
         )
         check_room = self._backlog.check_room
         ingress = Ingress(service, self._registry, self._is_ready, self._bodies, check_room)
-        return api_app(ingress, lambda app: self._lifespan(client))
+        return api_app(ingress, lambda app: self._lifespan(client, tracing), tracing)
 
     @asynccontextmanager
-    async def _lifespan(self, client: EngineClient) -> AsyncIterator[None]:
+    async def _lifespan(self, client: EngineClient, tracing: Tracing) -> AsyncIterator[None]:
         await self._view.refresh()
         tasks = [
             asyncio.create_task(self._view.follow()),
@@ -92,6 +97,7 @@ class IngressServer:
         yield
         for task in tasks:
             task.cancel()
+        await asyncio.to_thread(tracing.close)
 
     async def _is_ready(self) -> bool:
         """Whether some replica has a living engine; asks them at most once a second."""

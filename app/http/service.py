@@ -6,20 +6,23 @@ token ids exist. It knows nothing of HTTP; `routes` reads bodies and sends the a
 
 import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Protocol
 
 from app.generation.attempts import Renew
+from app.generation.course import Course
 from app.generation.text_stream import Generation
+from app.http.envelope import Envelope
 from app.http.limits import ModelLimits
+from app.http.request_ids import unique_id
 from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
 from app.registry.state import AdapterRecord
 from app.routing.conversation import conversation_of_chat, conversation_of_prompt
+from app.tracing.spans import NO_TRACING, Tracing
 from slora_core.errors import (
     AdapterUnavailableError,
     InvalidRequestError,
@@ -38,7 +41,7 @@ class Engine(Protocol):
     """What the service needs of `generation.client.EngineClient`."""
 
     def generate(
-        self, request: Request, record: AdapterRecord | None, renew: Renew
+        self, request: Request, record: AdapterRecord | None, renew: Renew, course: Course
     ) -> AsyncGenerator[Delta, None]: ...
 
 
@@ -55,6 +58,7 @@ class CompletionService:
         engine: Engine,
         defaults: GenerationDefaults = OPENAI_DEFAULTS,
         base_model_revision: str | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.base_model_name = base_model_name
         self.registry = registry
@@ -66,12 +70,11 @@ class CompletionService:
         # Of sampling, where a request is silent.
         self._defaults = defaults
         self._default_sampling = asdict(defaults)
+        self._tracing = tracing
         self._started_at = int(time.time())
 
-    async def complete(self, body: CompletionRequest, deadline: float | None = None) -> Answer:
+    async def complete(self, body: CompletionRequest, envelope: Envelope) -> Answer:
         """Check and prepare a completion request; nothing runs before the answer is read.
-
-        `deadline` is when it is worth nothing any more, seconds since the epoch.
 
         Raises:
             InvalidRequestError: a prompt or limit that the model cannot take.
@@ -79,7 +82,7 @@ class CompletionService:
         """
         record = await self._resolve(body.model)
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
-        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        answer_id = unique_id("cmpl", envelope.request_id)
         seed = secrets.randbits(62)
         generations = []
         for index, prompt in enumerate(body.prompt):
@@ -99,13 +102,12 @@ class CompletionService:
             # Several prompts with one drawn seed would sample alike.
             sampling = self._sampling(body, max_tokens, seed + index, record)
             conversation = conversation_of_prompt(prompt_ids, self._limits.page_tokens)
-            request = _request(
-                f"{answer_id}-{index}", prompt_ids, sampling, record, deadline, conversation
-            )
+            request_id = f"{answer_id}-{index}"
+            request = _request(request_id, prompt_ids, sampling, record, envelope, conversation)
             generations.append(self._generation(index, request, record))
         return Answer(body, generations, answer_id)
 
-    async def chat(self, body: ChatCompletionRequest, deadline: float | None = None) -> Answer:
+    async def chat(self, body: ChatCompletionRequest, envelope: Envelope) -> Answer:
         """Check and prepare a chat request; raises as `complete`."""
         record = await self._resolve(body.model)
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
@@ -122,11 +124,11 @@ class CompletionService:
         if limit is None:
             limit = self._output_room(prompt_ids, record)
         sampling = self._sampling(body, limit, secrets.randbits(62), record)
-        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        answer_id = unique_id("chatcmpl", envelope.request_id)
         conversation = ""
         if len(prompt_ids) >= self._limits.page_tokens:
             conversation = conversation_of_chat(messages, body.chat_template_kwargs)
-        request = _request(answer_id, prompt_ids, sampling, record, deadline, conversation)
+        request = _request(answer_id, prompt_ids, sampling, record, envelope, conversation)
         return Answer(body, [self._generation(0, request, record)], answer_id)
 
     def model_cards(self) -> list[ModelCard]:
@@ -203,10 +205,11 @@ class CompletionService:
         return self._limits.output_room(len(prompt_ids), record, self.registry.num_pool_pages)
 
     def _generation(self, index: int, request: Request, record: AdapterRecord | None) -> Generation:
-        deltas = self._engine.generate(request, record, self._renewed)
+        course = Course(self._tracing)
+        deltas = self._engine.generate(request, record, self._renewed, course)
         is_end = self._limits.eos_token_ids.__contains__
         decoder = self._tokenizer.decoder([*request.prompt_ids[-MAX_CONTEXT:], *request.output_ids])
-        return Generation(index, request, deltas, decoder, is_end)
+        return Generation(index, request, deltas, decoder, is_end, course)
 
     async def _renewed(self, record: AdapterRecord, error: Exception) -> AdapterRecord:
         """What an adapter's name means now that the adapter is gone."""
@@ -240,7 +243,7 @@ def _request(
     prompt_ids: list[int],
     sampling: SamplingParams,
     record: AdapterRecord | None,
-    deadline: float | None,
+    envelope: Envelope,
     conversation: str,
 ) -> Request:
     """What of a body is no sampling is put into the request here."""
@@ -250,6 +253,7 @@ def _request(
         None if record is None else record.adapter_id,
         request_id=request_id,
         arrived_at=time.time(),
-        deadline=deadline,
+        deadline=envelope.deadline,
+        trace=envelope.trace,
         conversation=conversation,
     )

@@ -25,6 +25,7 @@ from app.registry.registry import AdapterRegistry
 from app.registry.state import AdapterRecord
 from app.registry.state_file import StateFile
 from app.remote_errors import returns_errors
+from app.serve_log import log_with_serve
 from app.serve_run import ended_by_failure
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class RegistryServer:
     """The one replica of the registry. Files are read in threads, so that polls are not held up."""
 
     async def __init__(self, args: SLoRAArgs) -> None:  # type: ignore[misc]
+        log_with_serve()
         app_name = serve.get_replica_context().app_name
         self._args = args
         self._poll = LongPoll()

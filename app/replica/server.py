@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -25,9 +25,12 @@ from app.registry.pools import REPORT_EVERY_S
 from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
+from app.replica.spans import ReplicaSpans
 from app.routing.serve_router import HEALTHY_KEY, MODEL_KEY, QUEUE_LEN_KEY, RANK_KEY
+from app.serve_log import log_with_serve
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
+from app.tracing.spans import tracing_of
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
 from slora_core.errors import EngineDeadError, OverloadedError, SLoRAError
@@ -39,12 +42,15 @@ logger = logging.getLogger(__name__)
 MODEL_CHANGE_S = 5
 # Seconds that the last deltas have to leave this process.
 LAST_WORDS_S = 0.2
+# And its spans, which tell of the death.
+LAST_SPANS_S = 1.0
 
 
 class EngineServer:
     """One replica, in an actor that Serve makes and asks for its health and load."""
 
     async def __init__(self, args: SLoRAArgs, registry: Any) -> None:  # type: ignore[misc]
+        log_with_serve()
         with ended_by_failure():
             await self._start(args, registry)
             started()
@@ -53,6 +59,8 @@ class EngineServer:
         self._args = args
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
+        self._tracing = tracing_of("engine")
+        self._spans = ReplicaSpans(self._tracing, self._replica_id)
         # Whether Serve ends this replica.
         self._is_stopped = False
         # Before the engine, so that both start at once.
@@ -100,9 +108,10 @@ class EngineServer:
         """
         try:
             self._check_model(request)
-            holding = nullcontext() if record is None else self._leases.hold(record)
+            spans = self._spans
+            holding = spans.leasing(request, self._leases.hold(record)) if record else nullcontext()
             async with holding:
-                with self._engine.generate(request) as stream:
+                with self._engine.generate(request) as stream, spans.running(request, stream):
                     if request.num_moves:
                         # Its client waits for an engine no longer, but for this one's queue.
                         yield Delta(request.request_id, [])
@@ -160,6 +169,7 @@ class EngineServer:
         self._is_stopped = True
         if hasattr(self, "_engine"):
             self._engine.close()
+            self._tracing.close()
 
     def _rank(self) -> str:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
@@ -186,6 +196,8 @@ class EngineServer:
         if self._is_stopped:
             return
         logger.error("the engine has died, and so does its replica")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(self._tracing.close), LAST_SPANS_S)
         ray.kill(ray.get_runtime_context().current_actor)
 
     def _interval(self, num_streams: int) -> float:

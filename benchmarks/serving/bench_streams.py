@@ -28,6 +28,8 @@ from app.http.service import CompletionService
 from app.models.demo import ensure_demo_model
 from app.registry.follower import RegistryView
 from app.replica.server import EngineServer, gathering_interval
+from app.replica.spans import ReplicaSpans
+from app.tracing.spans import NO_TRACING
 from benchmarks.report import add_output_option, make_row, publish
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec, packed, receive_message
@@ -265,6 +267,7 @@ async def measure(args: argparse.Namespace, tokenizer: Tokenizer) -> list[dict[s
     # Without Serve, which its constructor asks who it is.
     server = object.__new__(EngineServer)
     server._engine, server._replica_id, server._args = engine, "replica", SLoRAArgs()
+    server._tracing, server._spans = NO_TRACING, ReplicaSpans(NO_TRACING, "replica")
     rows = []
     for num_streams in args.streams:
         texts = make_texts(tokenizer, num_streams, args.tokens)

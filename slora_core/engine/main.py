@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ class EngineLoop:
         if self._engine.has_work:
             output = self._engine.step()
             if output:
-                self._send(output)
+                self._send(replace(output, at=time.time()))
             self._worked_at = time.monotonic()
         elif self._engine.has_late_graphs and time.monotonic() >= self._worked_at + IDLE_S:
             self._send(Busy(CAPTURE_S, "it captures a CUDA graph"))

@@ -246,8 +246,8 @@ class AsyncEngine:
         match message:
             case StepOutput():
                 self._streams.take(message)
-            case Begun(request_ids):
-                self._streams.begun(request_ids)
+            case Begun(request_ids, at):
+                self._streams.begun(request_ids, at)
             case Reply(call_id, value, error):
                 if (future := self._calls.get(call_id)) and not future.done():
                     if error is None:

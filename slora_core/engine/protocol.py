@@ -7,6 +7,7 @@ as it is, `requests.Request`; the adapter that it names was sent once before, as
 import pickle
 import socket
 import struct
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ class Begun:
     """The engine is about to compute these requests for the first time."""
 
     request_ids: list[str]
+    # Seconds since the epoch.
+    at: float = field(default_factory=time.time, compare=False)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,11 @@ class DeltaStream:
 
     def __init__(self, request_id: str, on_close: Callable[["DeltaStream"], None]) -> None:
         self.request_id = request_id
-        # Whether the engine has computed some of it, as far as it said.
-        self.has_begun = False
+        # When the engine began to compute it, had its first token and ended it, as far as it said:
+        # seconds since the epoch.
+        self.begun_at: float | None = None
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
         # Whether its last delta was read: nothing is left to abort.
         self.has_ended = False
         self._on_close = on_close
@@ -59,12 +62,18 @@ class DeltaStream:
         self.has_ended = self._ending is not None
         return Delta.of(self.request_id, token_ids, self._ending, num_cached_tokens)
 
-    def push(self, token_id: int) -> bool:
-        """Take a token; whether it is the first of several that wait for the timer."""
+    @property
+    def has_begun(self) -> bool:
+        """Whether the engine has computed some of it."""
+        return self.begun_at is not None
+
+    def push(self, token_id: int, at: float | None) -> bool:
+        """Take a token of a step; whether it is the first of several that wait for the timer."""
         self._token_ids.append(token_id)
         if self._has_started:
             return len(self._token_ids) == 1
         self._has_started = True
+        self.first_token_at = at
         self.wake()
         return False
 
@@ -72,9 +81,10 @@ class DeltaStream:
         """Take what the delta of the first token, which comes next, tells of the prompt."""
         self._num_cached_tokens = num_cached_tokens
 
-    def end(self, ending: FinishReason | SLoRAError) -> None:
+    def end(self, ending: FinishReason | SLoRAError, at: float | None = None) -> None:
         if self._ending is None:
             self._ending = ending
+            self.ended_at = at
         self.wake()
 
     def wake(self) -> None:
@@ -127,12 +137,12 @@ class DeltaStreams:
                 stream.begin(num_cached_tokens)
         for request_id, token_id in zip(output.request_ids, output.token_ids, strict=True):
             stream = streams.get(request_id)
-            if stream is not None and stream.push(token_id):
+            if stream is not None and stream.push(token_id, output.at):
                 self._gathering.append(stream)
         for request_id, ending in output.endings.items():
             stream = streams.get(request_id)
             if stream is not None:
-                stream.end(ending)
+                stream.end(ending, output.at)
             elif ending is FinishReason.ABORT:
                 self._on_left(request_id)
         if self._gathering and self._timer is None:
@@ -147,11 +157,11 @@ class DeltaStreams:
     def __iter__(self) -> Iterator[DeltaStream]:
         return iter(self._streams.values())
 
-    def begun(self, request_ids: Iterable[str]) -> None:
-        """The engine computes these from now on."""
+    def begun(self, request_ids: Iterable[str], at: float) -> None:
+        """The engine computes these from then on."""
         for request_id in request_ids:
             if (stream := self._streams.get(request_id)) is not None:
-                stream.has_begun = True
+                stream.begun_at = at
 
     def _flush(self) -> None:
         self._timer = None

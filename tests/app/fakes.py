@@ -1,6 +1,7 @@
 """Stand-ins for the engine and the registry, so that the ingress runs without Ray."""
 
 import asyncio
+from dataclasses import replace
 
 from app.registry.changes import ChangeHistory, RegistryChanges
 from app.registry.names_and_paths import check_name
@@ -87,26 +88,31 @@ class FakeEngine:
         self.errors = {}
         # Of each prompt, as its first delta tells.
         self.num_cached_tokens = 0
+        # Of each request, until its first delta.
+        self.num_moves = 0
         # Seconds before each delta.
         self.delay_s = 0.0
 
-    async def generate(self, request, record, renew):
+    async def generate(self, request, record, renew, course):
         self.requests.append(request)
         ids = byte_ids(self.text.encode())
         starts = range(0, len(ids), self.num_bytes)
         finished = False
+        moved = replace(request, num_moves=self.num_moves)
         try:
-            for number, start in enumerate(starts):
-                await asyncio.sleep(self.delay_s)
-                if number in self.errors:
-                    finished = True
-                    raise self.errors[number]
-                reason = None
-                if start == starts[-1]:
-                    finished = True
-                    reason = FinishReason(self.finish_reason)
-                token_ids = ids[start : start + self.num_bytes]
-                num_cached = 0 if number else self.num_cached_tokens
-                yield Delta(request.request_id, token_ids, reason, num_cached_tokens=num_cached)
+            with course.attempt(request.request_id, moved, record):
+                for number, start in enumerate(starts):
+                    await asyncio.sleep(self.delay_s)
+                    if number in self.errors:
+                        finished = True
+                        raise self.errors[number]
+                    reason = None
+                    if start == starts[-1]:
+                        finished = True
+                        reason = FinishReason(self.finish_reason)
+                    token_ids = ids[start : start + self.num_bytes]
+                    num_cached = 0 if number else self.num_cached_tokens
+                    course.tokens_came()
+                    yield Delta(request.request_id, token_ids, reason, None, num_cached)
         finally:
             self.num_closed_early += not finished

@@ -4,6 +4,8 @@ Serve pickles this module by value, since it holds a router: it imports nothing 
 """
 
 import asyncio
+import io
+import logging.handlers
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from starlette.routing import Route
 
 from app import ray_private
 from app.routing.serve_router import AffinityRouter
+from app.serve_log import log_with_serve
 
 
 class CountingRouter(AffinityRouter):
@@ -55,6 +58,7 @@ class ContractIngress:
                 Route("/greeting", self._greet),
                 Route("/streams", self._streams),
                 Route("/by_name", self._by_name),
+                Route("/log", self._log),
             ]
         )
 
@@ -80,6 +84,21 @@ class ContractIngress:
         handle = ray_private.handle_by_name("nowhere", "nobody")
         return JSONResponse({"deployment": handle.deployment_name})
 
+    async def _log(self, request: Request) -> JSONResponse:
+        """Where Serve writes two lines of the project's: its log's file, and the terminal."""
+        log_with_serve()
+        log_with_serve()
+        handlers = logging.getLogger("ray.serve").handlers
+        [terminal] = [h for h in handlers if type(h) is logging.StreamHandler]
+        [file] = [h for h in handlers if isinstance(h, logging.handlers.MemoryHandler)]
+        before = terminal.setStream(written := io.StringIO())
+        logger = logging.getLogger("app.contracts")
+        logger.info("for both", extra={"answer_id": "cmpl-1"})
+        logger.info("for the file", extra={"moves": 2, **ray_private.NOT_ON_TERMINAL})
+        logger.debug("for nobody")
+        terminal.setStream(before)
+        return JSONResponse({"file": file.target.baseFilename, "terminal": written.getvalue()})
+
 
 def contract_app(calls: Path, **limits):
     """Two replicas behind a counting router that spills at one request."""
@@ -95,6 +114,8 @@ def contract_app(calls: Path, **limits):
         **limits,
     )
     ingress = serve.deployment(ContractIngress).options(
-        name="ingress", ray_actor_options={"num_cpus": 0.1}
+        name="ingress",
+        ray_actor_options={"num_cpus": 0.1},
+        logging_config={"encoding": "JSON"},
     )
     return ingress.bind("hello", replica.bind())

@@ -82,7 +82,7 @@ class RunningApp:
         body = {"model": model, "prompt": "hello", "max_tokens": 8, "temperature": 0, **fields}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=timeout_s)
 
-    def stream(self, model=BASE, **fields):
+    def stream(self, model=BASE, headers=None, **fields):
         """A context manager over a streamed completion that would take long to finish."""
         body = {
             "model": model,
@@ -92,7 +92,8 @@ class RunningApp:
             "stream": True,
             **fields,
         }
-        return httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60)
+        url = f"{self.url}/v1/completions"
+        return httpx.stream("POST", url, json=body, headers=headers, timeout=60)
 
     def load(self, name, path, replace=False):
         body = {"lora_name": name, "lora_path": str(path), "load_inplace": replace}

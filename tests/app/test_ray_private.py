@@ -1,5 +1,6 @@
 """The contract of each function of `app.ray_private` with the Ray that is installed."""
 
+import json
 import subprocess
 import sys
 import time
@@ -101,6 +102,28 @@ def test_the_application_is_built_in_the_replica(url):
     with contract("__serve_build_asgi_app__"):
         answer = httpx.get(f"{url}/greeting", timeout=30).raise_for_status().json()
         assert answer == {"greeting": "hello", "built_here": True}
+
+
+@pytest.mark.serve
+def test_serve_writes_our_log_as_it_is_asked_to(url):
+    with contract("the extra log_to_stderr of a record"):
+        answer = httpx.get(f"{url}/log", timeout=30).raise_for_status().json()
+        ours = [json.loads(line) for line in Path(answer["file"]).read_text().splitlines()]
+        both, file = [line for line in ours if line["message"].startswith("for ")]
+        assert (both["message"], both["answer_id"]) == ("for both", "cmpl-1")
+        assert (file["message"], file["moves"], file["levelname"]) == ("for the file", 2, "INFO")
+        assert "for both" in answer["terminal"] and "for the file" not in answer["terminal"]
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize("path", ["greeting", "nowhere"])
+def test_serve_writes_the_id_of_a_request_into_its_answer(url, path):
+    """Once, so that nothing of ours does; documented, but for the one that it draws."""
+    with contract("the header X-Request-ID of answers"):
+        given = httpx.get(f"{url}/{path}", headers={"X-Request-Id": "mine"}, timeout=30)
+        assert given.headers.get_list("x-request-id") == ["mine"]
+        drawn = [httpx.get(f"{url}/{path}", timeout=30).headers["x-request-id"] for _ in "ab"]
+        assert len({*drawn}) == 2 and "" not in drawn
 
 
 @pytest.mark.serve

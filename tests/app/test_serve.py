@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -97,6 +98,43 @@ def test_openai_exceptions(client):
         client.completions.create(model=BASE, prompt="x", max_tokens=CONTEXT_LEN)
     with pytest.raises(openai.BadRequestError, match="n=2"):
         client.completions.create(model=BASE, prompt="x", n=2)
+
+
+def test_a_requests_id_is_in_its_answer_and_at_each_hop_and_no_text_is_in_any_log(app, client):
+    import ray
+
+    marker, headers = "Xyzzyplugh", {"X-Request-Id": "request-of-a-tenant"}
+    given = client.completions.create(
+        model=ADAPTERS[0], prompt=marker, max_tokens=4, extra_headers=headers
+    )
+    assert given._request_id == "request-of-a-tenant"
+    assert given.id.startswith("cmpl-request-of-a-tenant-")
+    messages = [{"role": "user", "content": marker}]
+    drawn = client.chat.completions.create(model=BASE, messages=messages, max_tokens=4)
+    assert drawn.id.startswith(f"chatcmpl-{drawn._request_id}-")
+    with app.stream(prompt=marker, max_tokens=4, headers=headers) as response:
+        assert response.headers.get_list("x-request-id") == ["request-of-a-tenant"]
+        response.read()
+    for fields in ({"model": marker}, {"top_p": marker}, {marker: 1}, {"max_tokens": 10**6}):
+        assert app.complete(**{"prompt": marker, **fields}).status_code in (400, 404)
+    session = Path(ray._private.worker._global_node.get_logs_dir_path())
+
+    def lines():
+        return [
+            line
+            for path in session.glob("serve/replica_slora_ingress_*.log")
+            for line in path.read_text().splitlines()
+            if "answer_id=cmpl-request-of-a-tenant-" in line
+        ]
+
+    wait_until(lambda: len(lines()) == 2, timeout_s=5)
+    assert f"model={ADAPTERS[0]} adapter_version=1" in lines()[0]
+    assert "output_tokens=4" in lines()[0] and f"model={BASE}" in lines()[1]
+    # The engines' and the stores' own lines are among them.
+    files = [path for path in session.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for path in files:
+        assert marker.encode() not in path.read_bytes(), path
 
 
 def test_fields_of_other_servers_clients(app):

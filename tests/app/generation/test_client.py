@@ -125,7 +125,10 @@ def test_deltas_come_through_and_the_adapter_is_the_session():
     handle = FakeHandle([FIRST, LAST])
     assert generate(handle) == [FIRST, LAST]
     assert [request.model_key for request in handle.requests] == ["model@a"]
-    assert handle.options_seen == [{"stream": True, "session_id": "a-v1", "_by_reference": False}]
+    [options] = handle.options_seen
+    assert options["stream"] and options["session_id"] == "a-v1"
+    assert options["_by_reference"] is False
+    assert options["request_serialization"] == options["response_serialization"] == "pickle"
     assert handle.num_cancelled == 0
 
 

@@ -46,8 +46,18 @@ def test_a_dead_actor_is_no_defect():
 
 
 def test_a_defect_is_logged_but_not_told(caplog):
-    with caplog.at_level(logging.ERROR):
-        told = api_error(KeyError("secret"), "cmpl-1")
+    """With all that led to it, and none of what it says: it may quote a request."""
+    try:
+        try:
+            json.loads("secret")
+        except ValueError as error:
+            raise KeyError("secret") from error
+    except KeyError as error:
+        with caplog.at_level(logging.ERROR):
+            told = api_error(error, "cmpl-1")
     assert told.status == 500
-    assert "secret" not in told.message and "cmpl-1" in told.message
-    assert "secret" in caplog.text and "cmpl-1" in caplog.text
+    assert "cmpl-1" in told.message and "cmpl-1" in caplog.text
+    for words in ("raw_decode", "JSONDecodeError", "builtins.KeyError"):
+        assert words in caplog.text and words not in told.message
+    quoted = caplog.text.replace('raise KeyError("secret")', "").replace('json.loads("secret")', "")
+    assert "secret" not in quoted + told.message

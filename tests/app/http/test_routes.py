@@ -472,11 +472,11 @@ class RenewingEngine(FakeEngine):
 
     error: Exception = InvalidAdapterError("the files have changed")
 
-    async def generate(self, request, record, renew):
+    async def generate(self, request, record, renew, course):
         self.requests.append(request)
         newer = await renew(record, self.error)
         renewed = replace(request, adapter_id=newer.adapter_id)
-        async for delta in super().generate(renewed, newer, renew):
+        async for delta in super().generate(renewed, newer, renew, course):
             yield delta
 
 
