@@ -19,6 +19,7 @@ from app.registry.client import REGISTRY_DEPLOYMENT
 from app.registry.deployment import RegistryServer
 from app.replica.server import EngineServer
 from app.routing.serve_router import AffinityRouter
+from app.scaling import autoscaling_reports, engine_scaling, ingress_scaling
 from app.serve_run import ended_by_failure
 from app.start_checks import check_machine
 from slora_core.text.template_sandbox import TemplateSourceError, check_template
@@ -30,7 +31,7 @@ CPUS_PER_REGISTRY = 0.1
 MAX_REGISTRY_CALLS = 1000
 # A replica whose engine died fails three checks before it is replaced: within about 3 s.
 HEALTH_CHECK_PERIOD_S = 1.0
-# How soon the router learns a new replica's number and a dead engine.
+# How soon the router learns a new replica's number, a dead engine and what is hot.
 ROUTING_STATS_PERIOD_S = 0.5
 
 
@@ -78,7 +79,7 @@ def application(args: SLoRAArgs) -> Application:
     )
     engine = serve.deployment(EngineServer).options(
         name="engine",
-        num_replicas=args.num_replicas,
+        **engine_scaling(args),
         max_ongoing_requests=args.num_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -86,23 +87,25 @@ def application(args: SLoRAArgs) -> Application:
         ray_actor_options={
             "num_cpus": args.cpus_per_replica,
             "num_gpus": args.gpus_per_replica,
+            **autoscaling_reports(args),
         },
         request_router_config=RequestRouterConfig(
             request_router_class=AffinityRouter,
             request_router_kwargs={
                 "spill_queue_len": args.spill_queue_len,
                 "spill_factor": args.spill_factor,
+                "page_tokens": args.page_tokens,
             },
             request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
         ),
     )
     ingress = serve.deployment(IngressServer).options(
         name="ingress",
-        num_replicas=args.num_ingress_replicas,
+        **ingress_scaling(args),
         # The engine's own limits decide; the ingress must not refuse before them.
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
-        ray_actor_options={"num_cpus": CPUS_PER_INGRESS},
+        ray_actor_options={"num_cpus": CPUS_PER_INGRESS, **autoscaling_reports(args)},
     )
     registry_app = registry.bind(args)
     return ingress.bind(args, engine.bind(args, registry_app), registry_app)

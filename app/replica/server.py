@@ -9,12 +9,13 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
 from ray import serve
 
+from app import ray_private
 from app.args import SLoRAArgs
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
@@ -23,15 +24,22 @@ from app.registry.pools import REPORT_EVERY_S
 from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
-from app.routing.serve_router import HEALTHY_KEY, RANK_KEY
+from app.replica.load_meter import LoadMeter
+from app.replica.warm_up import PeerHeat, adapters_to_warm, warm_up
+from app.routing.view import HEALTHY_KEY, RANK_KEY
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
 from slora_core.errors import EngineDeadError, SLoRAError
-from slora_core.requests import Delta, Request
+from slora_core.requests import Delta, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+# Seconds between two looks at the pages that a busy engine has free.
+PAGES_EVERY_S = 0.5
+# How long a new replica waits to hear which adapters are hot, seconds.
+PEERS_TIMEOUT_S = 3.0
 
 
 class EngineServer:
@@ -48,6 +56,7 @@ class EngineServer:
         # Before the engine, so that both start at once.
         store = StoreClient(args)
         self._left = LeftRequests()
+        self._meter = LoadMeter(self._replica_id, args.page_tokens)
         self._engine = AsyncEngine(engine_spec(args), gathering_interval(args), self._left.left)
         started_at = time.monotonic()
         info = await self._engine.start()
@@ -67,6 +76,9 @@ class EngineServer:
         self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
         self._reporting = asyncio.create_task(self._report_pool())
+        self._looking = asyncio.create_task(self._look_at_pages())
+        # Before Serve sends requests.
+        await self._load_hot_adapters(args.spill_queue_len)
 
     async def generate(
         self,
@@ -81,13 +93,14 @@ class EngineServer:
         """
         try:
             holding = nullcontext() if record is None else self._leases.hold(record)
-            async with holding:
-                with self._engine.generate(request) as stream:
-                    async for delta in stream:
-                        if delta.error is not None:
-                            # Also for the lease, which may have to be replaced.
-                            raise delta.error
-                        yield delta
+            with self._meter.counted(request, record) as with_load:
+                async with holding:
+                    with self._engine.generate(request) as stream:
+                        async for delta in stream:
+                            if delta.error is not None:
+                                # Also for the lease, which may have to be replaced.
+                                raise delta.error
+                            yield with_load(delta)
         except EngineDeadError as error:
             told = EngineDeadError(str(error), self._replica_id, error.was_running)
             yield Delta(request.request_id, [], error=told)
@@ -125,7 +138,16 @@ class EngineServer:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve; what `serve_router` reads."""
-        return {RANK_KEY: self._rank(), HEALTHY_KEY: self._engine.is_alive()}
+        identity = {RANK_KEY: self._rank(), HEALTHY_KEY: self._engine.is_alive()}
+        return {**identity, **self._meter.routing_stats()}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve; what `routing.autoscaling` reads."""
+        return self._meter.autoscaling_stats()
+
+    async def hot_adapters(self) -> PeerHeat:
+        """Called by a replica that starts."""
+        return PeerHeat(self._rank(), self._meter.routing_stats(), self._meter.heat.hottest())
 
     def __del__(self) -> None:
         # Serve calls it at a graceful stop, also where __init__ failed.
@@ -146,6 +168,40 @@ class EngineServer:
                 logger.info("the registry was not told of the pool: %r", error)
             await asyncio.sleep(REPORT_EVERY_S)
 
+    async def _look_at_pages(self) -> None:
+        """Keep the meter told of the engine's pages, while they change."""
+        while self._engine.is_alive():
+            if self._meter.needs_pages:
+                with suppress(EngineDeadError):
+                    self._meter.saw_pages(await self._engine.stats())
+            await asyncio.sleep(PAGES_EVERY_S)
+
+    async def _load_hot_adapters(self, spill_queue_len: int) -> None:
+        """Load what the running replicas were asked for of late and will be asked for here."""
+        context = serve.get_replica_context()
+        peers = ray_private.handle_by_name(context.deployment, context.app_name)
+        try:
+            answers = peers.broadcast("hot_adapters").results_async(return_exceptions=True)
+            heard = await asyncio.wait_for(answers, PEERS_TIMEOUT_S)
+        except Exception as error:
+            # There are none, at the first start.
+            logger.info("no replica tells which adapters are hot: %r", error)
+            return
+        told = [answer for answer in heard if isinstance(answer, PeerHeat)]
+        records = adapters_to_warm(self._rank(), told, spill_queue_len, self._num_pages)
+        num_loaded = await warm_up(records, self._load_adapter)
+        if records:
+            logger.info("loaded %s of %s hot adapters ahead", num_loaded, len(records))
+
+    async def _load_adapter(self, record: AdapterRecord) -> None:
+        """Have the engine compute a token with an adapter, which then stays in its pool."""
+        request = Request([0], SamplingParams(max_tokens=1), record.adapter_id)
+        async with self._leases.hold(record):
+            with self._engine.generate(request) as stream:
+                async for delta in stream:
+                    if delta.error is not None:
+                        raise delta.error
+
     def _drop_adapters(self, adapter_ids: frozenset[str]) -> None:
         for adapter_id in adapter_ids:
             self._engine.drop_adapter(adapter_id)
@@ -161,7 +217,7 @@ def engine_spec(args: SLoRAArgs) -> EngineSpec:
     num_threads = args.num_threads
     if num_threads is None and args.device == "cpu":
         # Replicas share the machine; more threads than cores make each of them slower.
-        num_threads = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
+        num_threads = max(1, len(os.sched_getaffinity(0)) // args.most_replicas)
     return EngineSpec(
         model_path=str(resolve_model(args.model, args.model_revision)),
         load_format=args.load_format,

@@ -1,55 +1,101 @@
-"""Serve's request router: an adapter's requests stay on the replica that has it loaded.
+"""Serve's request router: a request goes where its adapter and the beginning of its prompt are.
 
-Owns the translation between Serve's routing interface and `routing.order`. Serve pickles this
-module by value into every process that holds a handle, so it imports nothing heavy.
+Owns the translation between Serve's routing interface and `routing.view`. Serve pickles this
+module by value into every process that holds a handle, so it imports nothing heavy; what a process
+has one of is imported where it is used, or each router would have a copy.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from app import ray_private
-from app.routing.order import ReplicaLoad, order_replicas
+from app.routing.view import RouterView, SeenReplica
+from app.routing.waiting_line import WaitingLine
 
-# Keys of a replica's routing stats.
-RANK_KEY = "rank_in_deployment"
-HEALTHY_KEY = "healthy"
+# Seconds after which a request that waits for room looks for it unasked: other processes' requests
+# end, too.
+LOOK_AGAIN_S = 0.25
 
 
-class AffinityRouter(RequestRouter):
+class AffinityRouter(ray_private.PatientRouter):
     """Routes by the handle's `session_id`, the adapter's id; empty for the base model."""
 
-    def initialize_state(self, spill_queue_len: int = 8, spill_factor: float = 1.25) -> None:
-        self._spill_queue_len = spill_queue_len
-        self._spill_factor = spill_factor
+    def initialize_state(
+        self, spill_queue_len: int = 8, spill_factor: float = 1.25, page_tokens: int = 16
+    ) -> None:
+        from app.routing.load_board import board
+
+        # What `generation.client` of this process hears.
+        self._board = board()
+        self._view = RouterView(self._board, spill_queue_len, spill_factor, page_tokens)
+        self._line = WaitingLine()
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Each replica in a list of its own: Serve reorders within a list by queue length."""
-        key, avoid = "", None
+        """Each replica in a list of its own: Serve reorders within a list by queue length.
+
+        Where none may have the request, waits until one may or some time has passed. With an empty
+        list Serve comes back.
+        """
+        if pending_request is None:
+            return self._ordered(candidate_replicas)
+        ray_private.pause_when_all_are_full(pending_request)
+        since = pending_request.created_at
+        ordered = self._ordered(candidate_replicas, pending_request)
+        if not ordered:
+            # The room that woke it, if any did, may do for the next one.
+            self._line.wake(since)
+            await self._line.wait(since, LOOK_AGAIN_S)
+            ordered = self._ordered(list(self.curr_replicas.values()), pending_request)
+        return ordered
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called with every change of the replicas or of their stats."""
+        self._view.see([replica.routing_stats for replica in replicas])
+        super().update_replicas(replicas)
+        self._line.wake()
+
+    def on_sending(self, replica_id: ReplicaID) -> None:
+        self._board.sent(replica_id.unique_id)
+
+    def on_counted(self, replica_id: ReplicaID, num_requests: int) -> None:
+        self._board.counted(replica_id.unique_id, num_requests)
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        self._board.sent_prompt(replica_id.unique_id, len(_prompt_ids(pending_request)))
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._board.ended(replica_id.unique_id)
+        self._line.wake()
+
+    def _ordered(
+        self, candidates: Sequence[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        adapter, prompt_ids, avoid = "", (), None
         if pending_request is not None:
-            key = pending_request.metadata.session_id
-            avoid = _replica_to_avoid(pending_request)
-            ray_private.pause_when_all_are_full(pending_request)
-        loads = [self._load(replica, avoid) for replica in candidate_replicas]
-        order = order_replicas(key, loads, self._spill_queue_len, self._spill_factor)
-        return [[candidate_replicas[index]] for index in order]
-
-    def _load(self, replica: RunningReplica, avoid: str | None) -> ReplicaLoad:
-        stats = replica.routing_stats
-        replica_id = replica.replica_id.unique_id
-        return ReplicaLoad(
-            # A replica that has not been asked yet is known by its id only.
-            rank_in_deployment=str(stats.get(RANK_KEY, replica_id)),
-            queue_len=ray_private.known_queue_len(self, replica),
-            healthy=stats.get(HEALTHY_KEY, True) and replica_id != avoid,
-        )
+            adapter = pending_request.metadata.session_id
+            prompt_ids = _prompt_ids(pending_request)
+            # The replica that failed the request: an argument of `EngineServer.generate`.
+            avoid = pending_request.kwargs.get("avoid_replica")
+        seen = [
+            SeenReplica(
+                replica.replica_id.unique_id, replica.routing_stats, replica.max_ongoing_requests
+            )
+            for replica in candidates
+        ]
+        order = self._view.order(seen, adapter, prompt_ids, avoid)
+        return [[candidates[index]] for index in order]
 
 
-def _replica_to_avoid(pending_request: PendingRequest) -> str | None:
-    """The replica that just failed this request: what `EngineServer.generate` is called with."""
-    arguments: dict[str, Any] = pending_request.kwargs
-    return arguments.get("avoid_replica")
+def _prompt_ids(pending_request: PendingRequest) -> Sequence[int]:
+    """The prompt, where the call is of `EngineServer.generate`."""
+    request = pending_request.args[0] if pending_request.args else None
+    prompt_ids: Sequence[int] = getattr(request, "prompt_ids", ())
+    return prompt_ids

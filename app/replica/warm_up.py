@@ -1,0 +1,81 @@
+"""What a new replica does before it takes requests: the hottest adapters that it will serve.
+
+Asks the replicas that run which adapters were asked for of late, and loads those of them that
+routing will send here. It knows no Serve; `server` gives it the answers and the ways to load.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.registry.state import AdapterRecord
+from app.routing.hot_keys import HotKeys
+from app.routing.order import homes
+
+logger = logging.getLogger(__name__)
+
+# Part of the pool that is filled: requests come as soon as the replica is ready.
+SHARE_OF_POOL = 0.5
+# How many adapters are loaded at a time, and for how long all of it may hold up the start, seconds.
+MAX_AT_A_TIME = 8
+TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True)
+class PeerHeat:
+    """What a running replica tells."""
+
+    rank_in_deployment: str
+    routing_stats: dict[str, Any]
+    # Requests of late, by adapter.
+    hottest: list[tuple[float, AdapterRecord]]
+
+
+def adapters_to_warm(
+    rank: str, peers: Sequence[PeerHeat], spill_queue_len: int, num_pages: int
+) -> list[AdapterRecord]:
+    """The adapters whose requests go to the replica of this rank, the hottest first."""
+    hot = HotKeys([{}, *(peer.routing_stats for peer in peers)], spill_queue_len, 1)
+    ranks = sorted({rank, *(peer.rank_in_deployment for peer in peers)})
+    heat: dict[str, float] = {}
+    records: dict[str, AdapterRecord] = {}
+    for peer in peers:
+        for requests, record in peer.hottest:
+            heat[record.adapter_id] = heat.get(record.adapter_id, 0.0) + requests
+            records[record.adapter_id] = record
+    chosen, room = [], int(SHARE_OF_POOL * num_pages)
+    for adapter_id in sorted(heat, key=lambda adapter_id: (-heat[adapter_id], adapter_id)):
+        is_ours = rank in homes(adapter_id, hot.num_homes(adapter_id), ranks)
+        if is_ours and records[adapter_id].num_pages <= room:
+            room -= records[adapter_id].num_pages
+            chosen.append(records[adapter_id])
+    return chosen
+
+
+async def warm_up(
+    records: Sequence[AdapterRecord],
+    load: Callable[[AdapterRecord], Awaitable[None]],
+    timeout_s: float = TIMEOUT_S,
+) -> int:
+    """Load the adapters; how many there was time for. What fails is left to its first request."""
+    limit = asyncio.Semaphore(MAX_AT_A_TIME)
+    num_loaded = 0
+
+    async def load_one(record: AdapterRecord) -> None:
+        nonlocal num_loaded
+        async with limit:
+            try:
+                await load(record)
+            except Exception as error:
+                logger.info("adapter %s was not loaded ahead: %r", record.name, error)
+            else:
+                num_loaded += 1
+
+    tasks = [asyncio.create_task(load_one(record)) for record in records]
+    if tasks:
+        _, late = await asyncio.wait(tasks, timeout=timeout_s)
+        for task in late:
+            task.cancel()
+    return num_loaded
