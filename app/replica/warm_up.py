@@ -47,7 +47,8 @@ def adapters_to_warm(
             records[record.adapter_id] = record
     chosen, room = [], int(SHARE_OF_POOL * num_pages)
     for adapter_id in sorted(heat, key=lambda adapter_id: (-heat[adapter_id], adapter_id)):
-        is_ours = rank in homes(adapter_id, hot.num_homes(adapter_id), ranks)
+        places = homes(adapter_id, hot.num_homes(adapter_id), ranks)
+        is_ours = rank in (ranks[place] for place in places)
         if is_ours and records[adapter_id].num_pages <= room:
             room -= records[adapter_id].num_pages
             chosen.append(records[adapter_id])

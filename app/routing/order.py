@@ -35,7 +35,7 @@ class Affinity:
 
     # The adapter's id; empty for the base model, which every replica has.
     adapter: str = ""
-    # Replicas that serve the adapter: the first ones of its own order.
+    # Replicas that serve the adapter.
     num_homes: int = 1
     # Which of those has the beginning of the prompt in its cache; empty: no matter.
     prefix: str = ""
@@ -57,29 +57,38 @@ def order_replicas(
         return []
     mean = (sum(replicas[index].load for index in usable) + 1) / len(usable)
     bound = max(spill_queue_len, math.ceil(spill_factor * mean))
-    if affinity.adapter:
-        usable.sort(key=lambda index: _preference(affinity.adapter, replicas[index]))
-        homes = set(usable[: affinity.num_homes])
-    else:
-        homes = set(usable)
+    home_preference = _home_preference(affinity, [replicas[i].rank_in_deployment for i in usable])
+    preference_at_home = {usable[place]: weight for place, weight in home_preference.items()}
 
     def preference(index: int) -> tuple[float, ...]:
         replica = replicas[index]
         least_loaded = (replica.load, random.random())
         if replica.load >= bound or replica.is_saturated:
             return (2, *least_loaded)
-        if index not in homes:
-            return (1, _preference(affinity.adapter, replica))
-        if affinity.prefix:
-            return (0, _preference(affinity.prefix, replica))
-        return (0, *least_loaded)
+        if index not in preference_at_home:
+            return (1, -rendezvous_weight(affinity.adapter, replica.rank_in_deployment))
+        return (0, preference_at_home[index], *least_loaded)
 
     return sorted((index for index in usable if not replicas[index].is_full), key=preference)
 
 
-def homes(key: str, num_homes: int, ranks: Sequence[str]) -> list[str]:
-    """The first `num_homes` of `ranks` in a key's own order."""
-    return sorted(ranks, key=lambda rank: -rendezvous_weight(key, rank))[:num_homes]
+def homes(key: str, num_homes: int, ranks: Sequence[str]) -> list[int]:
+    """Which of `ranks` are a key's homes, by position: the first of the key's own order.
+
+    In which order they are given matters to prefixes, which choose by it. It is that in which they
+    would have become homes had the replicas come one after another, by number: one that comes then
+    takes the place of the last in the key's order, and the others keep theirs.
+    """
+    weights = [rendezvous_weight(key, rank) for rank in ranks]
+    chosen: list[int] = []
+    for place in sorted(range(len(ranks)), key=lambda place: (len(ranks[place]), ranks[place])):
+        if len(chosen) < num_homes:
+            chosen.append(place)
+            continue
+        last = min(chosen, key=weights.__getitem__)
+        if weights[place] > weights[last]:
+            chosen[chosen.index(last)] = place
+    return chosen
 
 
 def rendezvous_weight(key: str, rank_in_deployment: str) -> int:
@@ -87,5 +96,18 @@ def rendezvous_weight(key: str, rank_in_deployment: str) -> int:
     return int.from_bytes(blake2b(f"{rank_in_deployment}/{key}".encode(), digest_size=8).digest())
 
 
-def _preference(key: str, replica: ReplicaLoad) -> int:
-    return -rendezvous_weight(key, replica.rank_in_deployment)
+def _home_preference(affinity: Affinity, ranks: Sequence[str]) -> dict[int, int]:
+    """Homes by their position in `ranks`: the lower the number, the sooner they are tried.
+
+    A prefix chooses by the number of a home, so that it stays with what takes that place; with the
+    base model, which is everywhere, by the replica itself.
+    """
+    prefix = affinity.prefix
+    if affinity.adapter:
+        places = homes(affinity.adapter, affinity.num_homes, ranks)
+        names = {place: f"home {number}" for number, place in enumerate(places)}
+    else:
+        names = dict(enumerate(ranks))
+    return {
+        place: -rendezvous_weight(prefix, name) if prefix else 0 for place, name in names.items()
+    }

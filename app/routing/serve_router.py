@@ -39,19 +39,21 @@ class AffinityRouter(ray_private.PatientRouter):
     ) -> list[list[RunningReplica]]:
         """Each replica in a list of its own: Serve reorders within a list by queue length.
 
-        Where none may have the request, waits until one may or some time has passed. With an empty
-        list Serve comes back.
+        Returns when there is one that may have the request, as far as is known; until then the
+        request waits in line. A request that is cancelled ends the call.
         """
         if pending_request is None:
             return self._ordered(candidate_replicas)
+        # Where a replica is full after all.
         ray_private.pause_when_all_are_full(pending_request)
         since = pending_request.created_at
         ordered = self._ordered(candidate_replicas, pending_request)
-        if not ordered:
-            # The room that woke it, if any did, may do for the next one.
-            self._line.wake(since)
+        while not ordered:
             await self._line.wait(since, LOOK_AGAIN_S)
             ordered = self._ordered(list(self.curr_replicas.values()), pending_request)
+            if not ordered and _replica_to_avoid(pending_request) is not None:
+                # What is no room for this one may be some for the next.
+                self._line.wake(since)
         return ordered
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -62,6 +64,8 @@ class AffinityRouter(ray_private.PatientRouter):
 
     def on_sending(self, replica_id: ReplicaID) -> None:
         self._board.sent(replica_id.unique_id)
+        # There may be room for one more.
+        self._line.wake()
 
     def on_counted(self, replica_id: ReplicaID, num_requests: int) -> None:
         self._board.counted(replica_id.unique_id, num_requests)
@@ -78,20 +82,28 @@ class AffinityRouter(ray_private.PatientRouter):
     def _ordered(
         self, candidates: Sequence[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        adapter, prompt_ids, avoid = "", (), None
-        if pending_request is not None:
-            adapter = pending_request.metadata.session_id
-            prompt_ids = _prompt_ids(pending_request)
-            # The replica that failed the request: an argument of `EngineServer.generate`.
-            avoid = pending_request.kwargs.get("avoid_replica")
         seen = [
             SeenReplica(
                 replica.replica_id.unique_id, replica.routing_stats, replica.max_ongoing_requests
             )
             for replica in candidates
         ]
-        order = self._view.order(seen, adapter, prompt_ids, avoid)
+        if pending_request is None:
+            order = self._view.order(seen, "", ())
+        else:
+            order = self._view.order(
+                seen,
+                pending_request.metadata.session_id,
+                _prompt_ids(pending_request),
+                _replica_to_avoid(pending_request),
+            )
         return [[candidates[index]] for index in order]
+
+
+def _replica_to_avoid(pending_request: PendingRequest) -> str | None:
+    """The replica that failed the request: what `EngineServer.generate` is called with."""
+    arguments: dict[str, Any] = pending_request.kwargs
+    return arguments.get("avoid_replica")
 
 
 def _prompt_ids(pending_request: PendingRequest) -> Sequence[int]:
