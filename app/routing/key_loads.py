@@ -76,13 +76,12 @@ class KeyLoads:
         elapsed = now - self._looked_at
         if elapsed > 0:
             self._looked_at = now
-            for load in self._loads.values():
-                _look(load, now, elapsed)
             # Most keys are of one conversation: those are forgotten with its request.
+            means = {key: _look(load, now, elapsed) for key, load in self._loads.items()}
             self._loads = {
                 key: load
                 for key, load in self._loads.items()
-                if load.num_requests or load.published >= self._least
+                if load.num_requests or max(means[key], load.published) >= self._least
             }
         shown = {
             key: load.published
@@ -98,10 +97,12 @@ class KeyLoads:
         return {key: shown[key] for key in own[: self._most]}
 
 
-def _look(load: _Load, now: float, elapsed: float) -> None:
+def _look(load: _Load, now: float, elapsed: float) -> float:
+    """Bring a figure up to date; the mean since the last look."""
     load.change(0, now)
     mean, load.integral = load.integral / elapsed, 0.0
     follows_s = RISE_S if mean > load.smoothed else FALL_S
     load.smoothed += (mean - load.smoothed) * (1 - math.exp(-elapsed / follows_s))
     if not STAYS_ABOVE * load.published <= load.smoothed <= STAYS_BELOW * load.published:
         load.published = round(load.smoothed, 1)
+    return mean

@@ -29,12 +29,12 @@ class CountingRouter(ray_private.PatientRouter):
         self._calls = Path(calls)
         self._held: Counter[str] = Counter()
 
-    async def choose_replicas(self, candidate_replicas, pending_request=None):
+    async def choose_replicas(self, candidate_replicas, pending_request):
         with self._calls.open("ab") as file:
             file.write(b".")
-        if pending_request is None or pending_request.metadata.session_id == "nowhere":
-            return []
         ray_private.pause_when_all_are_full(pending_request)
+        if pending_request.metadata.session_id == "nowhere":
+            return []
         ids = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         return [[ids[key]] for key in sorted(ids, key=lambda key: (self._held[key], key))]
 

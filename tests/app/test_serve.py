@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from app.routing.hot_keys import ADAPTERS_KEY, HotKeys
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
@@ -251,6 +252,43 @@ def test_a_hot_adapter_spills_over(app):
     counts = app.finished() - before
     assert len(counts) == NUM_REPLICAS
     assert min(counts.values()) >= 8
+
+
+def test_a_hot_adapter_gets_a_second_home(app):
+    def ask(number):
+        prompt = f"{number} is what this prompt has of its own"
+        return app.complete(ADAPTERS[0], prompt=prompt, max_tokens=100, ignore_eos=True)
+
+    def num_homes():
+        stats = app.routing_stats()
+        hot = HotKeys(stats, SPILL_QUEUE_LEN, PAGE_TOKENS)
+        adapter_ids = set().union(*(replica[ADAPTERS_KEY] for replica in stats))
+        return max(map(hot.num_homes, adapter_ids), default=0)
+
+    before = app.finished()
+    with ThreadPoolExecutor(12) as pool:
+        answers = [pool.submit(ask, number) for number in range(120)]
+        wait_until(lambda: num_homes() == NUM_REPLICAS, timeout_s=20)
+    assert {answer.result().status_code for answer in answers} == {200}
+    counts = app.finished() - before
+    assert sum(counts.values()) == 120 and min(counts.values()) >= 30
+
+
+def test_conversations_go_where_their_prefix_is(app):
+    replicas = []
+    for number in range(10):
+        prompt = f"{number} is what this conversation has of its own, and it goes on "
+        before, num_tokens = app.finished(), 0
+        for turn in range(4):
+            usage = app.complete(prompt=prompt, max_tokens=1).json()["usage"]
+            # All that came before is there.
+            cached = usage["prompt_tokens_details"]["cached_tokens"]
+            assert cached >= num_tokens // PAGE_TOKENS * PAGE_TOKENS
+            num_tokens = usage["prompt_tokens"]
+            prompt += f"with turn {turn} of several "
+        [replica] = app.finished() - before
+        replicas.append(replica)
+    assert len(set(replicas)) == NUM_REPLICAS
 
 
 @pytest.mark.parametrize("stream", [True, False])
