@@ -111,9 +111,12 @@ class SLoRAArgs(ScalingArgs):
     # Requests a replica holds, running and waiting in its engine; beyond it they wait in the
     # ingress. None: four times max_running_requests, so that the engine always finds a next one.
     max_ongoing_requests: int | None = Field(default=None, ge=1)
-    # Requests that wait in an ingress for a replica; more are refused with 503 at once, so that a
-    # client can go elsewhere instead of waiting for its own timeout.
+    # Requests of one ingress that wait for their first token, wherever they do, and tokens of their
+    # prompts; more are refused with 503 at once, so that a client can go elsewhere instead of
+    # waiting for its own timeout. Of tokens, None is on the CPU 131,072, which the demo model
+    # computes in some minutes, and on CUDA 1,048,576, half a minute of an 8B model's.
     max_queued_requests: int = Field(default=1024, ge=1)
+    max_queued_tokens: int | None = Field(default=None, ge=1)
     # Seconds between two pieces of a streamed answer after the first. 30 ms is below what a
     # reader notices, and each piece costs about 0.4 ms of Python in the ingress.
     flush_interval_s: float = Field(default=0.03, ge=0.0, le=10.0)
@@ -121,9 +124,12 @@ class SLoRAArgs(ScalingArgs):
     # each waits longer for its next piece. HTTP costs 0.2 to 0.4 ms of Python for each in every
     # process on its way, so beyond some thousands answers would queue up behind one another.
     max_pieces_per_s: float = Field(default=2000.0, gt=0.0)
-    # A request leaves the replica of its adapter or prompt when that holds this many requests, and
-    # more than spill_factor times the mean; what has more than the mean alone, and this many, gets
-    # further replicas of its own. 8 requests batch at little cost to each other; 1.25 bounds the
+    # Seconds for which a request whose engine has ended is without one, at most, before its client
+    # is told: twice what a replica of an 8B model takes to come back on a GPU with cold caches.
+    failover_timeout_s: float = Field(default=120.0, ge=0.0)
+    # A request leaves the replica of its adapter or conversation when that holds this many
+    # requests, and more than spill_factor times the mean. 8 requests batch at little cost to each
+    # other; 1.25 bounds the
     # imbalance without moving adapters at every fluctuation.
     spill_queue_len: int = Field(default=8, ge=1)
     spill_factor: float = Field(default=1.25, ge=1.0)
@@ -168,6 +174,11 @@ class SLoRAArgs(ScalingArgs):
     def num_ongoing_requests(self) -> int:
         """`max_ongoing_requests`, or the default."""
         return self.max_ongoing_requests or 4 * self.num_running_requests
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """`max_queued_tokens`, or the device's default."""
+        return self.max_queued_tokens or (2**17 if self.device == "cpu" else 2**20)
 
     @property
     def stall_timeout_s(self) -> float:

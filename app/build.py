@@ -31,7 +31,7 @@ CPUS_PER_REGISTRY = 0.1
 MAX_REGISTRY_CALLS = 1000
 # A replica whose engine died fails three checks before it is replaced: within about 3 s.
 HEALTH_CHECK_PERIOD_S = 1.0
-# How soon the router learns a new replica's number, a dead engine and what is hot.
+# How soon the router learns a new replica's number and a dead engine.
 ROUTING_STATS_PERIOD_S = 0.5
 
 
@@ -81,7 +81,6 @@ def application(args: SLoRAArgs) -> Application:
         name="engine",
         **engine_scaling(args),
         max_ongoing_requests=args.num_ongoing_requests,
-        max_queued_requests=args.max_queued_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         ray_actor_options={
@@ -94,7 +93,6 @@ def application(args: SLoRAArgs) -> Application:
             request_router_kwargs={
                 "spill_queue_len": args.spill_queue_len,
                 "spill_factor": args.spill_factor,
-                "page_tokens": args.page_tokens,
             },
             request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
         ),

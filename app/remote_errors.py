@@ -13,13 +13,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import grpc
 from ray.exceptions import RayActorError, TaskCancelledError
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    ReplicaUnavailableError,
-)
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
-from slora_core.errors import EngineDeadError, OverloadedError, SLoRAError
+from slora_core.errors import EngineDeadError, SLoRAError
 
 # How the end of a replica shows at a handle. Of gRPC's statuses, Serve itself makes UNAVAILABLE a
 # RayActorError in most places; CANCELLED is what a stopping replica's server ends a call with. Any
@@ -70,12 +66,7 @@ def is_actor_death(error: BaseException) -> bool:
 
 
 def typed_call_error(error: Exception) -> Exception:
-    """What a call of a deployment failed with, as one of our errors where it is one of these.
-
-    EngineDeadError: the replica has ended. OverloadedError: none has room, nor has the queue.
-    """
-    if isinstance(error, BackPressureError):
-        return OverloadedError("the server is overloaded; try again later")
+    """What a call of a deployment failed with: an EngineDeadError where the replica has ended."""
     is_status = isinstance(error, grpc.aio.AioRpcError) and error.code() in _REPLICA_STATUSES
     if is_status or isinstance(error, _REPLICA_ERRORS):
         return EngineDeadError("the engine replica ended before the request did")

@@ -90,7 +90,18 @@ class UnsupportedModelError(SLoRAError):
 
 
 class OverloadedError(SLoRAError):
-    """Every engine is full and so is the queue before them."""
+    """As much waits as may; `retry_after_s` is when there will be room, where that is known."""
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (str(self), self.retry_after_s)
+
+
+class RequestTimeoutError(SLoRAError):
+    """A request whose own deadline passed before its answer was complete."""
 
 
 class ServerStoppingError(SLoRAError):
@@ -104,16 +115,16 @@ class EngineFaultError(SLoRAError):
 class EngineDeadError(SLoRAError):
     """The engine process ended, that of `replica_id`; every request it held has failed.
 
-    `was_running` tells whether the engine was computing this request, which may be why it ended;
-    None: nobody knows.
+    `is_suspect`: the engine ended by itself while it computed this request, which may be why. What
+    somebody kills, be it the engine, its replica or their node, makes no request a suspect.
     """
 
     def __init__(
-        self, message: str, replica_id: str | None = None, was_running: bool | None = None
+        self, message: str, replica_id: str | None = None, is_suspect: bool = False
     ) -> None:
         super().__init__(message)
         self.replica_id = replica_id
-        self.was_running = was_running
+        self.is_suspect = is_suspect
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        return type(self), (str(self), self.replica_id, self.was_running)
+        return type(self), (str(self), self.replica_id, self.is_suspect)

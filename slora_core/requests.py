@@ -69,6 +69,11 @@ class SamplingParams:
         return cuts and not self.greedy
 
 
+# Tokens that a suspect has to give to be none any more: as many as steps may be in flight, so that
+# it has been through each step in which the engine may have ended.
+TRIAL_TOKENS = 2
+
+
 class FinishReason(StrEnum):
     """Why a request ended; STOP covers end-of-sequence, stop token ids and stop strings."""
 
@@ -94,13 +99,21 @@ class Request:
     _: KW_ONLY
     # No two at one time share it: where a request is sent once more, it has another one.
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    # Who asks, for fairness and limits. Unused yet, as the next three.
+    # Requests with the same one begin alike, so that one replica should have them; "" is none.
+    conversation: str = ""
+    # Who asks, for fairness and limits. Unused yet, as the priority, of which higher goes first.
     tenant: str | None = None
-    # Seconds since the epoch: when the client asked, and when its answer is worth nothing any more.
+    priority: int = 0
+    # Seconds since the epoch: when the client asked, and when its answer is worth nothing any more,
+    # at which the ingress ends it.
     arrived_at: float | None = None
     deadline: float | None = None
-    # Higher goes first.
-    priority: int = 0
+    # How often it was sent again because the engine that held it had ended; such a request starts
+    # before those that are new to the engine.
+    num_moves: int = 0
+    # The last of these ended by itself while it computed the request: it is computed apart from
+    # other suspects until it has given TRIAL_TOKENS tokens more.
+    is_suspect: bool = False
 
 
 @dataclass(eq=False)

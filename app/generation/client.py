@@ -1,63 +1,62 @@
 """The ingress's side of a generation: sends it to a replica, hands back its deltas.
 
-Owns what becomes of an attempt that fails before its first token: with a dead replica the request
-is sent once more, to another one, and with an adapter that was replaced on the way once more for
-the version that its name means now. It knows nothing of text or HTTP.
+Owns the streams that run and their end at a stop; what is tried where an attempt fails is for
+`attempts` to say. It knows nothing of text or HTTP.
 """
 
 import asyncio
 import itertools
 import logging
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from app import ray_private
+from app.generation.attempts import Attempts, Renew
+from app.generation.backlog import Backlog
 from app.generation.text_ends import TextEndedError, TextEnds
 from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
 from slora_core.errors import (
-    AdapterNotFoundError,
-    AdapterUnavailableError,
     EngineDeadError,
-    EngineFaultError,
-    InvalidAdapterError,
-    InvalidRequestError,
+    RequestTimeoutError,
     ServerStoppingError,
+    SLoRAError,
 )
 from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
 
-# Replicas that may die while they compute a request, as far as is known: it is refused then, or it
-# would kill them all.
-MAX_DEATHS_WHILE_RUNNING = 2
-# Replicas that may die while the request only waits in them.
-MAX_DEATHS_WHILE_WAITING = 4
-
-# What a replica without the adapter says, be it that its name means another version by now.
-_ADAPTER_IS_GONE = (AdapterNotFoundError, AdapterUnavailableError, InvalidAdapterError)
-
-# Given an adapter that is gone, and why, what its name means now.
-Renew = Callable[[AdapterRecord, Exception], Awaitable[AdapterRecord]]
+# Told of a request that waits for an engine again, every so many seconds: less than proxies wait
+# for a sign of life.
+WAITING = Delta("", [])
+WAITING_EVERY_S = 5.0
 
 
 class EngineClient:
-    """Generates on the replicas behind a Serve handle."""
+    """Generates on the replicas behind a Serve handle.
 
-    def __init__(self, handle: Any) -> None:
+    Args:
+        backlog: bounds what waits for its first token.
+        failover_timeout_s: how long a request that lost its engine waits for another one.
+    """
+
+    def __init__(self, handle: Any, backlog: Backlog, failover_timeout_s: float) -> None:
         self._handle = handle
+        self._backlog = backlog
+        self._failover_timeout_s = failover_timeout_s
         self._attempt_ids = itertools.count()
         self._text_ends = TextEnds(self._tell_replicas)
-        self._open: set[Any] = set()
+        self._open: set[_Ending] = set()
         self._is_stopped = False
 
     def stop(self) -> None:
         """End everything that runs with a ServerStoppingError, and what comes until `go_on`."""
         self._is_stopped = True
-        for responses in self._open:
-            responses.cancel()
+        for ending in self._open:
+            ending.end(_stopping())
 
     def go_on(self) -> None:
         self._is_stopped = False
@@ -68,61 +67,100 @@ class EngineClient:
         """Deltas of one request, the last with a finish reason; closing it aborts the request.
 
         So does a TextEndedError thrown into it, which is no abort to those who count. `record` is
-        of the adapter that it names.
+        of the adapter that it names. A replica that ends on the way costs a pause, in which there
+        are deltas without tokens every few seconds.
 
         Raises:
             SLoRAError: what the replica reported, or `renew`.
-            EngineDeadError: the replica or its engine ended.
-            OverloadedError: no replica has room, nor has the queue.
+            EngineDeadError: the engine ended, and none took the request over in time.
+            EngineFaultError: engines end over this request.
+            OverloadedError: as much waits as may.
+            RequestTimeoutError: its deadline has passed.
             ServerStoppingError: `stop` was called.
         """
-        attempts = _Attempts(request, record, renew)
-        while True:
-            has_started = has_ended = False
-            # The attempt before may still run where the connection broke: its id must not come
-            # again.
-            attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
-            if self._is_stopped:
-                raise _stopping()
-            responses = self._send(attempts, attempt_id)
-            self._open.add(responses)
-            try:
-                async for delta in responses:
-                    has_ended, has_started = delta.is_last, has_started or bool(delta.token_ids)
-                    if delta.error is not None:
-                        raise delta.error
-                    yield delta
-                if not has_ended:
-                    raise EngineDeadError("the engine replica stopped before the request ended")
-                return
-            except TextEndedError:
-                self._text_ends.add(attempt_id)
-                return
-            except asyncio.CancelledError:
-                # Also how Serve tells that a call was cancelled.
-                if self._is_stopped:
-                    raise _stopping() from None
+        attempts = Attempts(request, record, renew, self._failover_timeout_s)
+        with (
+            self._ending(request) as ending,
+            self._backlog.waiting(len(request.prompt_ids)) as waiting,
+        ):
+            while True:
+                ending.check()
+                # The attempt before may still run where the connection broke: its id must not come
+                # again.
+                attempt_id = f"{request.request_id}.{next(self._attempt_ids)}"
+                try:
+                    async with aclosing(self._attempt(attempts, attempt_id, ending)) as deltas:
+                        async for delta in deltas:
+                            if delta.token_ids:
+                                waiting.begin()
+                            yield delta
+                    return
+                except TextEndedError:
+                    self._text_ends.add(attempt_id)
+                    return
+                except SLoRAError as error:
+                    await attempts.after(error)
+
+    async def _attempt(
+        self, attempts: Attempts, attempt_id: str, ending: "_Ending"
+    ) -> AsyncGenerator[Delta, None]:
+        """Deltas of one attempt; raises a SLoRAError where it failed, what it was ended by too."""
+        responses = self._send(attempts, attempt_id)
+        timeout_s = attempts.arrival_timeout_s
+        has_ended = False
+        ending.responses = responses
+        try:
+            async for delta in responses if timeout_s is None else _going_on(responses, timeout_s):
+                has_ended = delta.is_last
+                if delta.error is not None:
+                    raise delta.error
+                if delta is not WAITING:
+                    attempts.received(delta)
+                yield delta
+            if not has_ended:
+                raise EngineDeadError("the engine replica stopped before the request ended")
+        except asyncio.CancelledError:
+            # Also how Serve tells that a call was cancelled.
+            ending.check()
+            raise
+        except Exception as error:
+            ending.check()
+            typed = typed_call_error(error)
+            if typed is error:
                 raise
-            except Exception as error:
-                if self._is_stopped:
-                    raise _stopping() from error
-                typed = typed_call_error(error)
-                if typed is not error:
-                    has_ended = True
-                    logger.warning("request %s lost its replica: %r", request.request_id, error)
-                if has_started:
-                    raise typed from (None if typed is error else error)
-                await attempts.after(typed)
-            finally:
-                self._open.discard(responses)
-                if not has_ended:
-                    responses.cancel()
+            # There is nothing left to cancel.
+            has_ended = True
+            logger.warning("attempt %s failed: %r", attempt_id, error)
+            raise typed from error
+        finally:
+            ending.responses = None
+            if not has_ended:
+                responses.cancel()
+
+    @contextmanager
+    def _ending(self, request: Request) -> Iterator["_Ending"]:
+        """What ends a request from outside, for as long as it runs."""
+        ending = _Ending()
+        timer = None
+        if request.deadline is not None:
+            left_s = max(0.0, request.deadline - time.time())
+            error = RequestTimeoutError("the request's timeout has passed")
+            timer = asyncio.get_running_loop().call_later(left_s, ending.end, error)
+        if self._is_stopped:
+            ending.end(_stopping())
+        self._open.add(ending)
+        try:
+            yield ending
+        finally:
+            self._open.discard(ending)
+            if timer is not None:
+                timer.cancel()
 
     async def _tell_replicas(self, request_ids: list[str]) -> None:
         answers = self._handle.broadcast("ended_by_text", request_ids)
         await answers.results_async(return_exceptions=True)
 
-    def _send(self, attempts: "_Attempts", attempt_id: str) -> Any:
+    def _send(self, attempts: Attempts, attempt_id: str) -> Any:
         """Start the next attempt; Serve's response, an async iterator of deltas."""
         request = attempts.request
         return ray_private.stream_by_value(
@@ -135,50 +173,58 @@ class EngineClient:
         )
 
 
+class _Ending:
+    """Ends a request with an error of others, wherever it is."""
+
+    def __init__(self) -> None:
+        # Of the attempt that runs.
+        self.responses: Any = None
+        self._error: SLoRAError | None = None
+
+    def end(self, error: SLoRAError) -> None:
+        self._error = error
+        if self.responses is not None:
+            self.responses.cancel()
+
+    def check(self) -> None:
+        """Raise the error that the request was ended with, if it was."""
+        if self._error is not None:
+            raise self._error
+
+
+async def _going_on(responses: Any, timeout_s: float) -> AsyncIterator[Delta]:
+    """The deltas of a request that was sent again, the first of which must come in time.
+
+    WAITING every few seconds until there are tokens: its client has waited before.
+    """
+    loop = asyncio.get_running_loop()
+    arrives_by, has_arrived = loop.time() + timeout_s, False
+    # Not awaited with a timeout, which would end it.
+    coming = asyncio.ensure_future(anext(responses, None))
+    try:
+        while True:
+            left_s = WAITING_EVERY_S if has_arrived else arrives_by - loop.time()
+            await asyncio.wait({coming}, timeout=min(max(0.0, left_s), WAITING_EVERY_S))
+            if coming.done():
+                delta = coming.result()
+                if delta is None:
+                    return
+                has_arrived = True
+                yield delta
+                if delta.token_ids:
+                    break
+                coming = asyncio.ensure_future(anext(responses, None))
+            elif left_s <= 0:
+                raise EngineDeadError(
+                    "the request lost its engine, and no other one took it over in time"
+                )
+            else:
+                yield WAITING
+    finally:
+        coming.cancel()
+    async for delta in responses:
+        yield delta
+
+
 def _stopping() -> ServerStoppingError:
     return ServerStoppingError("the server is being stopped")
-
-
-class _Attempts:
-    """What is left to try of a request that has no token yet."""
-
-    def __init__(self, request: Request, record: AdapterRecord | None, renew: Renew) -> None:
-        self.request = request
-        self.record = record
-        # A replica that just failed it; the router tries it last.
-        self.avoid_replica: str | None = None
-        self._renew = renew
-        # Deaths that it has seen, by whether it was running.
-        self._num_deaths = Counter[bool | None]()
-        self._is_renewed = False
-
-    async def after(self, error: Exception) -> None:
-        """Prepare the next attempt after one that failed so, or raise its error."""
-        if isinstance(error, EngineDeadError):
-            self._after_death(error)
-        elif not isinstance(error, _ADAPTER_IS_GONE):
-            raise error
-        elif self._is_renewed and not isinstance(error, AdapterUnavailableError):
-            raise InvalidRequestError(str(error), "model") from error
-        elif self._is_renewed or self.record is None:
-            raise error
-        else:
-            self._is_renewed = True
-            self.record = await self._renew(self.record, error)
-            self.request = replace(self.request, adapter_id=self.record.adapter_id)
-
-    def _after_death(self, error: EngineDeadError) -> None:
-        request_id = self.request.request_id
-        deaths = self._num_deaths
-        deaths[error.was_running] += 1
-        if deaths[True] >= MAX_DEATHS_WHILE_RUNNING:
-            logger.error("request %s is refused: engines die of it: %s", request_id, error)
-            raise EngineFaultError(
-                f"{deaths[True]} engines ended while they computed this request; it is not tried "
-                "again"
-            ) from error
-        may_be_the_reason = deaths[True] + deaths[None] >= MAX_DEATHS_WHILE_RUNNING
-        if may_be_the_reason or deaths[False] >= MAX_DEATHS_WHILE_WAITING:
-            raise error
-        self.avoid_replica = error.replica_id
-        logger.warning("request %s is sent again: %s", request_id, error)

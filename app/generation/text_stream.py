@@ -15,12 +15,19 @@ from slora_core.text.detokenizer import Detokenizer, TextDecoder
 
 
 class TextPiece(NamedTuple):
-    """New text of one prompt; the last piece has a finish reason and may be empty."""
+    """New text of one prompt; the last piece has a finish reason and may be empty.
+
+    Any other empty one says that the request waits, as its client may want to know.
+    """
 
     # Index of the answer's choice that it is of.
     choice: int
     text: str
     finish_reason: FinishReason | None
+
+    @property
+    def is_nothing(self) -> bool:
+        return not self.text and self.finish_reason is None
 
 
 class PieceSource(Protocol):
@@ -76,7 +83,7 @@ class Generation:
                 if not delta.is_last:
                     await self._end_by_text()
                 await self.close()
-            if piece.text or piece.finish_reason is not None:
+            if not (piece.is_nothing and delta.token_ids):
                 return piece
         return None
 

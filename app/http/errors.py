@@ -26,6 +26,7 @@ from slora_core.errors import (
     InvalidAdapterError,
     InvalidRequestError,
     OverloadedError,
+    RequestTimeoutError,
     ServerStoppingError,
     SLoRAError,
     StoreFullError,
@@ -47,6 +48,7 @@ TYPE_OF_STATUS = {
     415: "UnsupportedMediaTypeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
+    504: "TimeoutError",
 }
 
 
@@ -87,6 +89,7 @@ STATUS_OF_ERROR: tuple[tuple[type[Exception], int, str | None], ...] = (
     (ServerStoppingError, 503, None),
     (EngineDeadError, 503, None),
     (EngineFaultError, 500, None),
+    (RequestTimeoutError, 504, "timeout"),
 )
 
 
@@ -97,6 +100,8 @@ class ApiError:
     status: int
     message: str
     param: str | None = None
+    # Seconds, where it is known when a retry may succeed.
+    retry_after_s: int | None = None
 
     @property
     def body(self) -> dict[str, Any]:
@@ -111,7 +116,9 @@ class ApiError:
         return {"error": error}
 
     def response(self) -> JSONResponse:
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else None
+        headers = None
+        if self.status == 503:
+            headers = {"Retry-After": str(self.retry_after_s or RETRY_AFTER_S)}
         return JSONResponse(self.body, self.status, headers)
 
 
@@ -124,7 +131,12 @@ def api_error(error: Exception, request_id: str = "") -> ApiError:
         return ApiError(503, "a part of the server is being replaced; try again")
     for error_type, status, param in STATUS_OF_ERROR:
         if isinstance(error, error_type):
-            return ApiError(status, str(error), getattr(error, "param", None) or param)
+            return ApiError(
+                status,
+                str(error),
+                getattr(error, "param", None) or param,
+                getattr(error, "retry_after_s", None),
+            )
     logger.error("request %s failed", request_id, exc_info=error)
     reference = f"; the server's log has it under request {request_id}" if request_id else ""
     return ApiError(500, f"internal error{reference}")

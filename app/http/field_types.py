@@ -102,6 +102,7 @@ def _checked_template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 Integer = Annotated[StrictInt, BeforeValidator(as_integer)]
 TokenLimit = Annotated[Integer, Field(ge=1)]
 StrictFloat = Annotated[FiniteFloat, Field(strict=True)]
+Seconds = Annotated[FiniteFloat, Field(strict=True, gt=0.0)]
 StopStrings = Annotated[
     list[Annotated[StrictStr, Field(min_length=1)]],
     Field(max_length=MAX_STOP_STRINGS),

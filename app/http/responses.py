@@ -29,6 +29,7 @@ from app.http.schemas import (
 # Seconds between two comments of a stream that waits: less than proxies wait for a sign of life.
 COMMENT_EVERY_S = 5.0
 
+_COMMENT = b": the request waits\n\n"
 # Stands for a piece's text where an event is written once for many of them.
 _TEXT_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 # Ends the JSON of an event, and the event.
@@ -99,20 +100,24 @@ class Answer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The body of a stream, begun by `start`: an event a piece, usage where it is asked for.
 
-        Comments until the first piece comes. An error becomes an event, and then the end.
+        Comments until the first piece comes, and for each that says that nothing has come. An error
+        becomes an event, and then the end.
         """
         format = EventFormat(self._request, self.id, self._created)
         assert self._first is not None, "the answer was not started"
         is_first = True
         try:
             while not self._first.done():
-                yield b": the request waits\n\n"
+                yield _COMMENT
                 await asyncio.wait({self._first}, timeout=COMMENT_EVERY_S)
             piece = self._first.result()
             while piece is not None:
-                usage = self._usage() if self._request.continuous_usage else None
-                yield format.piece(piece, is_first, usage)
-                is_first = False
+                if piece.is_nothing:
+                    yield _COMMENT
+                else:
+                    usage = self._usage() if self._request.continuous_usage else None
+                    yield format.piece(piece, is_first, usage)
+                    is_first = False
                 piece = await self._source.next_piece()
             if self._request.include_usage:
                 yield format.usage(self._usage())

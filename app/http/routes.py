@@ -5,6 +5,7 @@ methods; `api_app` makes the ASGI application, which `build` puts under Serve.
 """
 
 import asyncio
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -19,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.http.bodies import BodyReader
+from app.http.deadline import deadline_of
 from app.http.errors import ApiError, api_error
 from app.http.origin import check_origin
 from app.http.parsing import Model, parse_body
@@ -28,6 +30,7 @@ from app.http.schemas import (
     CompletionRequest,
     LoadAdapterRequest,
     ModelList,
+    SamplingFields,
     UnloadAdapterRequest,
 )
 from app.http.service import CompletionService
@@ -36,6 +39,7 @@ from app.remote_errors import is_actor_death, is_cancellation
 from slora_core.errors import AdapterNotFoundError
 
 Result = TypeVar("Result")
+Sampling = TypeVar("Sampling", bound=SamplingFields)
 Handler = Callable[[Request], Awaitable[Response]]
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 # 499 is nginx's status for a client that left; it is logged, nobody reads it.
@@ -57,7 +61,12 @@ class RegistryAdmin(Protocol):
 
 
 class Ingress:
-    """Request handlers; one object a process."""
+    """Request handlers; one object a process.
+
+    Args:
+        is_ready: whether an engine replica answers.
+        check_room: raises where no request may be accepted.
+    """
 
     def __init__(
         self,
@@ -65,19 +74,23 @@ class Ingress:
         registry: RegistryAdmin,
         is_ready: Callable[[], Awaitable[bool]],
         bodies: BodyReader,
+        check_room: Callable[[], None],
     ) -> None:
         self._service = service
         self._registry = registry
         self._is_ready = is_ready
         self._bodies = bodies
+        self._check_room = check_room
 
     async def completions(self, request: Request) -> Response:
-        body = await self._parse(CompletionRequest, request)
-        return await self._answer(request, await self._service.complete(body), body.stream)
+        body, deadline = await self._accept(CompletionRequest, request)
+        answer = await self._service.complete(body, deadline)
+        return await self._answer(request, answer, body.stream)
 
     async def chat_completions(self, request: Request) -> Response:
-        body = await self._parse(ChatCompletionRequest, request)
-        return await self._answer(request, await self._service.chat(body), body.stream)
+        body, deadline = await self._accept(ChatCompletionRequest, request)
+        answer = await self._service.chat(body, deadline)
+        return await self._answer(request, answer, body.stream)
 
     async def list_models(self, request: Request) -> Response:
         return _json(ModelList(data=self._service.model_cards()))
@@ -108,6 +121,15 @@ class Ingress:
         if await self._is_ready():
             return JSONResponse({"status": "ok"})
         return ApiError(503, "no engine replica answers").response()
+
+    async def _accept(
+        self, model: type[Sampling], request: Request
+    ) -> tuple[Sampling, float | None]:
+        """A body and its deadline; where there is no room, nothing is spent on it."""
+        arrived_at = time.time()
+        self._check_room()
+        body = await self._parse(model, request)
+        return body, deadline_of(request, body, arrived_at)
 
     async def _parse(self, model: type[Model], request: Request) -> Model:
         async with self._bodies.reading(request) as body:

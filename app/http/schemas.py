@@ -14,6 +14,7 @@ from app.http.field_types import (
     Integer,
     Prompts,
     RequestModel,
+    Seconds,
     StopStrings,
     StopTokenIds,
     StrictFloat,
@@ -49,6 +50,8 @@ class SamplingFields(RequestModel):
     min_tokens: Integer = 0
     ignore_eos: StrictBool = False
     stop_token_ids: StopTokenIds = []
+    # Seconds after which the answer is worth nothing any more; see `deadline`.
+    timeout: Seconds | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Self:

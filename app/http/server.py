@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from app import ray_private
 from app.args import SLoRAArgs
+from app.generation.backlog import Backlog
 from app.generation.client import EngineClient
 from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
@@ -56,7 +57,8 @@ class IngressServer:
     def _api_app(self) -> Starlette:
         args = self._args
         model_dir = resolve_model(args.model, args.model_revision)
-        client = EngineClient(self._engine)
+        backlog = Backlog(args.max_queued_requests, args.num_queued_tokens)
+        client = EngineClient(self._engine, backlog, args.failover_timeout_s)
         service = CompletionService(
             args.base_model_name,
             args.model or args.base_model_name,
@@ -68,7 +70,7 @@ class IngressServer:
             args.model_revision,
         )
         bodies = BodyReader(args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes)
-        ingress = Ingress(service, self._registry, self._is_ready, bodies)
+        ingress = Ingress(service, self._registry, self._is_ready, bodies, backlog.check_room)
         return api_app(ingress, lambda app: self._lifespan(client))
 
     @asynccontextmanager

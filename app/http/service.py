@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Protocol
 
-from app.generation.client import Renew
+from app.generation.attempts import Renew
 from app.generation.text_stream import Generation
 from app.http.limits import ModelLimits
 from app.http.responses import Answer
 from app.http.schemas import ChatCompletionRequest, CompletionRequest, ModelCard, SamplingFields
 from app.registry.follower import RegistryView
 from app.registry.state import AdapterRecord
+from app.routing.conversation import conversation_of_chat, conversation_of_prompt
 from slora_core.errors import (
     AdapterUnavailableError,
     InvalidRequestError,
@@ -67,8 +68,10 @@ class CompletionService:
         self._default_sampling = asdict(defaults)
         self._started_at = int(time.time())
 
-    async def complete(self, body: CompletionRequest) -> Answer:
+    async def complete(self, body: CompletionRequest, deadline: float | None = None) -> Answer:
         """Check and prepare a completion request; nothing runs before the answer is read.
+
+        `deadline` is when it is worth nothing any more, seconds since the epoch.
 
         Raises:
             InvalidRequestError: a prompt or limit that the model cannot take.
@@ -95,11 +98,14 @@ class CompletionService:
                 max_tokens = min(DEFAULT_COMPLETION_TOKENS, room)
             # Several prompts with one drawn seed would sample alike.
             sampling = self._sampling(body, max_tokens, seed + index, record)
-            request = _request(body, f"{answer_id}-{index}", prompt_ids, sampling, record)
+            conversation = conversation_of_prompt(prompt_ids, self._limits.page_tokens)
+            request = _request(
+                f"{answer_id}-{index}", prompt_ids, sampling, record, deadline, conversation
+            )
             generations.append(self._generation(index, request, record))
         return Answer(body, generations, answer_id)
 
-    async def chat(self, body: ChatCompletionRequest) -> Answer:
+    async def chat(self, body: ChatCompletionRequest, deadline: float | None = None) -> Answer:
         """Check and prepare a chat request; raises as `complete`."""
         record = await self._resolve(body.model)
         self._limits.check_token_ids(body.stop_token_ids, "stop_token_ids")
@@ -117,7 +123,10 @@ class CompletionService:
             limit = self._output_room(prompt_ids, record)
         sampling = self._sampling(body, limit, secrets.randbits(62), record)
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        request = _request(body, answer_id, prompt_ids, sampling, record)
+        conversation = ""
+        if len(prompt_ids) >= self._limits.page_tokens:
+            conversation = conversation_of_chat(messages, body.chat_template_kwargs)
+        request = _request(answer_id, prompt_ids, sampling, record, deadline, conversation)
         return Answer(body, [self._generation(0, request, record)], answer_id)
 
     def model_cards(self) -> list[ModelCard]:
@@ -227,11 +236,12 @@ def _naming(param: str) -> Iterator[None]:
 
 
 def _request(
-    body: SamplingFields,
     request_id: str,
     prompt_ids: list[int],
     sampling: SamplingParams,
     record: AdapterRecord | None,
+    deadline: float | None,
+    conversation: str,
 ) -> Request:
     """What of a body is no sampling is put into the request here."""
     return Request(
@@ -240,4 +250,6 @@ def _request(
         None if record is None else record.adapter_id,
         request_id=request_id,
         arrived_at=time.time(),
+        deadline=deadline,
+        conversation=conversation,
     )

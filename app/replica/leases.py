@@ -74,6 +74,7 @@ class AdapterLeases:
 
         Raises:
             AdapterUnavailableError, StoreFullError, StoreGoneError: as the store has it.
+            EngineDeadError: there is nobody to lease it for.
         """
         entry = self._entries.setdefault(record.adapter_id, _Entry())
         entry.num_users += 1
@@ -103,8 +104,13 @@ class AdapterLeases:
             await self._lease(record)
 
     async def _lease(self, record: AdapterRecord) -> None:
+        try:
+            location = await self._store.lease(record, self._holder_pid)
+        except ProcessLookupError as error:
+            # The store has seen it before the engine's owner did.
+            raise EngineDeadError("the engine process ended") from error
         # On one connection with the requests that wait for it, and before them.
-        self._engine.add_adapter(await self._store.lease(record, self._holder_pid))
+        self._engine.add_adapter(location)
 
     async def _release(self, adapter_id: str, entry: _Entry) -> None:
         if entry.lease is not None:

@@ -1,33 +1,18 @@
 """What one replica holds: told with its deltas, to Serve's routers and to Serve's autoscaler.
 
-Owns the count of its requests, in all, by adapter and by prefix, and which adapters were asked
-for of late. `server` tells it of requests and of the engine's pages. It knows no Ray.
+Owns the count of its requests and which adapters were asked for of late. `server` tells it of
+requests and of the engine's pages. It knows no Ray.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 from app.registry.state import AdapterRecord
 from app.replica.adapter_heat import AdapterHeat
 from app.routing.autoscaling import QUEUED_TOKENS, RUNNING_TOKENS, USED_PAGE_SHARE
-from app.routing.hot_keys import (
-    ADAPTERS_KEY,
-    LEAST_OF_ADAPTER,
-    LEAST_OF_PREFIX,
-    PREFIXES_KEY,
-    TOTAL_KEY,
-)
-from app.routing.key_loads import KeyLoads
-from app.routing.prefixes import prefix_keys
-from app.routing.view import REQUESTS_KEY
 from slora_core.requests import Delta, LoadFigures, Request
 from slora_core.stats import EngineStats
-
-# Keys that a replica publishes: few are hot, and every router gets those of every replica.
-MAX_ADAPTERS = 32
-MAX_PREFIXES = 16
 
 
 class LoadMeter:
@@ -40,9 +25,6 @@ class LoadMeter:
         self._replica_id = replica_id
         self._page_tokens = page_tokens
         self._num_requests = self._num_waiting = self._queued_tokens = 0
-        self._total = KeyLoads(0.0, 1, clock)
-        self._adapters = KeyLoads(LEAST_OF_ADAPTER, MAX_ADAPTERS, clock)
-        self._prefixes = KeyLoads(LEAST_OF_PREFIX, MAX_PREFIXES, clock)
         # As the engine last said.
         self._num_pages, self._num_free, self._num_kv = 1, 1, 0
 
@@ -51,7 +33,6 @@ class LoadMeter:
         self, request: Request, record: AdapterRecord | None
     ) -> Iterator[Callable[[Delta], Delta]]:
         """Count a request; its deltas go through what is yielded, which adds the load to some."""
-        adapter = request.adapter_id or ""
         if record is not None:
             self.heat.add(record)
         num_tokens = len(request.prompt_ids) + len(request.output_ids)
@@ -67,18 +48,12 @@ class LoadMeter:
                 self._wait(-1, num_tokens)
             return delta._replace(load=self.figures()) if is_first or delta.is_last else delta
 
-        with ExitStack() as stack:
-            stack.enter_context(self._total.counted([TOTAL_KEY]))
-            if adapter:
-                stack.enter_context(self._adapters.counted([adapter]))
-            keys = prefix_keys(adapter, request.prompt_ids, self._page_tokens)
-            stack.enter_context(self._prefixes.counted(keys))
-            try:
-                yield told
-            finally:
-                self._num_requests -= 1
-                if is_waiting:
-                    self._wait(-1, num_tokens)
+        try:
+            yield told
+        finally:
+            self._num_requests -= 1
+            if is_waiting:
+                self._wait(-1, num_tokens)
 
     @property
     def needs_pages(self) -> bool:
@@ -99,14 +74,11 @@ class LoadMeter:
             self._num_free / self._num_pages,
         )
 
-    def routing_stats(self) -> dict[str, Any]:
-        """Called twice a second; each change goes to every router, so small ones are not told."""
-        return {
-            REQUESTS_KEY: _coarse(self._num_requests),
-            TOTAL_KEY: self._total.published().get(TOTAL_KEY, 0.0),
-            ADAPTERS_KEY: self._adapters.published(),
-            PREFIXES_KEY: self._prefixes.published(),
-        }
+    @property
+    def coarse_num_requests(self) -> int:
+        """Its two highest bits, at most a third less: each change goes to every router."""
+        shift = max(0, self._num_requests.bit_length() - 2)
+        return self._num_requests >> shift << shift
 
     def autoscaling_stats(self) -> dict[str, float]:
         return {
@@ -118,9 +90,3 @@ class LoadMeter:
     def _wait(self, by: int, num_tokens: int) -> None:
         self._num_waiting += by
         self._queued_tokens += by * num_tokens
-
-
-def _coarse(number: int) -> int:
-    """A number's two highest bits: at most a third more or less."""
-    shift = max(0, number.bit_length() - 2)
-    return number >> shift << shift

@@ -13,6 +13,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
+import ray
 from ray import serve
 
 from app import ray_private
@@ -26,7 +27,7 @@ from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
 from app.replica.load_meter import LoadMeter
 from app.replica.warm_up import PeerHeat, adapters_to_warm, warm_up
-from app.routing.view import HEALTHY_KEY, RANK_KEY
+from app.routing.view import HEALTHY_KEY, QUEUE_LEN_KEY, RANK_KEY
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
@@ -36,6 +37,8 @@ from slora_core.requests import Delta, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+# Seconds that the last deltas have to leave this process.
+LAST_WORDS_S = 0.2
 # Seconds between two looks at the pages that a busy engine has free.
 PAGES_EVERY_S = 0.5
 # How long a new replica waits to hear which adapters are hot, seconds.
@@ -53,6 +56,8 @@ class EngineServer:
     async def _start(self, args: SLoRAArgs, registry: Any) -> None:
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
+        # Whether Serve ends this replica.
+        self._is_stopped = False
         # Before the engine, so that both start at once.
         store = StoreClient(args)
         self._left = LeftRequests()
@@ -76,9 +81,10 @@ class EngineServer:
         self._leases = AdapterLeases(store, self._engine, info.pid, view.has_id)
         self._following = asyncio.create_task(view.follow())
         self._reporting = asyncio.create_task(self._report_pool())
+        self._ending = asyncio.create_task(self._end_with_engine())
         self._looking = asyncio.create_task(self._look_at_pages())
         # Before Serve sends requests.
-        await self._load_hot_adapters(args.spill_queue_len)
+        await self._load_hot_adapters()
 
     async def generate(
         self,
@@ -96,13 +102,16 @@ class EngineServer:
             with self._meter.counted(request, record) as with_load:
                 async with holding:
                     with self._engine.generate(request) as stream:
+                        if request.num_moves:
+                            # Its client waits for an engine no longer, but for this one's queue.
+                            yield Delta(request.request_id, [])
                         async for delta in stream:
                             if delta.error is not None:
                                 # Also for the lease, which may have to be replaced.
                                 raise delta.error
                             yield with_load(delta)
         except EngineDeadError as error:
-            told = EngineDeadError(str(error), self._replica_id, error.was_running)
+            told = EngineDeadError(str(error), self._replica_id, error.is_suspect)
             yield Delta(request.request_id, [], error=told)
         except SLoRAError as error:
             yield Delta(request.request_id, [], error=error)
@@ -138,8 +147,11 @@ class EngineServer:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve; what `serve_router` reads."""
-        identity = {RANK_KEY: self._rank(), HEALTHY_KEY: self._engine.is_alive()}
-        return {**identity, **self._meter.routing_stats()}
+        return {
+            RANK_KEY: self._rank(),
+            HEALTHY_KEY: self._engine.is_alive(),
+            QUEUE_LEN_KEY: self._meter.coarse_num_requests,
+        }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve; what `routing.autoscaling` reads."""
@@ -147,16 +159,30 @@ class EngineServer:
 
     async def hot_adapters(self) -> PeerHeat:
         """Called by a replica that starts."""
-        return PeerHeat(self._rank(), self._meter.routing_stats(), self._meter.heat.hottest())
+        return PeerHeat(self._rank(), self._meter.heat.hottest())
 
     def __del__(self) -> None:
         # Serve calls it at a graceful stop, also where __init__ failed.
+        self._is_stopped = True
         if hasattr(self, "_engine"):
             self._engine.close()
 
     def _rank(self) -> str:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
         return str(serve.get_replica_context().rank.rank)
+
+    async def _end_with_engine(self) -> None:
+        """End this actor once its engine has died and its clients know.
+
+        Serve replaces an actor that has ended within a second, and one that says of itself that it
+        is not well only after three checks.
+        """
+        await self._engine.wait_dead()
+        await asyncio.sleep(LAST_WORDS_S)
+        if self._is_stopped:
+            return
+        logger.error("the engine has died, and so does its replica")
+        ray.kill(ray.get_runtime_context().current_actor)
 
     async def _report_pool(self) -> None:
         """Tell the registry of this engine's pool, for as long as there is one."""
@@ -176,7 +202,7 @@ class EngineServer:
                     self._meter.saw_pages(await self._engine.stats())
             await asyncio.sleep(PAGES_EVERY_S)
 
-    async def _load_hot_adapters(self, spill_queue_len: int) -> None:
+    async def _load_hot_adapters(self) -> None:
         """Load what the running replicas were asked for of late and will be asked for here."""
         context = serve.get_replica_context()
         peers = ray_private.handle_by_name(context.deployment, context.app_name)
@@ -188,7 +214,7 @@ class EngineServer:
             logger.info("no replica tells which adapters are hot: %r", error)
             return
         told = [answer for answer in heard if isinstance(answer, PeerHeat)]
-        records = adapters_to_warm(self._rank(), told, spill_queue_len, self._num_pages)
+        records = adapters_to_warm(self._rank(), told, self._num_pages)
         num_loaded = await warm_up(records, self._load_adapter)
         if records:
             logger.info("loaded %s of %s hot adapters ahead", num_loaded, len(records))

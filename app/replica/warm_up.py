@@ -6,13 +6,13 @@ routing will send here. It knows no Serve; `server` gives it the answers and the
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from app.registry.state import AdapterRecord
-from app.routing.hot_keys import HotKeys
 from app.routing.order import homes
+from app.routing.spread import SHARE_OF_REPLICA
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +28,12 @@ class PeerHeat:
     """What a running replica tells."""
 
     rank_in_deployment: str
-    routing_stats: dict[str, Any]
     # Requests of late, by adapter.
     hottest: list[tuple[float, AdapterRecord]]
 
 
-def adapters_to_warm(
-    rank: str, peers: Sequence[PeerHeat], spill_queue_len: int, num_pages: int
-) -> list[AdapterRecord]:
+def adapters_to_warm(rank: str, peers: Sequence[PeerHeat], num_pages: int) -> list[AdapterRecord]:
     """The adapters whose requests go to the replica of this rank, the hottest first."""
-    hot = HotKeys([{}, *(peer.routing_stats for peer in peers)], spill_queue_len, 1)
     ranks = sorted({rank, *(peer.rank_in_deployment for peer in peers)})
     heat: dict[str, float] = {}
     records: dict[str, AdapterRecord] = {}
@@ -45,9 +41,11 @@ def adapters_to_warm(
         for requests, record in peer.hottest:
             heat[record.adapter_id] = heat.get(record.adapter_id, 0.0) + requests
             records[record.adapter_id] = record
+    # As `spread` has it, of all that was asked for.
+    fair = SHARE_OF_REPLICA * sum(heat.values()) / len(ranks)
     chosen, room = [], int(SHARE_OF_POOL * num_pages)
     for adapter_id in sorted(heat, key=lambda adapter_id: (-heat[adapter_id], adapter_id)):
-        places = homes(adapter_id, hot.num_homes(adapter_id), ranks)
+        places = homes(adapter_id, math.ceil(heat[adapter_id] / fair), ranks)
         is_ours = rank in (ranks[place] for place in places)
         if is_ours and records[adapter_id].num_pages <= room:
             room -= records[adapter_id].num_pages

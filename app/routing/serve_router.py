@@ -1,4 +1,4 @@
-"""Serve's request router: a request goes where its adapter and the beginning of its prompt are.
+"""Serve's request router: a request goes where its adapter and its conversation are.
 
 Owns the translation between Serve's routing interface and `routing.view`. Serve pickles this
 module by value into every process that holds a handle, so it imports nothing heavy; what a process
@@ -11,6 +11,8 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from app import ray_private
+from app.routing.order import LoadBound
+from app.routing.spread import AdapterSpread
 from app.routing.view import RouterView, SeenReplica
 from app.routing.waiting_line import WaitingLine
 
@@ -20,16 +22,16 @@ LOOK_AGAIN_S = 0.25
 
 
 class AffinityRouter(ray_private.PatientRouter):
-    """Routes by the handle's `session_id`, the adapter's id; empty for the base model."""
+    """Routes by a request's adapter and its conversation: what `EngineServer.generate` is given."""
 
-    def initialize_state(
-        self, spill_queue_len: int = 8, spill_factor: float = 1.25, page_tokens: int = 16
-    ) -> None:
+    def initialize_state(self, spill_queue_len: int = 8, spill_factor: float = 1.25) -> None:
         from app.routing.load_board import board
 
         # What `generation.client` of this process hears.
         self._board = board()
-        self._view = RouterView(self._board, spill_queue_len, spill_factor, page_tokens)
+        self._spread = AdapterSpread(spill_queue_len)
+        bound = LoadBound(spill_queue_len, spill_factor)
+        self._view = RouterView(self._board, bound, self._spread)
         self._line = WaitingLine()
 
     async def choose_replicas(
@@ -58,7 +60,6 @@ class AffinityRouter(ray_private.PatientRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called with every change of the replicas or of their stats."""
-        self._view.see([replica.routing_stats for replica in replicas])
         super().update_replicas(replicas)
         self._line.wake()
 
@@ -73,9 +74,13 @@ class AffinityRouter(ray_private.PatientRouter):
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        self._board.sent_prompt(replica_id.unique_id, len(_prompt_ids(pending_request)))
+        metadata = pending_request.metadata
+        self._spread.started(metadata.internal_request_id, metadata.session_id)
+        prompt_ids = getattr(_request(pending_request), "prompt_ids", ())
+        self._board.sent_prompt(replica_id.unique_id, len(prompt_ids))
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._spread.ended(internal_request_id)
         self._board.ended(replica_id.unique_id)
         self._line.wake()
 
@@ -89,12 +94,12 @@ class AffinityRouter(ray_private.PatientRouter):
             for replica in candidates
         ]
         if pending_request is None:
-            order = self._view.order(seen, "", ())
+            order = self._view.order(seen, "")
         else:
             order = self._view.order(
                 seen,
                 pending_request.metadata.session_id,
-                _prompt_ids(pending_request),
+                getattr(_request(pending_request), "conversation", ""),
                 _replica_to_avoid(pending_request),
             )
         return [[candidates[index]] for index in order]
@@ -106,8 +111,6 @@ def _replica_to_avoid(pending_request: PendingRequest) -> str | None:
     return arguments.get("avoid_replica")
 
 
-def _prompt_ids(pending_request: PendingRequest) -> Sequence[int]:
-    """The prompt, where the call is of `EngineServer.generate`."""
-    request = pending_request.args[0] if pending_request.args else None
-    prompt_ids: Sequence[int] = getattr(request, "prompt_ids", ())
-    return prompt_ids
+def _request(pending_request: PendingRequest) -> object:
+    """The request, where the call is of `EngineServer.generate`."""
+    return pending_request.args[0] if pending_request.args else None

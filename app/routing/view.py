@@ -7,14 +7,14 @@ nothing of Ray; `serve_router` is its only user beside the simulation in the tes
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from app.routing.hot_keys import HotKeys
 from app.routing.load_board import LoadBoard
-from app.routing.order import ReplicaLoad, order_replicas
+from app.routing.order import LoadBound, ReplicaLoad, RoutingKeys, order_replicas
+from app.routing.spread import AdapterSpread
 
-# Keys of a replica's routing stats, beside those of `hot_keys`.
+# Keys of a replica's routing stats.
 RANK_KEY = "rank_in_deployment"
 HEALTHY_KEY = "healthy"
-REQUESTS_KEY = "num_requests"
+QUEUE_LEN_KEY = "queue_len"
 
 
 class SeenReplica(NamedTuple):
@@ -26,45 +26,39 @@ class SeenReplica(NamedTuple):
 
 
 class RouterView:
-    """Args: as of `order_replicas`, and the tokens of a page."""
+    """Args: what the process knows, what a replica may hold, over how many an adapter goes."""
 
-    def __init__(
-        self, board: LoadBoard, spill_queue_len: int, spill_factor: float, page_tokens: int
-    ) -> None:
+    def __init__(self, board: LoadBoard, bound: LoadBound, spread: AdapterSpread) -> None:
         self._board = board
-        self._spill_queue_len = spill_queue_len
-        self._spill_factor = spill_factor
-        self._page_tokens = page_tokens
-        self.see([])
-
-    def see(self, routing_stats: Sequence[Mapping[str, Any]]) -> None:
-        """Take what the replicas told last."""
-        self._hot = HotKeys(routing_stats, self._spill_queue_len, self._page_tokens)
+        self._bound = bound
+        self._spread = spread
 
     def order(
         self,
         replicas: Sequence[SeenReplica],
-        adapter: str,
-        prompt_ids: Sequence[int],
+        adapter_id: str,
+        conversation: str = "",
         avoid: str | None = None,
     ) -> list[int]:
         """Indices of the replicas that a request may go to, the first choice first.
 
-        `adapter` is empty for the base model; `avoid` is a replica that must not have the request.
+        `adapter_id` is empty for the base model; `avoid` is a replica that must not have it.
         """
-        affinity = self._hot.affinity(adapter, prompt_ids)
         loads = [self._load(replica, avoid) for replica in replicas]
-        return order_replicas(affinity, loads, self._spill_queue_len, self._spill_factor)
+        width = 1
+        if adapter_id:
+            width = self._spread.width(adapter_id, [load.load for load in loads if load.healthy])
+        return order_replicas(RoutingKeys(adapter_id, conversation, width), loads, self._bound)
 
     def _load(self, replica: SeenReplica, avoid: str | None) -> ReplicaLoad:
         replica_id, stats, max_ongoing_requests = replica
         is_alive = stats.get(HEALTHY_KEY, True) and not self._board.is_dead(replica_id)
-        estimate = self._board.estimate(replica_id, stats.get(REQUESTS_KEY, 0))
+        estimate = self._board.estimate(replica_id, stats.get(QUEUE_LEN_KEY, 0))
         return ReplicaLoad(
             # A replica that has not been asked yet is known by its id only.
             rank_in_deployment=str(stats.get(RANK_KEY, replica_id)),
             load=estimate.load,
-            is_usable=is_alive and replica_id != avoid,
+            healthy=is_alive and replica_id != avoid,
             is_full=estimate.num_requests >= max_ongoing_requests,
             is_saturated=estimate.is_saturated,
         )

@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 # emptied. The registry's long poll wakes the keeper as often.
 RECHECK_S = 10.0
 
+# Seconds that the packed file of an adapter which was unloaded or replaced stays after its last
+# lease: where its engine has ended, a request that runs on it goes on in another one, and looks for
+# that as long by default (`failover_timeout_s`).
+STAYS_S = 120.0
+
 
 class Keeper:
     """Every method but `run` returns at once; call them on the loop that runs it."""
@@ -49,8 +54,8 @@ class Keeper:
         self.registered: dict[str, AdapterRecord] = {}
         # Last taken first.
         self._pending: dict[str, AdapterRecord] = {}
-        # Was registered; its packed file goes when nobody uses it.
-        self._gone: set[str] = set()
+        # Was registered; until when its packed file stays though nobody uses it, monotonic seconds.
+        self._gone: dict[str, float] = {}
         # Of leases since the last look, seconds since the epoch.
         self._used_at: dict[str, float] = {}
         self._news = asyncio.Event()
@@ -62,7 +67,7 @@ class Keeper:
     def add(self, record: AdapterRecord) -> None:
         """An adapter is registered, or its record is another one now."""
         self.registered[record.adapter_id] = record
-        self._gone.discard(record.adapter_id)
+        self._gone.pop(record.adapter_id, None)
         self._disk_is_full = False
         self._ask_for(record)
 
@@ -72,7 +77,7 @@ class Keeper:
             self._pending.pop(adapter_id, None)
             self._used_at.pop(adapter_id, None)
             self._sources.forget(adapter_id)
-            self._gone.add(adapter_id)
+            self._gone[adapter_id] = 0.0
             self._slab_is_full = self._disk_is_full = False
 
     def used(self, record: AdapterRecord, is_from_files: bool) -> None:
@@ -216,10 +221,13 @@ class Keeper:
         return max(record.loaded_at, self._used_at.get(record.adapter_id, 0.0))
 
     def _delete_files_of_the_gone(self) -> None:
-        for adapter_id in list(self._gone):
-            if adapter_id not in self._host:
+        now = time.monotonic()
+        for adapter_id, stays_until in list(self._gone.items()):
+            if adapter_id in self._host:
+                self._gone[adapter_id] = now + STAYS_S
+            elif now >= stays_until:
                 self._files.remove(adapter_id)
-                self._gone.discard(adapter_id)
+                self._gone.pop(adapter_id, None)
 
     async def _look_for_missing(self) -> None:
         used_at, self._used_at = self._used_at, {}

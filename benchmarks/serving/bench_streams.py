@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Self
 
 from app.args import SLoRAArgs
+from app.generation.backlog import Backlog
 from app.generation.client import EngineClient
 from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
@@ -227,11 +228,13 @@ def make_ingress(tokenizer: Any, handle: StubHandle) -> Any:
         context_len=8192, vocab_size=49152, eos_token_ids=frozenset({2}), page_tokens=16
     )
     registry = NoRegistry()
-    client = EngineClient(handle)
+    backlog = Backlog(max_requests=10**6, max_tokens=10**9)
+    client = EngineClient(handle, backlog, failover_timeout_s=0.0)
     view = RegistryView(registry)
     service = CompletionService(MODEL, MODEL, limits, tokenizer, view, client)
     bodies = BodyReader(2**20, 60.0, 2**24)
-    return api_app(Ingress(service, registry, registry.changes_since, bodies), lambda app: None)
+    ingress = Ingress(service, registry, registry.changes_since, bodies, backlog.check_room)
+    return api_app(ingress, lambda app: None)
 
 
 class PlainText:

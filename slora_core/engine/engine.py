@@ -209,7 +209,7 @@ class Engine:
         if request.adapter_id is not None and not self.has_adapter(request.adapter_id):
             raise AdapterNotFoundError(f"no adapter {request.adapter_id!r} was added")
         state = RequestState(request)
-        if self._recovery.is_going:
+        if self._recovery.takes(state):
             self.scheduler.check_fits(state)
             self._recovery.add(state)
         else:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from slora_core.adapters.slab_format import AdapterLocation
+from slora_core.engine.link import EngineLink
 from slora_core.engine.protocol import (
     AbortRequest,
     Action,
@@ -28,7 +29,6 @@ from slora_core.engine.protocol import (
     EngineInfo,
     EngineSpec,
     Failed,
-    MessageCutter,
     Reply,
     packed,
 )
@@ -48,6 +48,10 @@ CLOSE_TIMEOUT_S = 5.0
 # demo model on two cores falls from 24 tokens/s to 4 beside one other busy process, with this
 # from 20 to 11. An operator's own setting is kept.
 SPIN_COUNT = 5000
+
+# How long the end of a connection is before that of its process, at most, seconds.
+EXIT_TIMEOUT_S = 1.0
+EXIT_POLL_S = 0.002
 
 # How long a hung process has to write where it hangs to its log before it is killed, seconds.
 DUMP_S = 0.5
@@ -82,8 +86,11 @@ class AsyncEngine:
         self._calls: dict[int, asyncio.Future[object]] = {}
         self._call_ids = itertools.count()
         self._watchdog: Watchdog | None = None
+        # Runs from the end of the connection until it is known how the process ended.
+        self._dying: asyncio.Task[None] | None = None
         # Why the engine is dead; None while it lives.
         self._death: str | None = None
+        self._died = asyncio.Event()
 
     async def start(self) -> EngineInfo:
         """Start the process and wait until it serves.
@@ -113,7 +120,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         connection.setblocking(False)
         self._socket = connection
-        link = _EngineLink(self._dispatch, self._die)
+        link = EngineLink(self._dispatch, self._die, self._disconnected)
         self._transport, _ = await self._loop.create_unix_connection(lambda: link, sock=connection)
 
     def generate(self, request: Request) -> DeltaStream:
@@ -170,6 +177,17 @@ class AsyncEngine:
     def is_alive(self) -> bool:
         return self._death is None and self._process is not None and self._process.poll() is None
 
+    @property
+    def num_streams(self) -> int:
+        """Requests that were sent and are still read."""
+        return len(self._streams)
+
+    async def wait_dead(self) -> None:
+        """Wait until the engine has died, however it did, and nobody reads of it any more."""
+        await self._died.wait()
+        while len(self._streams) or (self._process is not None and self._process.poll() is None):
+            await asyncio.sleep(EXIT_POLL_S)
+
     def close(self) -> None:
         """End the process; running requests fail with EngineDeadError. May be called twice."""
         if self._socket is not None:
@@ -185,7 +203,7 @@ class AsyncEngine:
                 self._process.wait()
         # Where the loop is closed nobody waits any more.
         with contextlib.suppress(RuntimeError):
-            self._die("the engine was closed")
+            self._die("the engine was closed", is_own_fault=False)
 
     async def _call(self, action: Action, argument: str = "") -> object:
         self._check_alive()
@@ -213,7 +231,7 @@ class AsyncEngine:
 
     def _check_alive(self) -> None:
         if self._death is not None:
-            raise EngineDeadError(self._death, was_running=False)
+            raise EngineDeadError(self._death)
 
     def _send(self, message: object) -> None:
         if self._death is None and self._transport is not None:
@@ -242,15 +260,36 @@ class AsyncEngine:
             case Failed(reason, request_ids):
                 self._die(reason, request_ids)
 
-    def _die(self, reason: str, request_ids: Collection[str] = ()) -> None:
+    def _disconnected(self) -> None:
+        if self._death is None:
+            self._dying = asyncio.get_running_loop().create_task(self._die_of_exit())
+
+    async def _die_of_exit(self) -> None:
+        """Fail what waits once it is known how the process ended."""
+        status: int | None = None
+        if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EXIT_TIMEOUT_S):
+                    while (status := self._process.poll()) is None:
+                        await asyncio.sleep(EXIT_POLL_S)
+        how = "the engine process ended"
+        if status is not None:
+            how += f" by signal {-status}" if status < 0 else f" with status {status}"
+        # Nothing that an engine computes sends itself this one.
+        self._die(how, is_own_fault=status != -signal.SIGKILL)
+
+    def _die(
+        self, reason: str, request_ids: Collection[str] = (), is_own_fault: bool = True
+    ) -> None:
         """Fail everything that waits on the engine; the first reason is kept.
 
-        `request_ids` are those of the steps it died in; where it could not say, each that had begun
-        may be one.
+        Where it is the engine's own fault, `request_ids`, of the steps it died in, are suspects;
+        where it could not say, each that had begun is.
         """
         if self._death is not None:
             return
         self._death = reason
+        self._died.set()
         if self._watchdog is not None:
             self._watchdog.stop()
         if self._transport is not None:
@@ -258,29 +297,7 @@ class AsyncEngine:
             self._transport.abort()
         for stream in self._streams:
             was_running = stream.request_id in request_ids if request_ids else stream.has_begun
-            stream.end(EngineDeadError(reason, was_running=was_running))
+            stream.end(EngineDeadError(reason, is_suspect=is_own_fault and was_running))
         for future in (*self._calls.values(), self._started):
             if future is not None and not future.done():
                 future.set_exception(EngineDeadError(reason))
-
-
-class _EngineLink(asyncio.Protocol):
-    """The engine's messages as the loop reads them; `on_end` gets the reason, once or more."""
-
-    def __init__(self, on_message: Callable[[object], None], on_end: Callable[[str], None]) -> None:
-        self._cutter = MessageCutter()
-        self._on_message = on_message
-        self._on_end = on_end
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            messages = self._cutter.push(data)
-        except Exception as error:
-            logger.exception("a message of the engine could not be read")
-            self._on_end(f"a message of the engine could not be read: {error}")
-            return
-        for message in messages:
-            self._on_message(message)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._on_end("the engine process ended")

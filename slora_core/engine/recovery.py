@@ -4,14 +4,15 @@ An adapter that cannot be copied costs the requests that name it. After any othe
 request starts anew, one after another: a step that fails then, with one newcomer among requests
 that have just been through a step, is the newcomer's fault. Texts do not change by it, since random
 numbers depend on seed and index alone. Where nobody can be blamed, or step after step fails, the
-engine has to end. Knows the scheduler; `Engine` tells it of steps.
+engine has to end. Requests of which another engine may have ended come one after another, too: if
+this one ends as well, it is known of which. Knows the scheduler; `Engine` tells it of steps.
 """
 
 import logging
 from collections import OrderedDict
 
 from slora_core.errors import EngineFaultError
-from slora_core.requests import RequestState, StepPlan
+from slora_core.requests import TRIAL_TOKENS, RequestState, StepPlan
 from slora_core.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,12 @@ class Recovery:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._untried: OrderedDict[str, RequestState] = OrderedDict()
-        # On trial until it has one token more than it had.
+        # On trial until it has given so many tokens.
         self._newcomer: RequestState | None = None
         self._num_tokens = 0
+        # Whether a step has failed and not all requests have been tried since: none is then started
+        # beside them.
+        self._has_failed = False
         # Steps left in which a failure is no second chance any more.
         self._num_steps_left = 0
         self._has_just_failed = False
@@ -54,11 +58,15 @@ class Recovery:
 
     @property
     def is_going(self) -> bool:
-        """Whether requests are tried, so that what comes has to wait for its own trial."""
+        """Whether requests are tried."""
         return bool(self._untried) or self._newcomer is not None
 
+    def takes(self, request: RequestState) -> bool:
+        """Whether a request that has come has to wait for a trial of its own."""
+        return request.request.is_suspect or (self._has_failed and self.is_going)
+
     def add(self, request: RequestState) -> None:
-        """A request that comes while others are tried."""
+        """Have a request wait for its trial."""
         self._untried[request.request_id] = request
 
     def give_back(self, request_id: str) -> None:
@@ -76,15 +84,18 @@ class Recovery:
         if (
             newcomer is not None
             and not newcomer.ended
-            and len(newcomer.output_ids) == self._num_tokens
+            and len(newcomer.output_ids) < self._num_tokens
         ):
             return
         self._newcomer = None
         if self._untried:
             _, request = self._untried.popitem(last=False)
-            self._newcomer, self._num_tokens = request, len(request.output_ids)
+            num_given = TRIAL_TOKENS if request.request.is_suspect else 1
+            self._newcomer, self._num_tokens = request, len(request.output_ids) + num_given
             self._scheduler.add(request)
-        elif self._num_steps_left:
+            return
+        self._has_failed = False
+        if self._num_steps_left:
             self._num_steps_left -= 1
 
     def after_failure(self, failure: StepFailedError) -> None:
@@ -99,11 +110,13 @@ class Recovery:
         self._num_in_a_row += 1
         if self._num_in_a_row > MAX_FAILURES_IN_A_ROW:
             raise failure.error
-        was_going = self.is_going
+        was_going = self._has_failed and self.is_going
         newcomer, self._newcomer = self._newcomer, None
         waiting = [*self._scheduler.take_waiting(), *self._untried.values()]
         self._untried.clear()
-        is_on_trial = any(chunk.request is newcomer for chunk in failure.plan.chunks)
+        self._has_failed = was_going or failure.adapter_id is None
+        # Beside suspects others start, so that only a second failure says whose fault it is.
+        is_on_trial = was_going and any(c.request is newcomer for c in failure.plan.chunks)
         if failure.adapter_id is not None:
             blamed = [r for r in waiting if r.adapter_id == failure.adapter_id]
             reason = f"the engine cannot copy the adapter to its device: {failure.error!r}"
@@ -123,7 +136,7 @@ class Recovery:
                 logger.error("request %s is refused", request.request_id, exc_info=failure.error)
                 self._scheduler.add(request)
                 self._scheduler.refuse(request.request_id, EngineFaultError(reason))
-            elif was_going or failure.adapter_id is None:
+            elif self._has_failed or request.request.is_suspect:
                 self._untried[request.request_id] = request
             else:
                 self._scheduler.add(request)

@@ -4,6 +4,7 @@ A scheduling policy is a class here: the scheduler asks for the next request and
 fits. It knows neither pages nor adapters.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Protocol
@@ -37,26 +38,38 @@ class WaitingQueue(Protocol):
 
 
 class FirstComeQueue:
-    """First come, first served; preempted requests go before all that never ran."""
+    """First come, first served.
+
+    Preempted requests go before all that never ran, and after them those that an engine which has
+    ended had accepted: their clients have waited longer than any that is new here.
+    """
 
     def __init__(self) -> None:
-        self._requests: OrderedDict[RequestState, None] = OrderedDict()
+        self._preempted: OrderedDict[RequestState, None] = OrderedDict()
+        self._moved: OrderedDict[RequestState, None] = OrderedDict()
+        self._new: OrderedDict[RequestState, None] = OrderedDict()
+        self._queues = (self._preempted, self._moved, self._new)
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return sum(map(len, self._queues))
 
     def __iter__(self) -> Iterator[RequestState]:
-        return iter(self._requests)
+        return itertools.chain(*self._queues)
 
     def add(self, request: RequestState) -> None:
-        self._requests[request] = None
+        queue = self._moved if request.request.num_moves else self._new
+        queue[request] = None
 
     def put_back(self, request: RequestState) -> None:
-        self._requests[request] = None
-        self._requests.move_to_end(request, last=False)
+        self._preempted[request] = None
+        self._preempted.move_to_end(request, last=False)
 
     def head(self) -> RequestState | None:
-        return next(iter(self._requests), None)
+        return next(iter(self), None)
 
     def remove(self, request: RequestState) -> None:
-        del self._requests[request]
+        for queue in self._queues:
+            if request in queue:
+                del queue[request]
+                return
+        raise KeyError(request.request_id)

@@ -15,15 +15,14 @@ def model(tmp_path_factory):
 
 
 def test_an_application_is_built_without_ray(model):
-    built = application(
-        SLoRAArgs(model=str(model), num_replicas=3, num_ingress_replicas=2, max_queued_requests=7)
-    )
+    built = application(SLoRAArgs(model=str(model), num_replicas=3, num_ingress_replicas=2))
     ingress = built._bound_deployment
     args, engine_app, registry_app = ingress.init_args
     engine, registry = engine_app._bound_deployment, registry_app._bound_deployment
     assert (ingress.name, engine.name, registry.name) == ("ingress", "engine", REGISTRY_DEPLOYMENT)
     assert (ingress.num_replicas, engine.num_replicas, registry.num_replicas) == (2, 3, 1)
-    assert engine.max_queued_requests == 7
+    # What waits is bounded in the ingress, wherever it waits.
+    assert engine.max_queued_requests == -1
     # All of them know the same arguments, and one registry.
     assert args.served_model_name == "tiny"
     assert engine.init_args == (args, registry_app) and registry.init_args == (args,)

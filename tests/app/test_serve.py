@@ -6,13 +6,13 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 
-from app.routing.hot_keys import ADAPTERS_KEY, HotKeys
 from slora_core.adapters.peft_weights import load_packed_adapter
 from slora_core.config import EngineConfig
 from slora_core.engine.engine import Engine
@@ -254,41 +254,23 @@ def test_a_hot_adapter_spills_over(app):
     assert min(counts.values()) >= 8
 
 
-def test_a_hot_adapter_gets_a_second_home(app):
-    def ask(number):
-        prompt = f"{number} is what this prompt has of its own"
-        return app.complete(ADAPTERS[0], prompt=prompt, max_tokens=100, ignore_eos=True)
-
-    def num_homes():
-        stats = app.routing_stats()
-        hot = HotKeys(stats, SPILL_QUEUE_LEN, PAGE_TOKENS)
-        adapter_ids = set().union(*(replica[ADAPTERS_KEY] for replica in stats))
-        return max(map(hot.num_homes, adapter_ids), default=0)
-
+def test_a_conversation_of_the_base_model_finds_its_prefix(app):
+    """Each on a replica of its own, whose prefix cache has what the turns before computed."""
     before = app.finished()
-    with ThreadPoolExecutor(12) as pool:
-        answers = [pool.submit(ask, number) for number in range(120)]
-        wait_until(lambda: num_homes() == NUM_REPLICAS, timeout_s=20)
-    assert {answer.result().status_code for answer in answers} == {200}
-    counts = app.finished() - before
-    assert sum(counts.values()) == 120 and min(counts.values()) >= 30
-
-
-def test_conversations_go_where_their_prefix_is(app):
-    replicas = []
-    for number in range(10):
-        prompt = f"{number} is what this conversation has of its own, and it goes on "
-        before, num_tokens = app.finished(), 0
-        for turn in range(4):
-            usage = app.complete(prompt=prompt, max_tokens=1).json()["usage"]
-            # All that came before is there.
+    for number in range(8):
+        messages = [{"role": "user", "content": f"conversation {number}, which is about a thing"}]
+        num_prompt_tokens = 0
+        for _ in range(3):
+            body = {"model": BASE, "messages": messages, "max_tokens": 16, "temperature": 0}
+            answer = httpx.post(f"{app.url}/v1/chat/completions", json=body, timeout=60).json()
+            usage = answer["usage"]
             cached = usage["prompt_tokens_details"]["cached_tokens"]
-            assert cached >= num_tokens // PAGE_TOKENS * PAGE_TOKENS
-            num_tokens = usage["prompt_tokens"]
-            prompt += f"with turn {turn} of several "
-        [replica] = app.finished() - before
-        replicas.append(replica)
-    assert len(set(replicas)) == NUM_REPLICAS
+            assert cached >= num_prompt_tokens // PAGE_TOKENS * PAGE_TOKENS
+            num_prompt_tokens = usage["prompt_tokens"]
+            messages.append(answer["choices"][0]["message"])
+            messages.append({"role": "user", "content": "and then?"})
+    counts = app.finished() - before
+    assert len(counts) == NUM_REPLICAS
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -303,6 +285,21 @@ def test_a_client_that_leaves_frees_its_pages(app, stream):
         wait_until(lambda: sum(stats["num_kv_pages"] for stats in app.stats()) > 0, timeout_s=5)
     app.wait_idle(timeout_s=5)
     assert sum(stats["num_aborted"] for stats in app.stats()) == num_aborted + 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_deadline_ends_what_runs_and_what_waits_and_frees_its_pages(app, stream):
+    """Of more prompts than fit the engines' pools, so that some of them wait."""
+    asked = {"prompt": ["hello"] * 32, "max_tokens": 2000, "ignore_eos": True}
+    before = time.monotonic()
+    answer = app.complete(ADAPTERS[0], stream=stream, timeout=1.5, **asked)
+    assert 1.5 <= time.monotonic() - before < 4
+    if stream:
+        error = json.loads(answer.text.split("data: ")[-1])["error"]
+    else:
+        error = error_of(answer, 504)
+    assert (error["type"], error["code"], error["param"]) == ("TimeoutError", 504, "timeout")
+    app.wait_idle(timeout_s=2)
 
 
 def test_a_stop_string_ends_the_request_in_the_engine_and_is_no_abort(app):
@@ -559,20 +556,28 @@ def test_load_while_serving(app):
     ("victim", "end"),
     [
         ("engine_pid", signal.SIGKILL),
+        ("engine_pid", signal.SIGSEGV),
         ("replica_pid", signal.SIGKILL),
         # It hangs: it neither computes nor ends.
         ("engine_pid", signal.SIGSTOP),
     ],
 )
-def test_a_dead_or_hung_process_fails_its_streams_and_the_service_recovers(app, victim, end):
-    with app.stream() as response:
-        lines = response.iter_lines()
-        next(lines)
-        [busy] = [stats for stats in app.stats() if stats["num_running"]]
+def test_a_dead_or_hung_process_costs_its_requests_a_pause(app, victim, end):
+    """Streams and whole answers, greedy and sampled, go on in the other replica as they were."""
+    fields = {"max_tokens": 400, "ignore_eos": True, "seed": 7}
+    asked = [
+        (name, {**fields, "temperature": temperature, "stream": stream})
+        for name in (BASE, *ADAPTERS[:3])
+        for temperature in (0.0, 0.9)
+        for stream in (True, False)
+    ]
+    expected = [_text(app.complete(name, **values)) for name, values in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = [pool.submit(app.complete, name, **values) for name, values in asked]
+        wait_until(lambda: all(stats["num_running"] > 4 for stats in app.stats()), timeout_s=10)
+        busy = app.stats()[0]
         os.kill(busy[victim], end)
-        rest = [line for line in lines if line]
-    error = json.loads(rest[-1].removeprefix("data: "))["error"]
-    assert (error["type"], error["code"]) == ("ServiceUnavailableError", 503)
+        assert [_text(answer.result()) for answer in answers] == expected
     # The other replica takes over at once: nobody who comes later sees the death.
     for name in [BASE, *ADAPTERS]:
         assert app.complete(name, max_tokens=1).status_code == 200
@@ -581,6 +586,20 @@ def test_a_dead_or_hung_process_fails_its_streams_and_the_service_recovers(app, 
     assert busy["engine_pid"] not in [stats["engine_pid"] for stats in app.stats()]
     for name in [BASE, *ADAPTERS]:
         assert app.complete(name, max_tokens=1).status_code == 200
+
+
+def _text(answer):
+    """The text of a completion, whole or streamed, which must have come to its end."""
+    assert answer.status_code == 200
+    if answer.headers["content-type"] == "application/json":
+        events = [answer.json()]
+    else:
+        lines = [line for line in answer.text.splitlines() if line and not line.startswith(":")]
+        assert lines.pop() == "data: [DONE]", lines[-1]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    choices = [event["choices"][0] for event in events]
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"]
+    return "".join(choice["text"] for choice in choices)
 
 
 def _is_running(pid):

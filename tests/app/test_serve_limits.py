@@ -1,5 +1,6 @@
 """One small replica on a real Ray cluster: overload, and the death of each actor."""
 
+import json
 import os
 import signal
 import time
@@ -58,15 +59,22 @@ def test_unload_frees_an_adapter_that_a_waiting_request_uses_once_more(app):
     wait_until(lambda: app.resident() <= resident, timeout_s=5)
 
 
-def test_death_of_the_only_engine(app):
-    [stats] = app.stats()
-    os.kill(stats["engine_pid"], signal.SIGKILL)
-    response = app.complete()
-    error_of(response, 503)
-    assert "retry-after" in response.headers
-    # Requests that come while the replica is replaced wait for it.
-    wait_until(lambda: app.complete(ADAPTERS[0]).status_code == 200, timeout_s=60)
-    assert app.is_healthy()
+@pytest.mark.parametrize("victim", ["engine_pid", "replica_pid"])
+def test_death_of_the_only_engine(app, victim):
+    """What runs goes on in its replacement, and what comes meanwhile waits for it."""
+    fields = {"model": ADAPTERS[0], "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    expected = app.complete(**fields).json()["choices"][0]["text"]
+    with app.stream(**fields) as running, ThreadPoolExecutor(1) as pool:
+        lines = running.iter_lines()
+        first = next(lines)
+        os.kill(app.stats()[0][victim], signal.SIGKILL)
+        later = pool.submit(app.complete, max_tokens=1)
+        rest = [line for line in lines if line and not line.startswith(":")]
+    assert rest.pop() == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in (first, *rest)]
+    assert "".join(event["choices"][0]["text"] for event in events) == expected
+    assert later.result().status_code == 200
+    wait_until(app.is_healthy, timeout_s=10)
 
 
 def test_death_of_registry_and_store(app):

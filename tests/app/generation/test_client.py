@@ -1,22 +1,25 @@
 import asyncio
+import time
+from dataclasses import replace
 
 import pytest
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorUnavailableError
-from ray.serve.exceptions import BackPressureError
 
-from app.generation.client import EngineClient
+from app.generation.backlog import Backlog
+from app.generation.client import WAITING, EngineClient
 from app.generation.text_ends import GATHER_S, TextEndedError
 from slora_core.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
     EngineDeadError,
-    EngineFaultError,
     InvalidAdapterError,
     InvalidRequestError,
     OverloadedError,
+    RequestTimeoutError,
     ServerStoppingError,
+    StoreFullError,
 )
 from slora_core.requests import Delta, FinishReason, Request, SamplingParams
 from tests.app.fakes import make_record
@@ -33,6 +36,7 @@ class FakeHandle:
         self.options_seen = []
         self.num_cancelled = 0
         self.broadcasts = []
+        self.responses = FakeResponses
 
     def options(self, **options):
         self.options_seen.append(options)
@@ -53,7 +57,7 @@ class FakeHandle:
         assert request.adapter_id == record.adapter_id
         self.requests.append(request)
         self.avoided.append(avoid_replica)
-        return FakeResponses(self, self.scripts.pop(0))
+        return self.responses(self, self.scripts.pop(0))
 
 
 class FakeResponses:
@@ -76,8 +80,10 @@ class FakeResponses:
         self.handle.num_cancelled += 1
 
 
+TIMEOUT_S = 60.0
 REQUEST = Request([1], SamplingParams(), "a-v1", request_id="r")
 FIRST = Delta("r", [1])
+ARRIVED = Delta("r", [])
 LAST = Delta("r", [2], FinishReason.LENGTH)
 DEAD = Delta("r", [], error=EngineDeadError("dead", "replica-1"))
 UNAVAILABLE = ActorUnavailableError("gone", b"x" * 16)
@@ -97,9 +103,13 @@ async def no_newer(record, error):
     raise AssertionError("nobody should ask for a newer adapter")
 
 
+def make_client(handle, max_requests=1000):
+    return EngineClient(handle, Backlog(max_requests, max_tokens=1000), TIMEOUT_S)
+
+
 def generate(handle, num=None, renew=no_newer):
     async def run():
-        deltas = EngineClient(handle).generate(REQUEST, RECORD, renew)
+        deltas = make_client(handle).generate(REQUEST, RECORD, renew)
         seen = []
         async for delta in deltas:
             seen.append(delta)
@@ -108,7 +118,7 @@ def generate(handle, num=None, renew=no_newer):
         await deltas.aclose()
         return seen
 
-    return asyncio.run(run())
+    return run_in_virtual_time(run())
 
 
 def test_deltas_come_through_and_the_adapter_is_the_session():
@@ -151,7 +161,7 @@ def test_a_stop_ends_what_runs_and_refuses_what_comes(cancellation):
     handle = FakeHandle([FIRST, LAST])
 
     async def run():
-        client = EngineClient(handle)
+        client = make_client(handle)
         client._send = lambda *_: responses
         deltas = client.generate(REQUEST, RECORD, no_newer)
         assert await anext(deltas) == FIRST
@@ -176,7 +186,7 @@ def test_the_ends_of_texts_are_told_together():
     handle = FakeHandle(*[[FIRST, LAST]] * 4)
 
     async def run():
-        client = EngineClient(handle)
+        client = make_client(handle)
         for index in range(4):
             deltas = client.generate(REQUEST, RECORD, no_newer)
             assert await anext(deltas) == FIRST
@@ -210,7 +220,7 @@ def test_attempts_of_one_request_never_share_an_id():
     handle = FakeHandle([LAST], [LAST])
 
     async def run():
-        client = EngineClient(handle)
+        client = make_client(handle)
         for _ in range(2):
             assert [d async for d in client.generate(REQUEST, RECORD, no_newer)] == [LAST]
 
@@ -226,38 +236,71 @@ def test_a_call_that_fails_for_itself_is_no_dead_replica(status):
     assert len(handle.requests) == 1
 
 
-@pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE])
-def test_two_failures_are_an_error(failure):
-    with pytest.raises(EngineDeadError):
-        generate(FakeHandle([failure], [failure], [LAST]))
+@pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE, CANCELLED, None])
+def test_a_stream_goes_on_after_the_tokens_that_came(failure):
+    second = Delta("r", [5, 6])
+    broken = [FIRST, Delta("r", [3, 4])] + ([failure] if failure else [])
+    handle = FakeHandle(broken, [ARRIVED, second, LAST])
+    assert generate(handle) == [*broken[:2], ARRIVED, second, LAST]
+    first, again = handle.requests
+    assert (first.output_ids, first.num_moves, first.is_suspect) == ([], 0, False)
+    assert (again.output_ids, again.num_moves, again.is_suspect) == ([1, 3, 4], 1, False)
+    assert (again.prompt_ids, again.sampling) == (first.prompt_ids, first.sampling)
 
 
-def death(was_running):
-    return [Delta("r", [], error=EngineDeadError("dead", "replica-1", was_running))]
+class SlowResponses(FakeResponses):
+    """As scripted; a number is so many seconds in which nothing comes. Cancelled as Serve's are."""
+
+    def __init__(self, handle, script):
+        super().__init__(handle, script)
+        self.is_cancelled = asyncio.Event()
+
+    async def __anext__(self):
+        item = await super().__anext__()
+        while isinstance(item, float):
+            try:
+                await asyncio.wait_for(self.is_cancelled.wait(), item)
+            except TimeoutError:
+                item = await super().__anext__()
+            else:
+                raise asyncio.CancelledError
+        return item
+
+    def cancel(self):
+        super().cancel()
+        self.is_cancelled.set()
 
 
-def test_a_request_that_two_engines_died_of_is_refused():
-    handle = FakeHandle(death(True), death(True), [LAST])
-    with pytest.raises(EngineFaultError, match="2 engines ended while they computed"):
+def slow(*scripts):
+    handle = FakeHandle(*scripts)
+    handle.responses = SlowResponses
+    return handle
+
+
+def test_a_client_hears_of_a_request_that_waits_for_an_engine():
+    handle = slow([FIRST, DEAD], [12.0, ARRIVED, 7.0, LAST])
+    assert generate(handle) == [FIRST, WAITING, WAITING, ARRIVED, WAITING, LAST]
+
+
+def test_no_engine_in_time_is_an_error():
+    handle = slow([FIRST, DEAD], [TIMEOUT_S + 1, LAST])
+    with pytest.raises(EngineDeadError, match="no other one took it over in time"):
         generate(handle)
-    assert len(handle.requests) == 2
-
-
-def test_a_request_that_only_waited_is_sent_again_more_often():
-    handle = FakeHandle(death(False), death(False), death(True), death(False), [LAST])
-    assert generate(handle) == [LAST]
-    handle = FakeHandle(*[death(False)] * 4, [LAST])
+    assert handle.num_cancelled == 1
+    # Nor where each that takes it refuses it at once.
+    handle = FakeHandle([FIRST], *[[DEAD]] * 1000)
     with pytest.raises(EngineDeadError, match="dead"):
         generate(handle)
-    assert len(handle.requests) == 4
+    assert TIMEOUT_S <= len(handle.requests) <= TIMEOUT_S + 10
 
 
-@pytest.mark.parametrize("failure", [DEAD, UNAVAILABLE])
-def test_a_stream_that_has_begun_is_not_sent_again(failure):
-    handle = FakeHandle([FIRST, failure], [LAST])
-    with pytest.raises(EngineDeadError):
-        generate(handle)
-    assert len(handle.requests) == 1
+def test_what_was_accepted_waits_for_room():
+    full = [Delta("r", [], error=StoreFullError("full"))]
+    handle = FakeHandle([FIRST, DEAD], full, full, [LAST])
+    assert generate(handle) == [FIRST, LAST]
+    assert [request.num_moves for request in handle.requests] == [0, 1, 2, 3]
+    with pytest.raises(StoreFullError):
+        generate(FakeHandle(full))
 
 
 def test_errors_that_are_data_are_raised():
@@ -265,21 +308,67 @@ def test_errors_that_are_data_are_raised():
         generate(FakeHandle([Delta("r", [], error=InvalidRequestError("too long"))]))
 
 
-def test_overload():
-    with pytest.raises(OverloadedError):
-        generate(FakeHandle([BackPressureError(5, 4)]))
+def test_what_waits_for_its_first_token_is_bounded():
+    handle = slow([10.0, FIRST, 10.0, LAST], [FIRST, LAST])
+
+    async def run():
+        client = make_client(handle, max_requests=1)
+        first = client.generate(REQUEST, RECORD, no_newer)
+        waiting = asyncio.ensure_future(anext(first))
+        await asyncio.sleep(1)
+        with pytest.raises(OverloadedError, match="1 requests wait"):
+            await anext(client.generate(REQUEST, RECORD, no_newer))
+        assert await waiting == FIRST
+        # It has begun and counts no more, and the one that was refused left nothing.
+        assert [d async for d in client.generate(REQUEST, RECORD, no_newer)] == [FIRST, LAST]
+        assert [d async for d in first] == [LAST]
+        # Nor does one that is left before.
+        handle.scripts = [[10.0, FIRST], [FIRST, LAST]]
+        leaving = asyncio.ensure_future(anext(client.generate(REQUEST, RECORD, no_newer)))
+        await asyncio.sleep(1)
+        leaving.cancel()
+        await asyncio.wait({leaving})
+        assert [d async for d in client.generate(REQUEST, RECORD, no_newer)] == [FIRST, LAST]
+
+    run_in_virtual_time(run())
+
+
+@pytest.mark.parametrize(
+    ("scripts", "expected"),
+    [
+        # It waits for its first token, in the middle of its answer, for another engine.
+        ([[100.0, FIRST]], []),
+        ([[FIRST, 100.0, LAST]], [FIRST]),
+        ([[FIRST, DEAD], *[[DEAD]] * 1000], [FIRST]),
+        ([[FIRST, DEAD], [100.0, LAST]], [FIRST, WAITING]),
+    ],
+)
+def test_a_deadline_ends_a_request_wherever_it_is(scripts, expected):
+    handle = slow(*scripts)
+    seen = []
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        request = replace(REQUEST, deadline=time.time() + 7.0)
+        with pytest.raises(RequestTimeoutError, match="timeout has passed"):
+            async for delta in make_client(handle).generate(request, RECORD, no_newer):
+                seen.append(delta)
+        assert 6.9 < loop.time() < 8.1
+
+    run_in_virtual_time(run())
+    assert seen == expected
 
 
 def test_tokens_that_came_before_an_error_are_handed_over():
-    tokens, error = Delta("r", [3, 4]), Delta("r", [], error=EngineDeadError("dead"))
+    tokens, error = Delta("r", [3, 4]), Delta("r", [], error=InvalidRequestError("wrong"))
     handle = FakeHandle([FIRST, tokens, error])
     seen = []
 
     async def run():
-        async for delta in EngineClient(handle).generate(REQUEST, RECORD, no_newer):
+        async for delta in make_client(handle).generate(REQUEST, RECORD, no_newer):
             seen.append(delta)
 
-    with pytest.raises(EngineDeadError):
+    with pytest.raises(InvalidRequestError):
         asyncio.run(run())
     assert seen == [FIRST, tokens]
 

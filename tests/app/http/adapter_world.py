@@ -78,7 +78,8 @@ class World:
             async def is_ready():
                 return True
 
-            ingress = Ingress(service, self.registry, is_ready, BodyReader(10_000, 5.0, 10_000))
+            bodies = BodyReader(10_000, 5.0, 10_000)
+            ingress = Ingress(service, self.registry, is_ready, bodies, lambda: None)
             transport = httpx.ASGITransport(api_app(ingress, lambda app: nullcontext()))
             async with httpx.AsyncClient(transport=transport, base_url="http://slora") as client:
                 return await work(client)

@@ -24,6 +24,7 @@ from slora_core import errors
         (errors.StoreGoneError("x"), 503, "ServiceUnavailableError", None),
         (errors.EngineDeadError("x"), 503, "ServiceUnavailableError", None),
         (errors.OverloadedError("x"), 503, "ServiceUnavailableError", None),
+        (errors.RequestTimeoutError("x"), 504, "TimeoutError", "timeout"),
         (BodyTooLargeError("x"), 413, "RequestTooLargeError", None),
         (HTTPException(405, "x"), 405, "MethodNotAllowedError", None),
         (HTTPException(418, "x"), 418, "I'maTeapot", None),

@@ -10,6 +10,7 @@ import openai
 import pytest
 from ray.exceptions import ActorUnavailableError, TaskCancelledError
 
+from app.generation.backlog import DEFAULT_RETRY_AFTER_S, Backlog
 from app.http.bodies import BodyReader
 from app.http.limits import ModelLimits
 from app.http.parsing import parse_body
@@ -53,6 +54,7 @@ class Server:
         self.max_body_bytes = 10_000
         self.defaults = OPENAI_DEFAULTS
         self.tokenizer = tokenizer
+        self.backlog = Backlog(max_requests=1, max_tokens=100)
 
     def make_app(self):
         view = RegistryView(self.registry)
@@ -63,9 +65,8 @@ class Server:
         async def is_ready():
             return self.is_ready
 
-        ingress = Ingress(
-            service, self.registry, is_ready, BodyReader(self.max_body_bytes, 5.0, 2**24)
-        )
+        bodies = BodyReader(self.max_body_bytes, 5.0, 2**24)
+        ingress = Ingress(service, self.registry, is_ready, bodies, self.backlog.check_room)
         return api_app(ingress, lambda app: nullcontext())
 
     def call(self, work):
@@ -680,6 +681,50 @@ def test_openai_client(server):
     server.openai(work)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_where_there_is_no_room_not_even_the_body_is_read(server, path):
+    with server.backlog.waiting(5):
+        answer = server.call(lambda client: client.post(path, content=b"{"))
+    assert "1 requests wait, as many as may" in error_of(answer, 503)["message"]
+    assert answer.headers["Retry-After"] == str(DEFAULT_RETRY_AFTER_S)
+    error_of(server.call(lambda client: client.post(path, content=b"{")), 400)
+
+
+@pytest.mark.parametrize(
+    ("body", "header", "timeout_s"),
+    [
+        ({"timeout": 5}, None, 5.0),
+        ({}, "2.5", 2.5),
+        ({"timeout": 5}, "2.5", 2.5),
+        ({"timeout": 0.5}, "30", 0.5),
+        ({"timeout": None}, None, None),
+    ],
+)
+def test_the_shorter_timeout_makes_the_deadline(server, body, header, timeout_s):
+    headers = {} if header is None else {"X-Request-Timeout": header}
+    asked = {"model": "base", "prompt": "hi", **body}
+    before = time.time()
+    answer = server.call(lambda client: client.post("/v1/completions", json=asked, headers=headers))
+    assert answer.status_code == 200
+    [request] = server.engine.requests
+    if timeout_s is None:
+        assert request.deadline is None
+    else:
+        assert before + timeout_s <= request.deadline <= time.time() + timeout_s
+
+
+@pytest.mark.parametrize("header", ["", "soon", "0", "-1", "nan", "inf"])
+def test_a_timeout_that_is_none_is_refused(server, header):
+    headers = {"X-Request-Timeout": header}
+    asked = {"model": "base", "prompt": "hi"}
+    answer = server.call(lambda client: client.post("/v1/completions", json=asked, headers=headers))
+    error = error_of(answer, 400)
+    assert repr(header) in error["message"] and error["param"] == "X-Request-Timeout"
+    for value in (0, -1, "5"):
+        assert error_of(server.complete(timeout=value), 400)["param"] == "timeout"
+    assert not server.engine.requests
+
+
 def test_lifespan_runs(tokenizer):
     seen = []
 
@@ -691,7 +736,7 @@ def test_lifespan_runs(tokenizer):
 
     from starlette.testclient import TestClient
 
-    ingress = Ingress(None, None, None, 1)
+    ingress = Ingress(None, None, None, None, None)
     with TestClient(api_app(ingress, lifespan)):
         assert seen == ["start"]
     assert seen == ["start", "stop"]

@@ -169,6 +169,15 @@ def test_a_dead_engine_does_not_keep_the_lease():
     assert run(work)[-1] == "release"
 
 
+def test_an_engine_that_the_store_sees_dead_first():
+    async def work(both, leases):
+        both.error = ProcessLookupError(3, "No such process")
+        with pytest.raises(EngineDeadError, match="the engine process ended"):
+            await use(leases)
+
+    assert run(work) == []
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_requests(seed):
     rng = random.Random(seed)

@@ -5,9 +5,6 @@ import pytest
 
 from app.replica.load_meter import LoadMeter
 from app.routing.autoscaling import QUEUED_TOKENS, RUNNING_TOKENS, USED_PAGE_SHARE
-from app.routing.hot_keys import ADAPTERS_KEY, PREFIXES_KEY, TOTAL_KEY
-from app.routing.prefixes import prefix_keys
-from app.routing.view import REQUESTS_KEY
 from slora_core.requests import Delta, FinishReason, LoadFigures, Request, SamplingParams
 from slora_core.stats import EngineStats
 from tests.app.fakes import make_record
@@ -77,30 +74,14 @@ def test_pages_are_the_engines(meter):
     assert not meter.needs_pages
 
 
-def test_routers_are_told_of_adapters_and_shared_prefixes(meter, clock):
-    with ExitStack() as stack:
-        for _ in range(8):
-            stack.enter_context(meter.counted(request(200, RECORD.adapter_id), RECORD))
-        for number in range(3):
-            stack.enter_context(meter.counted(request(16 + number), None))
-        for _ in range(20):
-            clock.now += 0.5
-            stats = meter.routing_stats()
-    assert stats[REQUESTS_KEY] == 8 and stats[TOTAL_KEY] == pytest.approx(11, rel=0.1)
-    assert stats[ADAPTERS_KEY] == {RECORD.adapter_id: pytest.approx(8, rel=0.1)}
-    # Of eight equal prompts the whole, of three that begin alike the first page.
-    longest = prefix_keys(RECORD.adapter_id, range(200), PAGE_TOKENS)[-1]
-    [shared] = prefix_keys("", range(16), PAGE_TOKENS)
-    assert set(stats[PREFIXES_KEY]) == {longest, shared}
-
-
-def test_small_changes_are_not_told(meter, clock):
+def test_small_changes_are_not_told(meter):
     told = []
     with ExitStack() as stack:
         for _ in range(64):
             stack.enter_context(meter.counted(request(), None))
-            told.append(meter.routing_stats()[REQUESTS_KEY])
+            told.append(meter.coarse_num_requests)
     assert sorted(set(told)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert meter.coarse_num_requests == 0
 
 
 def test_adapters_that_were_asked_for_are_hot(meter, clock):

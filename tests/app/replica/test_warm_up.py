@@ -1,7 +1,6 @@
 import asyncio
 
 from app.replica.warm_up import SHARE_OF_POOL, PeerHeat, adapters_to_warm, warm_up
-from app.routing.hot_keys import ADAPTERS_KEY, TOTAL_KEY
 from app.routing.order import homes
 from tests.app.fakes import make_record
 from tests.virtual_time import run_in_virtual_time
@@ -9,13 +8,13 @@ from tests.virtual_time import run_in_virtual_time
 RECORDS = [make_record(f"adapter-{number}", num_pages=4) for number in range(60)]
 
 
-def peer(rank, records=RECORDS, loads=()):
+def peer(rank, records=RECORDS):
     hottest = [(float(len(records) - place), record) for place, record in enumerate(records)]
-    return PeerHeat(rank, {TOTAL_KEY: 100.0, ADAPTERS_KEY: dict(loads)}, hottest)
+    return PeerHeat(rank, hottest)
 
 
 def warmed(rank, peers, num_pages=10_000):
-    return adapters_to_warm(rank, peers, 8, num_pages)
+    return adapters_to_warm(rank, peers, num_pages)
 
 
 def test_a_new_replica_loads_what_will_be_its_own():
@@ -25,10 +24,15 @@ def test_a_new_replica_loads_what_will_be_its_own():
 
 
 def test_a_spread_adapter_is_loaded_by_each_of_its_homes():
-    [hot, *_] = RECORDS
-    peers = [peer(str(rank), [hot], [(hot.adapter_id, 90.0)]) for rank in range(3)]
-    # 270 of 300 requests, where four replicas would have 75 each.
-    assert warmed("3", peers) == [hot]
+    hot, *cold = RECORDS[:20]
+    # 180 of 299 requests: of four replicas it needs all.
+    peers = [
+        PeerHeat(str(rank), [(60.0, hot), *((2.0, other) for other in cold)]) for rank in range(3)
+    ]
+    for rank in range(3):
+        others = [peer for peer in peers if peer.rank_in_deployment != str(rank)]
+        assert hot in warmed(str(rank), others)
+    assert warmed("3", peers)[0] == hot
 
 
 def test_the_hottest_come_first_and_fill_half_of_the_pool():

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 
 from app.replica.load_meter import LoadMeter
 from app.routing.load_board import LoadBoard
-from app.routing.view import HEALTHY_KEY, RANK_KEY, RouterView, SeenReplica
+from app.routing.order import LoadBound
+from app.routing.spread import AdapterSpread
+from app.routing.view import HEALTHY_KEY, QUEUE_LEN_KEY, RANK_KEY, RouterView, SeenReplica
 from slora_core.requests import Delta, FinishReason, Request
 from tests.app.fakes import make_record
 
 PAGE_TOKENS = 16
+PROMPT_TOKENS = 200
 SPILL_QUEUE_LEN = 8
 SPILL_FACTOR = 1.25
 # Seconds for a message from a router to a replica or back, between two polls, and up to which a
@@ -33,7 +36,7 @@ class SimRequest:
     router: "SimRouter"
     # Its name; empty for the base model.
     adapter: str
-    prompt_ids: list[int]
+    conversation: str
     # Seconds that it runs, once it runs.
     duration_s: float
     arrived_at: float
@@ -43,6 +46,10 @@ class SimRequest:
     first_token_at: float | None = None
     told: object = None
     stack: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def adapter_id(self):
+        return make_record(self.adapter).adapter_id if self.adapter else ""
 
 
 class SimReplica:
@@ -63,14 +70,15 @@ class SimReplica:
         return len(self.running) + len(self.waiting)
 
     def stats(self):
-        stats = {RANK_KEY: self.rank, HEALTHY_KEY: self.is_alive}
-        return {**stats, **self.meter.routing_stats()}
+        num_requests = self.meter.coarse_num_requests
+        return {RANK_KEY: self.rank, HEALTHY_KEY: self.is_alive, QUEUE_LEN_KEY: num_requests}
 
 
 class SimRouter:
     def __init__(self, world):
         self.board = LoadBoard(world.clock)
-        self.view = RouterView(self.board, SPILL_QUEUE_LEN, SPILL_FACTOR, PAGE_TOKENS)
+        self.spread = AdapterSpread(SPILL_QUEUE_LEN, world.clock)
+        self.view = RouterView(self.board, LoadBound(SPILL_QUEUE_LEN, SPILL_FACTOR), self.spread)
         self.seen = []
         self.line = []
         # Requests by adapter and replica, as it sent them.
@@ -78,7 +86,6 @@ class SimRouter:
 
     def see(self, seen):
         self.seen = seen
-        self.view.see([replica.routing_stats for replica in seen])
 
 
 class World:
@@ -116,7 +123,7 @@ class World:
         replica.waiting.clear()
         for request in lost:
             request.stack.close()
-            request.router.board.ended(replica.replica_id)
+            self._count_end(request, replica.replica_id)
             request.router.board.died(replica.replica_id)
             self.at(HOP_S, self._route, request, replica.replica_id)
 
@@ -126,9 +133,16 @@ class World:
     def at(self, delay_s, action, *args):
         heapq.heappush(self._events, (self.now + delay_s, next(self.ids), action, args))
 
-    def send(self, adapter, prompt_ids, duration_s, label=None, router=None):
-        router = router or self.random.choice(self.routers)
-        self._route(SimRequest(router, adapter, prompt_ids, duration_s, self.now, label))
+    def send(self, adapter, conversation, duration_s, label=None):
+        router = self.random.choice(self.routers)
+        self._route(SimRequest(router, adapter, conversation, duration_s, self.now, label))
+
+    def widths(self, adapter="hot"):
+        """Over how many replicas each router spreads an adapter, were it asked now."""
+        return [
+            router.spread._held.get(make_record(adapter).adapter_id, (1, 0))[0]
+            for router in self.routers
+        ]
 
     def run(self, seconds):
         end = self.now + seconds
@@ -148,8 +162,7 @@ class World:
 
     def _route(self, request, avoid=None):
         router = request.router
-        adapter_id = make_record(request.adapter).adapter_id if request.adapter else ""
-        order = router.view.order(router.seen, adapter_id, request.prompt_ids, avoid)
+        order = router.view.order(router.seen, request.adapter_id, request.conversation, avoid)
         if not order:
             bisect.insort(router.line, (request, avoid), key=lambda waiter: waiter[0].arrived_at)
             self.at(POLL_S, self._next_in_line, router)
@@ -177,10 +190,12 @@ class World:
             self._route(request)
             return
         record = make_record(request.adapter) if request.adapter else None
-        told = Request(request.prompt_ids, None, record and record.adapter_id)
+        told = Request([0] * PROMPT_TOKENS, None, request.adapter_id or None)
         request.replica, request.stack = replica, ExitStack()
         request.told = request.stack.enter_context(replica.meter.counted(told, record))
         replica.waiting.append(request)
+        board.sent_prompt(replica_id, PROMPT_TOKENS)
+        request.router.spread.started(str(id(request)), request.adapter_id)
         self.at(HOP_S, board.counted, replica_id, replica.num_requests)
         self._start(replica)
 
@@ -205,10 +220,14 @@ class World:
         replica.running.discard(request)
         request.stack.close()
         self.done.append(request)
-        self.at(HOP_S, self._ended, request.router, replica.replica_id, delta.load)
+        self.at(HOP_S, self._ended, request, delta.load)
         self._start(replica)
 
-    def _ended(self, router, replica_id, load):
-        router.board.heard(load)
-        router.board.ended(replica_id)
-        self._next_in_line(router)
+    def _ended(self, request, load):
+        request.router.board.heard(load)
+        self._count_end(request, load.replica_id)
+        self._next_in_line(request.router)
+
+    def _count_end(self, request, replica_id):
+        request.router.board.ended(replica_id)
+        request.router.spread.ended(str(id(request)))

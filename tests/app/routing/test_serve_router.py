@@ -34,9 +34,9 @@ def make_replica(rank, **stats):
 
 def make_request(created_at=0.0, session_id="", avoid=None, prompt_ids=()):
     return SimpleNamespace(
-        args=[SimpleNamespace(prompt_ids=prompt_ids)],
+        args=[SimpleNamespace(prompt_ids=prompt_ids, conversation="")],
         kwargs={"avoid_replica": avoid} if avoid else {},
-        metadata=SimpleNamespace(session_id=session_id),
+        metadata=SimpleNamespace(session_id=session_id, internal_request_id="id"),
         routing_context=SimpleNamespace(should_backoff=False),
         created_at=created_at,
     )

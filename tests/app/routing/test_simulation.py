@@ -1,22 +1,16 @@
 """Thousands of requests over virtual time, through routers that know different things."""
 
-import random
 from collections import Counter, defaultdict
 
 import pytest
 
-from app.routing.hot_keys import ADAPTERS_KEY, TOTAL_KEY
 from app.routing.load_board import LoadBoard
-from app.routing.order import homes
+from app.routing.order import LoadBound, homes
+from app.routing.spread import AdapterSpread
 from app.routing.view import RANK_KEY, RouterView, SeenReplica
-from tests.app.routing.simulation import PAGE_TOKENS, SPILL_FACTOR, SPILL_QUEUE_LEN, World
+from tests.app.routing.simulation import SPILL_FACTOR, SPILL_QUEUE_LEN, World
 
 COLD = [f"cold-{number}" for number in range(40)]
-
-
-def prompt(num_tokens, *seed):
-    drawn = random.Random(repr(seed))
-    return [drawn.randrange(30_000) for _ in range(num_tokens)]
 
 
 def poisson(world, rate, seconds, send):
@@ -30,7 +24,8 @@ def poisson(world, rate, seconds, send):
 def adapters_load(world, seconds, hot_rate, cold_rate):
     def ask(names):
         name = world.random.choice(names)
-        world.send(name, prompt(64, world.random.random()), world.random.uniform(1, 3), name)
+        # Each a conversation of its own.
+        world.send(name, f"{world.random.random()}", world.random.uniform(1, 3), name)
 
     if hot_rate:
         poisson(world, hot_rate, seconds, lambda: ask(["hot"]))
@@ -49,92 +44,66 @@ def ended_since(world, since, label):
 
 
 def test_a_hot_adapter_gets_the_homes_that_it_needs_and_comes_back():
-    world = World(num_replicas=4, num_routers=3)
-    adapter_id = "hot-v1"
-    ranks = list("0123")
+    world = World(num_replicas=5, num_routers=3)
 
-    def homes_of(number):
-        return {ranks[place] for place in homes(adapter_id, number, ranks)}
+    def homes_of(width):
+        return {str(place) for place in homes("hot-v1", width, list("01234"))}
 
-    # 120 of 200 requests in flight are for one adapter: more than two replicas' parts.
-    adapters_load(world, 60, hot_rate=60, cold_rate=40)
+    # 60 of 160 requests in flight are for one adapter, where one replica should have 24 of one.
+    adapters_load(world, 60, hot_rate=30, cold_rate=50)
     hot = ended_since(world, 30, "hot")
-    assert len(hot) > 1500 and ranks_of(world, hot) == homes_of(3)
-    # Each router does so by itself, and a cold adapter stays where it is, but for what spills.
+    # Two and a half; for a while after there were more than three, four.
+    assert set(world.widths()) <= {3, 4}
+    # Each router sends them there, and cold adapters stay where they are, but for what spills.
     for router in world.routers:
-        assert ranks_of(world, [r for r in hot if r.router is router]) == homes_of(3)
+        its_own = ranks_of(world, [request for request in hot if request.router is router])
+        assert homes_of(3) <= its_own <= homes_of(4)
     stayed = total = 0
     for name in COLD:
         counts = Counter(r.replica.rank for r in ended_since(world, 30, name))
         stayed, total = stayed + counts.most_common(1)[0][1], total + sum(counts.values())
-    assert stayed >= 0.8 * total
+    assert total > 900 and stayed >= 0.9 * total
     # Most of it has gone.
     adapters_load(world, 90, hot_rate=2, cold_rate=40)
+    assert world.widths() == [1, 1, 1]
     assert ranks_of(world, ended_since(world, world.now - 40, "hot"), 0.2) == homes_of(1)
-    assert {router.view._hot.num_homes(adapter_id) for router in world.routers} == {1}
 
 
-def test_homes_do_not_come_and_go_with_a_wavering_load():
+def test_the_homes_of_a_hot_adapter_do_not_come_and_go_with_a_wavering_load():
     world = World(num_replicas=4, num_routers=2, seed=1)
-    adapters_load(world, 30, hot_rate=35, cold_rate=65)
+    adapters_load(world, 30, hot_rate=40, cold_rate=60)
     changes, before = 0, None
     for _ in range(120):
-        adapters_load(world, 1, hot_rate=35, cold_rate=65)
-        now = world.routers[0].view._hot.num_homes("hot-v1")
+        adapters_load(world, 1, hot_rate=40, cold_rate=60)
+        now = world.widths()
         changes, before = changes + (now != before), now
-    # 70 of 200 in flight, plus or minus 8, where 50 are a replica's part.
-    assert before == 2 and changes == 1
+    # 80 of 200 in flight, plus or minus 9, where 37.5 are what one replica should have.
+    assert set(before) <= {3, 4} and changes <= 6
 
 
-def test_conversations_stay_with_their_prefix_behind_a_shared_system_prompt():
+def test_conversations_stay_with_their_prefix_through_any_router():
     world = World(num_replicas=4, num_routers=3)
-    system = prompt(24 * PAGE_TOKENS, "system")
-    turns_of = defaultdict(list)
 
-    def turn(number, tokens, num_left):
-        turns_of[number].append(len(world.done))
-        world.send("", tokens, world.random.uniform(1, 3), number)
+    def turn(number, num_left):
+        world.send("", f"conversation {number}", world.random.uniform(1, 3), number)
         if num_left:
-            longer = tokens + prompt(80, number, num_left)
-            world.at(world.random.uniform(4, 8), turn, number, longer, num_left - 1)
+            world.at(world.random.uniform(4, 8), turn, number, num_left - 1)
 
     for number in range(600):
-        first = system + prompt(60, number)
-        world.at(world.random.uniform(0, 90), turn, number, first, 7)
+        world.at(world.random.uniform(0, 90), turn, number, 7)
     world.run(180)
     assert len(world.done) == 600 * 8
     by_label = defaultdict(list)
     for request in sorted(world.done, key=lambda request: request.arrived_at):
         by_label[request.label].append(request)
-    # From the third turn on a conversation has an eighth of its own.
-    busy = [turns[2:] for turns in by_label.values() if 20 < turns[2].arrived_at < 90]
+    busy = [turns for turns in by_label.values() if 20 < turns[0].arrived_at < 90]
     pairs = [pair for turns in busy for pair in zip(turns, turns[1:], strict=False)]
     stayed = sum(one.replica is other.replica for one, other in pairs)
     # The rest spilled, and came back.
-    assert len(pairs) > 1500 and stayed >= 0.92 * len(pairs)
+    assert len(pairs) > 2500 and stayed >= 0.9 * len(pairs)
     assert {one.router is other.router for one, other in pairs} == {True, False}
-    # No replica has them all.
     counts = Counter(turn.replica.rank for turns in busy for turn in turns)
     assert len(counts) == 4 and max(counts.values()) < 1.5 * min(counts.values())
-
-
-def test_a_document_with_few_readers_is_in_one_cache():
-    world = World(num_replicas=4, num_routers=2)
-    documents = [prompt(40 * PAGE_TOKENS, "document", number) for number in range(60)]
-
-    def ask():
-        number = world.random.randrange(60)
-        question = prompt(40, world.random.random())
-        world.send("", documents[number] + question, world.random.uniform(1, 2), number)
-
-    poisson(world, 60, 60, ask)
-    world.run(70)
-    by_document = defaultdict(Counter)
-    for request in world.done:
-        by_document[request.label][request.replica.rank] += 1
-    at_home = sum(max(counts.values()) for counts in by_document.values())
-    # The rest spilled from replicas that had more than a quarter over the mean.
-    assert len(world.done) > 3000 and at_home > 0.9 * len(world.done)
 
 
 def test_no_request_goes_to_a_dead_replica_while_another_lives():
@@ -180,7 +149,7 @@ def test_a_full_replica_does_not_slow_requests_of_others():
 def test_a_burst_over_full_replicas_is_taken_in_turn():
     world = World(num_replicas=2, num_routers=2, num_slots=8, max_ongoing_requests=16)
     for number in range(400):
-        world.at(number / 1000, world.send, "", prompt(64, number), 0.5, number)
+        world.at(number / 1000, world.send, "", f"{number}", 0.5, number)
     world.run(60)
     assert len(world.done) == 400
     # 16 at a time, of half a second each: little is lost to waiting for a turn.
@@ -192,31 +161,22 @@ def test_a_burst_over_full_replicas_is_taken_in_turn():
         assert max(abs(mine.index(request) - place) for place, request in enumerate(began)) < 10
 
 
-def choices(num_replicas, num_hot_homes=2):
-    """Where adapters, hot adapters' prompts and the base model's prompts go, with no load."""
-    view = RouterView(LoadBoard(), SPILL_QUEUE_LEN, SPILL_FACTOR, PAGE_TOKENS)
-    # So much for each hot one that it needs so many replicas of them.
-    hot_load = 100.0 * num_hot_homes - 50
-    hot = {f"hot-{number}": hot_load / num_replicas for number in range(400)}
-    stats = [
-        {RANK_KEY: str(rank), TOTAL_KEY: 100.0, ADAPTERS_KEY: hot} for rank in range(num_replicas)
+def choices(num_replicas, width):
+    """Where adapters, conversations of spread adapters and of the base model go, with no load."""
+    board, spread = LoadBoard(), AdapterSpread(SPILL_QUEUE_LEN)
+    spread.width = lambda adapter_id, loads: width if adapter_id.startswith("hot") else 1
+    view = RouterView(board, LoadBound(SPILL_QUEUE_LEN, SPILL_FACTOR), spread)
+    seen = [SeenReplica(f"id-{rank}", {RANK_KEY: str(rank)}, 100) for rank in range(num_replicas)]
+    return [
+        [view.order(seen, f"cold-{number}")[0] for number in range(8000)],
+        [view.order(seen, f"hot-{n // 20}", f"conversation {n}")[0] for n in range(12_000)],
+        [view.order(seen, "", f"conversation {number}")[0] for number in range(8000)],
     ]
-    view.see(stats)
-    seen = [SeenReplica(f"id-{rank}", stat, 10_000) for rank, stat in enumerate(stats)]
-    adapters = [view.order(seen, f"cold-{number}", ())[0] for number in range(8000)]
-    spread = [
-        view.order(seen, adapter, PROMPTS[number])[0] for adapter in hot for number in range(20)
-    ]
-    base = [view.order(seen, "", tokens)[0] for tokens in PROMPTS]
-    return adapters, spread, base
-
-
-PROMPTS = [prompt(2 * PAGE_TOKENS, "prompt", number) for number in range(8000)]
 
 
 @pytest.fixture(scope="module")
 def chosen():
-    return {num_replicas: choices(num_replicas) for num_replicas in (2, 3, 4, 5)}
+    return {num_replicas: choices(num_replicas, width=2) for num_replicas in (2, 3, 4, 5)}
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 4), (4, 5), (5, 4), (4, 3)])

@@ -224,7 +224,7 @@ def test_a_line_of_the_log_for_each_adapter_and_minute(caplog) -> None:
     assert lines == ["a", "b", "a"]
 
 
-def test_a_replaced_version_leaves_the_disk_with_its_last_lease(run) -> None:
+def test_a_replaced_version_leaves_the_disk_a_while_after_its_last_lease(run, monkeypatch) -> None:
     async def scenario(world):
         old = world.add("a")
         await world.until(in_files(world, old))
@@ -237,6 +237,18 @@ def test_a_replaced_version_leaves_the_disk_with_its_last_lease(run) -> None:
         assert old.adapter_id in world.files
         assert torch.equal(pages_of(world, location), expected)
         world.store.release(old.adapter_id, ME)
+        world.store._keeper.wake()
+        await asyncio.sleep(0.05)
+        # Its engine has died, and its requests go on in another one.
+        location = await world.store.lease(old, ME)
+        assert torch.equal(pages_of(world, location), expected)
+        monkeypatch.setattr(keeper, "STAYS_S", 0.0)
+        world.store._keeper.wake()
+        await world.until(lambda: world.store._keeper._gone[old.adapter_id] < time.monotonic())
+        world.store.release(old.adapter_id, ME)
+        # The next of the store's own looks.
+        world.store._sweep_at = 0.0
+        world.store._sweep()
         world.store._keeper.wake()
         await world.until(lambda: old.adapter_id not in world.files)
         assert new.adapter_id in world.files

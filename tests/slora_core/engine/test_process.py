@@ -265,10 +265,13 @@ def test_killed_engine_fails_its_requests_and_later_ones(model_dir: Path) -> Non
         assert isinstance(deltas[-1].error, EngineDeadError)
         assert not any(delta.is_last for delta in deltas[:-1])
         assert not engine.is_alive()
-        assert deltas[-1].error.was_running
+        # Not its fault.
+        assert not deltas[-1].error.is_suspect
+        assert str(deltas[-1].error) == "the engine process ended by signal 9"
         with pytest.raises(EngineDeadError) as caught:
             engine.generate(Request(PROMPT, GREEDY))
-        assert caught.value.was_running is False
+        assert not caught.value.is_suspect
+        await asyncio.wait_for(engine.wait_dead(), timeout=10)
         with pytest.raises(EngineDeadError):
             await engine.stats()
         engine.close()
@@ -276,8 +279,28 @@ def test_killed_engine_fails_its_requests_and_later_ones(model_dir: Path) -> Non
     asyncio.run(main())
 
 
-def test_at_a_death_each_request_is_told_whether_it_ran(tmp_path: Path) -> None:
-    async def main(*last: object) -> dict[str, bool | None]:
+def test_an_engine_that_crashes_has_its_running_requests_for_suspects(model_dir: Path) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(EngineSpec(str(model_dir), "safetensors", CONFIG, num_threads=1))
+        info = await engine.start()
+        with engine.generate(Request(PROMPT, ENDLESS)) as stream:
+            await anext(stream)
+            dying = asyncio.create_task(engine.wait_dead())
+            os.kill(info.pid, signal.SIGSEGV)
+            deltas = [delta async for delta in stream]
+            # Somebody may still want to know.
+            assert not dying.done()
+        error = deltas[-1].error
+        assert isinstance(error, EngineDeadError) and error.is_suspect
+        assert str(error) == "the engine process ended by signal 11"
+        await asyncio.wait_for(dying, timeout=10)
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_at_a_death_each_request_is_told_whether_it_is_a_suspect(tmp_path: Path) -> None:
+    async def main(*last: object) -> dict[str, bool]:
         engine = AsyncEngine(EngineSpec(str(tmp_path)))
         ours, theirs = socket.socketpair()
         await engine.connect(ours)
@@ -290,11 +313,11 @@ def test_at_a_death_each_request_is_told_whether_it_ran(tmp_path: Path) -> None:
             with stream:
                 [delta] = [delta async for delta in stream]
             assert isinstance(delta.error, EngineDeadError)
-            told[delta.request_id] = delta.error.was_running
+            told[delta.request_id] = delta.error.is_suspect
         engine.close()
         return told
 
-    # Killed, and by a defect that names its step.
+    # By nobody knows what, and by a defect that names its step.
     assert asyncio.run(main()) == {"a": True, "b": True, "c": False}
     assert asyncio.run(main(Failed("why", ("b",)))) == {"a": False, "b": True, "c": False}
 

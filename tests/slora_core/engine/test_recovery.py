@@ -13,7 +13,7 @@ from slora_core.errors import EngineFaultError
 from slora_core.execution.step_handle import StepHandle
 from slora_core.models.registry import load_model_config
 from slora_core.models.weights import load_weights
-from slora_core.requests import Request, RequestState, SamplingParams, StepPlan
+from slora_core.requests import TRIAL_TOKENS, Request, RequestState, SamplingParams, StepPlan
 from tests.slora_core.engine.failing_steps import (
     PAGE_TOKENS,
     FailingOps,
@@ -277,3 +277,73 @@ def test_who_comes_and_who_leaves_while_others_are_tried(engine: Engine) -> None
     assert isinstance(results.pop("r1"), EngineFaultError)
     assert str(results.pop("r7")) == "by hand"
     assert results == {name: expected[name] for name in ("r0", "r2", "r3", "r4", "r6", "r8")}
+
+
+def as_suspects(given: list[Request], *indices: int) -> list[Request]:
+    return [
+        replace(request, num_moves=1, is_suspect=True) if index in indices else request
+        for index, request in enumerate(given)
+    ]
+
+
+def test_suspects_of_a_death_elsewhere_run_apart_until_they_are_cleared(engine: Engine) -> None:
+    """And nobody has to wait for their trials but they."""
+    expected = run(engine, requests())
+    given = as_suspects(requests(), 1, 2, 5, 7)
+    uncleared: list[set[str]] = []
+    schedule = engine.scheduler.schedule
+
+    def watched_schedule() -> StepPlan:
+        plan = schedule()
+        suspects = {
+            chunk.request.request_id
+            for chunk in plan.chunks
+            if chunk.request.request.is_suspect and chunk.token_index < TRIAL_TOKENS
+        }
+        uncleared.append(suspects)
+        if len(uncleared) == 1:
+            assert {chunk.request.request_id for chunk in plan.chunks} >= {"r0", "r1"}
+        return plan
+
+    engine.scheduler.schedule = watched_schedule  # type: ignore[method-assign]
+    assert run(engine, given) == expected
+    assert max(len(suspects) for suspects in uncleared) == 1
+    assert set().union(*uncleared) == {"r1", "r2", "r5", "r7"}
+
+
+def test_a_suspect_that_fails_a_step_is_refused_alone(engine: Engine) -> None:
+    expected = run(engine, requests())
+    fail_where(engine, is_poisoned)
+    results = run(engine, as_suspects(requests(2), 2, 3, 4))
+    assert isinstance(results.pop("r2"), EngineFaultError)
+    del expected["r2"]
+    assert results == expected
+
+
+def test_an_adapter_that_cannot_be_copied_leaves_other_suspects_on_trial(
+    engine: Engine, paths: dict[str, Path]
+) -> None:
+    expected = run(engine, requests())
+    engine.drop_adapter("b")
+    packed = pack(engine, paths, "b")
+    engine.add_adapter(replace(packed, pages=packed.pages[..., :7]))
+    results = run(engine, as_suspects(requests(), 0, 1, 2, 3))
+    for index in range(9):
+        result = results[f"r{index}"]
+        if index % 3 == 2:
+            assert isinstance(result, EngineFaultError) and "adapter" in str(result)
+        else:
+            assert result == expected[f"r{index}"]
+
+
+def test_a_suspect_that_is_left_before_its_trial(engine: Engine) -> None:
+    given = as_suspects(requests(), 0, 1, 2)
+    for request in given:
+        engine.add_request(request)
+    engine.step()
+    assert engine.stats().num_waiting >= 2
+    for name in ("r2", "r0"):
+        assert engine.abort(name)
+    others = [request for request in given if request.request_id not in ("r0", "r2")]
+    results = finish(engine, others)
+    assert not any(isinstance(result, Exception) for result in results.values())

@@ -3,6 +3,7 @@
 import random
 from bisect import insort
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -35,6 +36,20 @@ def test_first_come_first_served() -> None:
     assert queue.head() is queue.head(), "the head stays"
     assert _drain(queue) == list("abc")
     assert len(queue) == 0 and _names(queue) == []
+
+
+def test_requests_of_an_engine_that_has_ended_go_before_new_ones() -> None:
+    queue = FirstComeQueue()
+    moved = [RequestState(replace(make_request(name, 1).request, num_moves=1)) for name in "mn"]
+    new, preempted = [make_request(name, 1) for name in "ab"], make_request("p", 1)
+    for request in (new[0], moved[0], new[1], moved[1]):
+        queue.add(request)
+    queue.put_back(preempted)
+    assert len(queue) == 5 and _names(queue) == list("pmnab")
+    queue.remove(moved[0])
+    assert _drain(queue) == list("pnab")
+    with pytest.raises(KeyError):
+        queue.remove(preempted)
 
 
 def test_preempted_requests_go_first_and_the_older_before_the_younger() -> None:
