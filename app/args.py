@@ -108,6 +108,12 @@ class SLoRAArgs(ScalingArgs):
     # step. None: on CUDA 60, a hundred times that; on the CPU 600, since a step of 512 tokens of an
     # 8B model takes minutes on a few cores.
     engine_stall_timeout_s: float | None = Field(default=None, ge=1.0)
+    # Engine replicas beside those that must be replaced (another model, pool, number of GPUs), in
+    # percent of num_replicas. 0: an old one gives its GPU to the new one when its streams have
+    # ended, and with one replica new requests wait meanwhile; up to 100 where there is room for
+    # both, so that as many serve as before.
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
+
     # Requests a replica holds, running and waiting in its engine; beyond it they wait in the
     # ingress. None: four times max_running_requests, so that the engine always finds a next one.
     max_ongoing_requests: int | None = Field(default=None, ge=1)

@@ -99,6 +99,8 @@ class Request:
     _: KW_ONLY
     # No two at one time share it: where a request is sent once more, it has another one.
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    # The base model that the prompt is for, where whoever sends it says; "" is any.
+    model_key: str = ""
     # Requests with the same one begin alike, so that one replica should have them; "" is none.
     conversation: str = ""
     # Who asks, for fairness and limits. Unused yet, as the priority, of which higher goes first.

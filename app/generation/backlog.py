@@ -29,12 +29,16 @@ class Backlog:
     def __init__(
         self, max_requests: int, max_tokens: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._max_requests = max_requests
-        self._max_tokens = max_tokens
+        self.set_limits(max_requests, max_tokens)
         self._clock = clock
         self.num_requests = self.num_tokens = 0
         # What began in each of the last seconds: requests and tokens, by the second modulo.
         self._begun = [(-1, 0, 0)] * RATE_WINDOW_S
+
+    def set_limits(self, max_requests: int, max_tokens: int) -> None:
+        """For requests that come from now on."""
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
 
     def check_room(self) -> None:
         """Whether one more request may wait; to be asked before anything is done for it.

@@ -41,10 +41,14 @@ class EngineClient:
     Args:
         backlog: bounds what waits for its first token.
         failover_timeout_s: how long a request that lost its engine waits for another one.
+        model_key: of the base model that requests are for; "" is any.
     """
 
-    def __init__(self, handle: Any, backlog: Backlog, failover_timeout_s: float) -> None:
+    def __init__(
+        self, handle: Any, backlog: Backlog, failover_timeout_s: float, model_key: str = ""
+    ) -> None:
         self._handle = handle
+        self._model_key = model_key
         self._backlog = backlog
         self._failover_timeout_s = failover_timeout_s
         self._attempt_ids = itertools.count()
@@ -167,7 +171,7 @@ class EngineClient:
             self._handle,
             "generate",
             request.adapter_id or "",
-            replace(request, request_id=attempt_id),
+            replace(request, request_id=attempt_id, model_key=self._model_key),
             attempts.record,
             avoid_replica=attempts.avoid_replica,
         )

@@ -26,10 +26,14 @@ class BodyReader:
     """
 
     def __init__(self, max_bytes: int, timeout_s: float, max_inflight_bytes: int) -> None:
+        self._num_inflight_bytes = 0
+        self.set_limits(max_bytes, timeout_s, max_inflight_bytes)
+
+    def set_limits(self, max_bytes: int, timeout_s: float, max_inflight_bytes: int) -> None:
+        """For bodies that come from now on."""
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._max_inflight_bytes = max_inflight_bytes
-        self._num_inflight_bytes = 0
 
     @asynccontextmanager
     async def reading(self, request: Request) -> AsyncIterator[bytes]:

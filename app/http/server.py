@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from app import ray_private
+from app import in_place, ray_private
 from app.args import SLoRAArgs
 from app.generation.backlog import Backlog
 from app.generation.client import EngineClient
@@ -49,6 +49,14 @@ class IngressServer:
         self._registry = RegistryClient(registry)
         self._view = RegistryView(self._registry)
         self._ready = (False, -READY_CACHE_S)
+        self._bodies = BodyReader(*_body_limits(args))
+        self._backlog = Backlog(args.max_queued_requests, args.num_queued_tokens)
+
+    def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Called by Serve, also after the start; see `in_place.settings`."""
+        args = in_place.with_settings(self._args, changed)
+        self._bodies.set_limits(*_body_limits(args))
+        self._backlog.set_limits(args.max_queued_requests, args.num_queued_tokens)
 
     def build_asgi_app(self) -> Starlette:
         with ended_by_failure():
@@ -57,8 +65,9 @@ class IngressServer:
     def _api_app(self) -> Starlette:
         args = self._args
         model_dir = resolve_model(args.model, args.model_revision)
-        backlog = Backlog(args.max_queued_requests, args.num_queued_tokens)
-        client = EngineClient(self._engine, backlog, args.failover_timeout_s)
+        client = EngineClient(
+            self._engine, self._backlog, args.failover_timeout_s, in_place.model_key(args)
+        )
         service = CompletionService(
             args.base_model_name,
             args.model or args.base_model_name,
@@ -69,8 +78,8 @@ class IngressServer:
             sampling_defaults(args),
             args.model_revision,
         )
-        bodies = BodyReader(args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes)
-        ingress = Ingress(service, self._registry, self._is_ready, bodies, backlog.check_room)
+        check_room = self._backlog.check_room
+        ingress = Ingress(service, self._registry, self._is_ready, self._bodies, check_room)
         return api_app(ingress, lambda app: self._lifespan(client))
 
     @asynccontextmanager
@@ -109,6 +118,10 @@ async def _end_streams_at_interrupts(client: EngineClient) -> None:
         client.stop()
         await asyncio.sleep(INTERRUPTED_S)
         client.go_on()
+
+
+def _body_limits(args: SLoRAArgs) -> tuple[int, float, int]:
+    return args.max_body_bytes, args.body_timeout_s, args.max_inflight_body_bytes
 
 
 def model_limits(args: SLoRAArgs) -> ModelLimits:

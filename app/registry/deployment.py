@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ray import serve
 
+from app import in_place
 from app.args import SLoRAArgs
 from app.heap import give_memory_back
 from app.models.geometry import adapter_geometry, base_text, registry_rules
@@ -39,10 +40,18 @@ class RegistryServer:
 
     async def __init__(self, args: SLoRAArgs) -> None:  # type: ignore[misc]
         app_name = serve.get_replica_context().app_name
+        self._args = args
         self._poll = LongPoll()
         with ended_by_failure():
             self._registry = await asyncio.to_thread(_open_registry, args, app_name)
         self._looking = asyncio.create_task(self._look_again())
+
+    async def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Called by Serve, also after the start; see `in_place.settings`."""
+        args = in_place.with_settings(self._args, changed)
+        if args != self._args:
+            await self._change(lambda: _use_directories(self._registry, args))
+            self._args = args
 
     async def changes_since(self, position: Position | None) -> RegistryChanges:
         """What has changed since a position, or everything."""
@@ -107,7 +116,10 @@ def _open_registry(args: SLoRAArgs, app_name: str) -> AdapterRegistry:
         ClusterState(app_name) if path is None else StateFile(Path(path)),
         {args.base_model_name},
     )
-    if args.adapters_dir is not None:
-        registry.scan(args.adapters_dir)
-    logger.info("%s adapters are registered", len(registry.records()))
+    _use_directories(registry, args)
     return registry
+
+
+def _use_directories(registry: AdapterRegistry, args: SLoRAArgs) -> None:
+    registry.use_directories(args.adapters_dir, args.adapter_roots)
+    logger.info("%s adapters are registered", len(registry.records()))

@@ -58,14 +58,18 @@ class AdapterInspector:
         base_text: BaseText | None = None,
     ) -> None:
         self.geometry = geometry
-        self._roots = [Path(os.path.realpath(root)) for root in allowed_roots]
+        self.allow(allowed_roots)
         self._rules = rules
         self._base_text = base_text
         self._budget = ThreadByteBudget(MAX_READING_BYTES)
 
+    def allow(self, roots: Sequence[str | Path]) -> None:
+        """From now on adapters may come from these directories alone."""
+        self.roots = [Path(os.path.realpath(root)) for root in roots]
+
     def confined(self, path: str | Path) -> Path:
         """As `confined_path`, by the allowed roots."""
-        return confined_path(path, self._roots)
+        return confined_path(path, self.roots)
 
     def inspect(self, name: str, path: str | Path) -> Inspection:
         """Check an adapter's files, all of one moment.

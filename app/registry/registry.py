@@ -6,7 +6,7 @@ It checks an adapter's files by `inspector` and keeps none of their weights; wha
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from app.registry.asked_order import AskedOrder
@@ -21,6 +21,7 @@ from app.registry.upkeep import Upkeep
 from slora_core.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
+    AdapterPathError,
     SLoRAError,
 )
 
@@ -90,6 +91,28 @@ class AdapterRegistry:
             AdapterPathError: `directory` cannot be listed.
         """
         return self._upkeep.scan(directory, self._check_loadable)
+
+    def use_directories(self, adapters_dir: str | None, allowed_roots: Sequence[str]) -> None:
+        """Serve the adapters of this directory in place of another one's; others may be loaded.
+
+        A name that both have switches to the new content at once. What scans of other directories
+        found and this one does not have is forgotten; what somebody loaded stays, unavailable
+        where it lies outside of the allowed roots now.
+
+        Raises:
+            AdapterPathError: `adapters_dir` cannot be listed; nothing has changed.
+        """
+        roots_before = self._inspector.roots
+        self._inspector.allow(allowed_roots)
+        try:
+            failures = [] if adapters_dir is None else self.scan(adapters_dir)
+        except AdapterPathError:
+            self._inspector.allow(roots_before)
+            raise
+        # As after a load that fails, what the name meant stays.
+        failed = {name for name, _ in failures}
+        self._upkeep.forget_other_directories(adapters_dir, failed)
+        self._upkeep.check_changed()
 
     def ask(self, name: str) -> int:
         """The place of a `load` or `unload` of this name among all of them, for its `asked`."""

@@ -74,10 +74,14 @@ class Entry:
 
     # Of the last content that the name had.
     version: int
-    # None: it was unloaded by hand, and a scan must not bring it back.
+    # None: it was unloaded, or forgotten with the directory that it was scanned in.
     record: AdapterRecord | None = None
     # The record's files as they were when it was loaded.
     stamp: FilesStamp = None
+    # The directory of adapters whose scan found the record; None: somebody loaded it.
+    scanned_in: str | None = None
+    # By hand: a scan must not bring it back.
+    is_unloaded: bool = False
 
 
 class StateStore(Protocol):
@@ -117,6 +121,8 @@ def encode_entry(entry: Entry, geometry: str) -> bytes:
         "version": entry.version,
         "record": None if entry.record is None else asdict(entry.record),
         "stamp": entry.stamp,
+        "scanned_in": entry.scanned_in,
+        "is_unloaded": entry.is_unloaded,
     }
     return json.dumps(content).encode()
 
@@ -137,6 +143,9 @@ def decode_entry(name: str, data: bytes, geometry: str) -> Entry | None:
             version=int(content["version"]),
             record=None if fields is None else AdapterRecord.from_fields(fields),
             stamp=tuple(stamp) if is_same else None,
+            scanned_in=content.get("scanned_in"),
+            # Once every name without a record had been unloaded.
+            is_unloaded=bool(content.get("is_unloaded", fields is None)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("what is remembered of adapter %s is damaged and ignored: %r", name, error)
@@ -161,6 +170,7 @@ def entries_of_old_state(data: bytes) -> dict[str, bytes]:
                     version=int(content["versions"].get(name, 0)),
                     record=AdapterRecord.from_fields(records[name]) if name in records else None,
                     stamp=content["stamps"].get(name),
+                    is_unloaded=name not in records,
                 ),
                 content["geometry"],
             )

@@ -71,6 +71,15 @@ class RegistrationTable:
             entries = self._entries.items()
             return {name: entry.record for name, entry in entries if entry.record is not None}
 
+    def scanned_elsewhere(self, directory: str | None) -> list[str]:
+        """Names that mean what a scan of another directory of adapters found."""
+        with self.lock:
+            return [
+                name
+                for name, entry in self._entries.items()
+                if entry.record is not None and entry.scanned_in not in (None, directory)
+            ]
+
     def stamp(self, name: str) -> FilesStamp:
         """Of a record's files as they were when it was loaded, None where that is not known."""
         entry = self.entry(name)
@@ -88,15 +97,18 @@ class RegistrationTable:
                 removed = frozenset(now.keys() - records.keys())
             return RegistryChanges(self.position, position, records, removed, self._num_pool_pages)
 
-    def register(self, found: Inspection) -> AdapterRecord:
-        """Give a record its name and version: a new one, unless the content is what it was."""
+    def register(self, found: Inspection, scanned_in: str | None = None) -> AdapterRecord:
+        """Give a record its name and version: a new one, unless the content is what it was.
+
+        `scanned_in` is the directory of adapters whose scan found it.
+        """
         with self.lock:
             name = found.record.name
             old = self._entries.get(name, Entry(version=0))
             is_same = old.record is not None and old.record.adapter_id == found.record.adapter_id
             version = old.version if is_same else old.version + 1
             record = replace(found.record, version=version)
-            self._set(name, Entry(version, record, found.stamp))
+            self._set(name, Entry(version, record, found.stamp, scanned_in))
             return record
 
     def set_unavailable(self, name: str, reason: str) -> None:
@@ -112,8 +124,13 @@ class RegistrationTable:
         """Have a name mean nothing, also where it meant nothing before; what it meant."""
         with self.lock:
             old = self._entries.get(name, Entry(version=0))
-            self._set(name, Entry(old.version))
+            self._set(name, Entry(old.version, scanned_in=old.scanned_in, is_unloaded=True))
             return old.record
+
+    def forget(self, name: str) -> None:
+        """Have a name mean nothing, until a scan or somebody brings it back."""
+        with self.lock:
+            self._set(name, Entry(self._entries[name].version))
 
     def set_num_pool_pages(self, num_pages: int | None) -> None:
         with self.lock:

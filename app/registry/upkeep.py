@@ -42,7 +42,8 @@ class Upkeep:
         self, directory: str | Path, check_loadable: Callable[[AdapterRecord], None]
     ) -> list[tuple[str, SLoRAError]]:
         """As `AdapterRegistry.scan`; `check_loadable` raises what a load of the record would."""
-        news = [folder for folder in _folders(directory) if self._is_news(folder)]
+        real = os.path.realpath(directory)
+        news = [folder for folder in _folders(directory) if self._is_news(folder, real)]
         before = [self._table.entry(folder.name) for folder in news]
         found = self._inspector.inspect_all([(folder.name, folder) for folder in news])
         failures: list[tuple[str, SLoRAError]] = []
@@ -51,7 +52,7 @@ class Upkeep:
                 if isinstance(result, SLoRAError):
                     raise result
                 check_loadable(result.record)
-                self._register(result, entry)
+                self._register(result, entry, real)
             except SLoRAError as error:
                 # A folder's name may be bytes that are no text.
                 name = plain(folder.name)
@@ -68,16 +69,26 @@ class Upkeep:
                 self._set_unavailable(record, entry, result)
             else:
                 # Of whatever size: it is served again when there is a pool for it.
-                self._register(result, entry)
+                self._register(result, entry, None if entry is None else entry.scanned_in)
         self._table.write()
 
-    def _register(self, found: Inspection, before: Entry | None) -> None:
+    def forget_other_directories(self, directory: str | None, kept: Collection[str]) -> None:
+        """Forget what scans of other directories of adapters found and nobody has loaded since."""
+        scanned = None if directory is None else os.path.realpath(directory)
+        names = [name for name in self._table.scanned_elsewhere(scanned) if name not in kept]
+        for name in names:
+            self._table.forget(name)
+        if names:
+            logger.info("%s adapters of another adapters_dir are served no more", len(names))
+        self._table.write()
+
+    def _register(self, found: Inspection, before: Entry | None, scanned_in: str | None) -> None:
         """Register what nobody asked for, unless the name's entry is another one than before."""
         name = found.record.name
         with self._table.lock:
             if self._table.entry(name) is not before:
                 return
-            record = self._table.register(found)
+            record = self._table.register(found, scanned_in)
         if before is not None and before.record is not None and before.record.unavailable:
             logger.info("the files of adapter %s are back", name)
         for warning in record.warnings:
@@ -109,12 +120,14 @@ class Upkeep:
         except SLoRAError:
             return False
 
-    def _is_news(self, folder: Path) -> bool:
+    def _is_news(self, folder: Path, scanned: str) -> bool:
+        """Whether a scan of the directory `scanned` has to look at one of its folders."""
         entry = self._table.entry(folder.name)
-        if entry is None:
+        # Also what was unloaded from another directory of adapters.
+        if entry is None or entry.scanned_in not in (None, scanned):
             return True
         if entry.record is None:
-            return False
+            return not entry.is_unloaded
         directory = os.path.realpath(folder)
         return entry.record.path == directory and entry.stamp != files_stamp(directory)
 

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from app import ray_private
+from app import in_place, ray_private
 from app.args import SLoRAArgs
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
@@ -27,16 +27,18 @@ from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
 from app.replica.load_meter import LoadMeter
 from app.replica.warm_up import PeerHeat, adapters_to_warm, warm_up
-from app.routing.view import HEALTHY_KEY, QUEUE_LEN_KEY, RANK_KEY
+from app.routing.view import HEALTHY_KEY, MODEL_KEY, QUEUE_LEN_KEY, RANK_KEY
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
-from slora_core.errors import EngineDeadError, SLoRAError
+from slora_core.errors import EngineDeadError, OverloadedError, SLoRAError
 from slora_core.requests import Delta, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+# Seconds in which another base model's ingress takes over, as clients are told.
+MODEL_CHANGE_S = 5
 # Seconds that the last deltas have to leave this process.
 LAST_WORDS_S = 0.2
 # Seconds between two looks at the pages that a busy engine has free.
@@ -54,6 +56,7 @@ class EngineServer:
             started()
 
     async def _start(self, args: SLoRAArgs, registry: Any) -> None:
+        self._args = args
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         # Whether Serve ends this replica.
@@ -62,7 +65,7 @@ class EngineServer:
         store = StoreClient(args)
         self._left = LeftRequests()
         self._meter = LoadMeter(self._replica_id, args.page_tokens)
-        self._engine = AsyncEngine(engine_spec(args), gathering_interval(args), self._left.left)
+        self._engine = AsyncEngine(engine_spec(args), self._interval, self._left.left)
         started_at = time.monotonic()
         info = await self._engine.start()
         logger.info(
@@ -86,6 +89,10 @@ class EngineServer:
         # Before Serve sends requests.
         await self._load_hot_adapters()
 
+    def reconfigure(self, changed: dict[str, Any]) -> None:
+        """Called by Serve, also after the start; see `in_place.settings`."""
+        self._args = in_place.with_settings(self._args, changed)
+
     async def generate(
         self,
         request: Request,
@@ -98,6 +105,7 @@ class EngineServer:
         for the router, which has read it.
         """
         try:
+            self._check_model(request)
             holding = nullcontext() if record is None else self._leases.hold(record)
             with self._meter.counted(request, record) as with_load:
                 async with holding:
@@ -151,6 +159,7 @@ class EngineServer:
             RANK_KEY: self._rank(),
             HEALTHY_KEY: self._engine.is_alive(),
             QUEUE_LEN_KEY: self._meter.coarse_num_requests,
+            MODEL_KEY: in_place.model_key(self._args),
         }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -171,6 +180,16 @@ class EngineServer:
         # Serve may renumber replicas when it removes some, so it is read anew each time.
         return str(serve.get_replica_context().rank.rank)
 
+    def _check_model(self, request: Request) -> None:
+        """Raises OverloadedError for a prompt that another base model's ingress has tokenized.
+
+        While a deployment of another model is under way, old processes are there beside new ones.
+        """
+        if request.model_key not in ("", in_place.model_key(self._args)):
+            raise OverloadedError(
+                "the base model is being replaced; try again in a few seconds", MODEL_CHANGE_S
+            )
+
     async def _end_with_engine(self) -> None:
         """End this actor once its engine has died and its clients know.
 
@@ -183,6 +202,9 @@ class EngineServer:
             return
         logger.error("the engine has died, and so does its replica")
         ray.kill(ray.get_runtime_context().current_actor)
+
+    def _interval(self, num_streams: int) -> float:
+        return gathering_interval(self._args)(num_streams)
 
     async def _report_pool(self) -> None:
         """Tell the registry of this engine's pool, for as long as there is one."""

@@ -13,7 +13,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 from app import ray_private
 from app.routing.order import LoadBound
 from app.routing.spread import AdapterSpread
-from app.routing.view import RouterView, SeenReplica
+from app.routing.view import MODEL_KEY, RouterView, SeenReplica
 from app.routing.waiting_line import WaitingLine
 
 # Seconds after which a request that waits for room looks for it unasked: other processes' requests
@@ -87,6 +87,8 @@ class AffinityRouter(ray_private.PatientRouter):
     def _ordered(
         self, candidates: Sequence[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        if pending_request is not None:
+            candidates = _of_same_model(candidates, pending_request)
         seen = [
             SeenReplica(
                 replica.replica_id.unique_id, replica.routing_stats, replica.max_ongoing_requests
@@ -103,6 +105,15 @@ class AffinityRouter(ray_private.PatientRouter):
                 _replica_to_avoid(pending_request),
             )
         return [[candidates[index]] for index in order]
+
+
+def _of_same_model(
+    replicas: Sequence[RunningReplica], pending_request: PendingRequest
+) -> Sequence[RunningReplica]:
+    """Those of the base model that a request is for, or all, which then refuse it."""
+    model = getattr(_request(pending_request), "model_key", "")
+    same = [replica for replica in replicas if replica.routing_stats.get(MODEL_KEY, model) == model]
+    return same or replicas
 
 
 def _replica_to_avoid(pending_request: PendingRequest) -> str | None:

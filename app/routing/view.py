@@ -15,6 +15,7 @@ from app.routing.spread import AdapterSpread
 RANK_KEY = "rank_in_deployment"
 HEALTHY_KEY = "healthy"
 QUEUE_LEN_KEY = "queue_len"
+MODEL_KEY = "base_model"
 
 
 class SeenReplica(NamedTuple):

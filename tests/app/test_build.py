@@ -1,7 +1,13 @@
 import pytest
+import yaml
+from click.testing import CliRunner
+from ray.serve.schema import ServeDeploySchema
+from ray.serve.scripts import cli as serve_cli
 
+from app import build, in_place
 from app.args import SLoRAArgs
 from app.build import application, template_source, with_absolute_paths
+from app.config_place import ConfigPlace
 from app.http.server import model_limits
 from app.registry.client import REGISTRY_DEPLOYMENT
 from slora_core.errors import UnsupportedModelError
@@ -28,6 +34,21 @@ def test_an_application_is_built_without_ray(model):
     assert engine.init_args == (args, registry_app) and registry.init_args == (args,)
 
 
+def test_serve_build_writes_a_config_of_the_default_application(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "parse_args", lambda values: SLoRAArgs(model=str(model), **values))
+    written = tmp_path / "config.yaml"
+    asked = CliRunner().invoke(serve_cli, ["build", "app.build:app", "-o", str(written)])
+    assert asked.exit_code == 0, asked.output
+    [app] = ServeDeploySchema.model_validate(yaml.safe_load(written.read_text())).applications
+    assert app.import_path == "app.build:app"
+    deployments = {deployment.name: deployment for deployment in app.deployments}
+    assert set(deployments) == {"ingress", "engine", REGISTRY_DEPLOYMENT}
+    assert deployments["engine"].user_config == in_place.settings("engine", SLoRAArgs())
+    assert deployments["ingress"].max_surge_percent == 100
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        build.nothing  # noqa: B018
+
+
 def test_what_does_not_fit_is_told_before_anything_starts(model, tmp_path):
     with pytest.raises(ValueError, match="adapters_dir: .*/none"):
         application(SLoRAArgs(model=str(model), adapters_dir=str(tmp_path / "none")))
@@ -47,16 +68,18 @@ def test_a_model_that_is_not_there(tmp_path):
         application(SLoRAArgs(model=str(tmp_path / "empty")))
 
 
-def test_relative_paths_start_where_the_user_is(model, monkeypatch):
-    monkeypatch.chdir(model.parent)
-    args = with_absolute_paths(SLoRAArgs(model="tiny", adapters_dir="a", registry_state_path="s"))
-    cached = with_absolute_paths(SLoRAArgs(model="tiny", packed_cache_dir="p"))
+def test_relative_paths_start_where_the_user_is(model):
+    here = ConfigPlace(model.parent)
+    args = with_absolute_paths(
+        SLoRAArgs(model="tiny", adapters_dir="a", registry_state_path="s"), here
+    )
+    cached = with_absolute_paths(SLoRAArgs(model="tiny", packed_cache_dir="p"), here)
     parent = model.parent
     assert (args.model, args.base_model_name) == (str(model), "tiny")
     assert (args.adapters_dir, args.registry_state_path) == (f"{parent}/a", f"{parent}/s")
     assert args.allowed_adapter_roots == [f"{parent}/a"]
     assert cached.packed_cache_dir == f"{parent}/p" and args.packed_cache_dir is None
-    hub = with_absolute_paths(SLoRAArgs(model="org/name"))
+    hub = with_absolute_paths(SLoRAArgs(model="org/name"), here)
     assert (hub.model, hub.base_model_name) == ("org/name", "name")
 
 
@@ -73,9 +96,11 @@ def test_limits_of_model_and_pool(model):
 def test_a_chat_template_is_source_or_a_file_of_it(tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages }}")
-    assert template_source(str(file)) == template_source("{{ messages }}") == "{{ messages }}"
-    assert template_source(None) is None
+    here = ConfigPlace(tmp_path)
+    for given in (str(file), "mine.jinja", "{{ messages }}"):
+        assert template_source(given, here) == "{{ messages }}"
+    assert template_source(None, here) is None
     with pytest.raises(ValueError, match="chat_template: cannot read .*nowhere: No such file"):
-        template_source(str(tmp_path / "nowhere"))
+        template_source("nowhere", here)
     with pytest.raises(ValueError, match="chat_template is not valid Jinja in line 1"):
-        template_source("{% if %}")
+        template_source("{% if %}", here)

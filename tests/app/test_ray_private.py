@@ -104,6 +104,32 @@ def test_the_application_is_built_in_the_replica(url):
 
 
 @pytest.mark.serve
+def test_a_deployment_has_the_version_that_it_was_given(ray_cluster):
+    """By the function with which Serve makes all that its controller learns of a deployment."""
+    from ray import serve
+    from ray.serve._private.config import DeploymentConfig
+    from ray.serve._private.deploy_utils import get_deploy_args
+
+    from app.ray_private import with_code_version
+    from tests.app.ray_contract_app import Replica
+
+    with contract("DeploymentConfig.version"):
+        options = {"num_replicas": 3, "user_config": {"a": 1}, "max_queued_requests": 7}
+        given = with_code_version(serve.deployment(Replica).options(**options), "mine")
+        # As Serve does it, more options come later.
+        bound = given.bind()._bound_deployment.options(name="replica")
+        sent = get_deploy_args(
+            name=bound.name,
+            replica_config=bound._replica_config,
+            deployment_config=bound._deployment_config,
+            version="of the whole application",
+        )
+        config = DeploymentConfig.from_proto_bytes(sent["deployment_config_proto_bytes"])
+        assert config.version == "mine"
+        assert {name: getattr(config, name) for name in options} == options
+
+
+@pytest.mark.serve
 def test_a_handle_needs_no_deployment(url):
     with contract("_check_exists of serve.get_deployment_handle"):
         answer = httpx.get(f"{url}/by_name", timeout=30).raise_for_status().json()

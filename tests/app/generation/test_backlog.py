@@ -86,3 +86,11 @@ def test_a_retry_is_told_by_the_rate_of_the_last_seconds(clock):
     assert backlog.retry_after_s() == 1
     for context in waiting:
         context.__exit__(None, None, None)
+
+
+def test_other_limits_hold_for_what_comes_later():
+    backlog = Backlog(max_requests=1, max_tokens=100)
+    with backlog.waiting(50):
+        backlog.set_limits(max_requests=3, max_tokens=60)
+        with backlog.waiting(10), pytest.raises(OverloadedError, match="60 tokens wait, and 60"):
+            backlog.waiting(1).__enter__()

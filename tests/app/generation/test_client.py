@@ -104,7 +104,7 @@ async def no_newer(record, error):
 
 
 def make_client(handle, max_requests=1000):
-    return EngineClient(handle, Backlog(max_requests, max_tokens=1000), TIMEOUT_S)
+    return EngineClient(handle, Backlog(max_requests, max_tokens=1000), TIMEOUT_S, "model@a")
 
 
 def generate(handle, num=None, renew=no_newer):
@@ -124,6 +124,7 @@ def generate(handle, num=None, renew=no_newer):
 def test_deltas_come_through_and_the_adapter_is_the_session():
     handle = FakeHandle([FIRST, LAST])
     assert generate(handle) == [FIRST, LAST]
+    assert [request.model_key for request in handle.requests] == ["model@a"]
     assert handle.options_seen == [{"stream": True, "session_id": "a-v1", "_by_reference": False}]
     assert handle.num_cancelled == 0
 

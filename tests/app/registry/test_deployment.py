@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from app import in_place
+from app.args import SLoRAArgs
 from app.registry import deployment
 from app.registry.pools import LivingPools
 from app.registry.registrations import Registrations
@@ -151,5 +153,23 @@ def test_memory_of_loads_is_given_back_now_and_then(start, monkeypatch) -> None:
             given_back.clear()
             await asyncio.wait_for(given_back.wait(), 30)
         server._looking.cancel()
+
+    asyncio.run(main())
+
+
+def test_only_other_directories_are_taken_up(start, monkeypatch) -> None:
+    """Serve reconfigures every replica once more when it has started."""
+
+    async def main():
+        server = await start()
+        server._args = before = SLoRAArgs(adapters_dir="/a")
+        used = []
+        monkeypatch.setattr(server._registry, "use_directories", lambda *given: used.append(given))
+        await server.reconfigure(in_place.settings(in_place.REGISTRY, before))
+        assert used == []
+        later = SLoRAArgs(adapters_dir="/b", allowed_adapter_roots=["/c"])
+        for _ in range(2):
+            await server.reconfigure(in_place.settings(in_place.REGISTRY, later))
+        assert used == [("/b", ["/c", "/b"])]
 
     asyncio.run(main())

@@ -175,7 +175,7 @@ def old_document() -> tuple[dict, dict[str, Entry]]:
     entries = {
         "there": Entry(3, there, (1, 2, 3)),
         "away": Entry(1, away, None),
-        "unloaded": Entry(2),
+        "unloaded": Entry(2, is_unloaded=True),
     }
     return document, entries
 

@@ -9,7 +9,7 @@ from ray.serve.request_router import ReplicaID
 
 from app.routing import load_board
 from app.routing.serve_router import AffinityRouter
-from app.routing.view import HEALTHY_KEY, RANK_KEY
+from app.routing.view import HEALTHY_KEY, MODEL_KEY, RANK_KEY
 from slora_core.requests import LoadFigures
 from tests.virtual_time import run_in_virtual_time
 
@@ -32,9 +32,9 @@ def make_replica(rank, **stats):
     )
 
 
-def make_request(created_at=0.0, session_id="", avoid=None, prompt_ids=()):
+def make_request(created_at=0.0, session_id="", avoid=None, prompt_ids=(), model_key=""):
     return SimpleNamespace(
-        args=[SimpleNamespace(prompt_ids=prompt_ids, conversation="")],
+        args=[SimpleNamespace(prompt_ids=prompt_ids, conversation="", model_key=model_key)],
         kwargs={"avoid_replica": avoid} if avoid else {},
         metadata=SimpleNamespace(session_id=session_id, internal_request_id="id"),
         routing_context=SimpleNamespace(should_backoff=False),
@@ -170,3 +170,25 @@ def test_the_length_of_a_prompt_counts_once_its_replica_has_told_its_load(replic
     router.on_sending(replicas[0].replica_id)
     router.on_request_routed(request, replicas[0].replica_id, None)
     assert board.estimate("replica-0", 0) == (1, 3, False)
+
+
+def test_requests_go_to_replicas_of_their_own_base_model():
+    async def main():
+        old, new, unasked = (make_replica(rank) for rank in range(3))
+        old.routing_stats[MODEL_KEY], new.routing_stats[MODEL_KEY] = "old", "new"
+        router = Router([old, new, unasked])
+
+        async def chosen(replicas, request):
+            return sorted(ranks(await router.choose_replicas(replicas, request)))
+
+        request = make_request(model_key="new")
+        assert await chosen([old, new, unasked], request) == ["1", "2"]
+        # It is refused there, with a reason.
+        assert await chosen([old], request) == ["0"]
+        # Calls of other methods, and requests for whichever model.
+        call = make_request()
+        call.args = []
+        for anyones in (call, make_request(model_key="")):
+            assert await chosen([old, new], anyones) == ["0", "1"]
+
+    run_in_virtual_time(main())
