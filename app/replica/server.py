@@ -26,14 +26,20 @@ from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
 from app.replica.load_meter import LoadMeter
-from app.replica.warm_up import PeerHeat, adapters_to_warm, warm_up
+from app.replica.warm_up import (
+    PeerHeat,
+    adapters_to_warm,
+    hear_hot_adapters,
+    load_adapter,
+    warm_up,
+)
 from app.routing.view import HEALTHY_KEY, MODEL_KEY, QUEUE_LEN_KEY, RANK_KEY
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
 from slora_core.engine.process import AsyncEngine
 from slora_core.engine.protocol import EngineSpec
 from slora_core.errors import EngineDeadError, OverloadedError, SLoRAError
-from slora_core.requests import Delta, Request, SamplingParams
+from slora_core.requests import Delta, Request
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +49,6 @@ MODEL_CHANGE_S = 5
 LAST_WORDS_S = 0.2
 # Seconds between two looks at the pages that a busy engine has free.
 PAGES_EVERY_S = 0.5
-# How long a new replica waits to hear which adapters are hot, seconds.
-PEERS_TIMEOUT_S = 3.0
 
 
 class EngineServer:
@@ -86,8 +90,8 @@ class EngineServer:
         self._reporting = asyncio.create_task(self._report_pool())
         self._ending = asyncio.create_task(self._end_with_engine())
         self._looking = asyncio.create_task(self._look_at_pages())
-        # Before Serve sends requests.
-        await self._load_hot_adapters()
+        if args.most_replicas > 1:
+            await self._load_hot_adapters()
 
     def reconfigure(self, changed: dict[str, Any]) -> None:
         """Called by Serve, also after the start; see `in_place.settings`."""
@@ -225,30 +229,14 @@ class EngineServer:
             await asyncio.sleep(PAGES_EVERY_S)
 
     async def _load_hot_adapters(self) -> None:
-        """Load what the running replicas were asked for of late and will be asked for here."""
+        """Load what will be asked for here, before Serve sends requests."""
         context = serve.get_replica_context()
         peers = ray_private.handle_by_name(context.deployment, context.app_name)
-        try:
-            answers = peers.broadcast("hot_adapters").results_async(return_exceptions=True)
-            heard = await asyncio.wait_for(answers, PEERS_TIMEOUT_S)
-        except Exception as error:
-            # There are none, at the first start.
-            logger.info("no replica tells which adapters are hot: %r", error)
-            return
-        told = [answer for answer in heard if isinstance(answer, PeerHeat)]
-        records = adapters_to_warm(self._rank(), told, self._num_pages)
-        num_loaded = await warm_up(records, self._load_adapter)
-        if records:
-            logger.info("loaded %s of %s hot adapters ahead", num_loaded, len(records))
-
-    async def _load_adapter(self, record: AdapterRecord) -> None:
-        """Have the engine compute a token with an adapter, which then stays in its pool."""
-        request = Request([0], SamplingParams(max_tokens=1), record.adapter_id)
-        async with self._leases.hold(record):
-            with self._engine.generate(request) as stream:
-                async for delta in stream:
-                    if delta.error is not None:
-                        raise delta.error
+        hot = await hear_hot_adapters(
+            lambda: peers.broadcast("hot_adapters").results_async(return_exceptions=True)
+        )
+        records = adapters_to_warm(self._rank(), hot, self._num_pages)
+        await warm_up(records, lambda record: load_adapter(record, self._leases, self._engine))
 
     def _drop_adapters(self, adapter_ids: frozenset[str]) -> None:
         for adapter_id in adapter_ids:

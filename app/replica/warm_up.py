@@ -1,7 +1,7 @@
 """What a new replica does before it takes requests: the hottest adapters that it will serve.
 
 Asks the replicas that run which adapters were asked for of late, and loads those of them that
-routing will send here. It knows no Serve; `server` gives it the answers and the ways to load.
+routing will send here. It knows no Serve; `server` gives it a way to ask.
 """
 
 import asyncio
@@ -11,13 +11,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from app.registry.state import AdapterRecord
+from app.replica.leases import AdapterLeases
 from app.routing.order import homes
 from app.routing.spread import SHARE_OF_REPLICA
+from slora_core.engine.process import AsyncEngine
+from slora_core.requests import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 # Part of the pool that is filled: requests come as soon as the replica is ready.
 SHARE_OF_POOL = 0.5
+# How long the others have to answer, seconds.
+ASK_TIMEOUT_S = 3.0
 # How many adapters are loaded at a time, and for how long all of it may hold up the start, seconds.
 MAX_AT_A_TIME = 8
 TIMEOUT_S = 15.0
@@ -30,6 +35,17 @@ class PeerHeat:
     rank_in_deployment: str
     # Requests of late, by adapter.
     hottest: list[tuple[float, AdapterRecord]]
+
+
+async def hear_hot_adapters(ask: Callable[[], Awaitable[Sequence[object]]]) -> list[PeerHeat]:
+    """What those of the running replicas tell that answer `ask` in time."""
+    try:
+        answers = await asyncio.wait_for(ask(), ASK_TIMEOUT_S)
+    except Exception as error:
+        # There are none, at the first start.
+        logger.info("no replica tells which adapters are hot: %r", error)
+        return []
+    return [answer for answer in answers if isinstance(answer, PeerHeat)]
 
 
 def adapters_to_warm(rank: str, peers: Sequence[PeerHeat], num_pages: int) -> list[AdapterRecord]:
@@ -77,4 +93,15 @@ async def warm_up(
         _, late = await asyncio.wait(tasks, timeout=timeout_s)
         for task in late:
             task.cancel()
+        logger.info("loaded %s of %s hot adapters ahead", num_loaded, len(records))
     return num_loaded
+
+
+async def load_adapter(record: AdapterRecord, leases: AdapterLeases, engine: AsyncEngine) -> None:
+    """Have the engine compute a token with an adapter, which then stays in its pool."""
+    request = Request([0], SamplingParams(max_tokens=1), record.adapter_id)
+    async with leases.hold(record):
+        with engine.generate(request) as stream:
+            async for delta in stream:
+                if delta.error is not None:
+                    raise delta.error

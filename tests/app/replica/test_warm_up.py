@@ -1,6 +1,13 @@
 import asyncio
 
-from app.replica.warm_up import SHARE_OF_POOL, PeerHeat, adapters_to_warm, warm_up
+from app.replica.warm_up import (
+    ASK_TIMEOUT_S,
+    SHARE_OF_POOL,
+    PeerHeat,
+    adapters_to_warm,
+    hear_hot_adapters,
+    warm_up,
+)
 from app.routing.order import homes
 from tests.app.fakes import make_record
 from tests.virtual_time import run_in_virtual_time
@@ -72,5 +79,22 @@ def test_loading_goes_on_past_errors_and_stops_in_time():
         await asyncio.sleep(10)
         assert len(loaded) == 15
         assert await warm_up([], load) == 0
+
+    run_in_virtual_time(main())
+
+
+def test_who_does_not_answer_is_not_waited_for():
+    async def main():
+        async def answers():
+            return [peer("0"), RuntimeError("it has just died"), peer("1")]
+
+        assert await hear_hot_adapters(answers) == [peer("0"), peer("1")]
+        assert await hear_hot_adapters(lambda: asyncio.sleep(100)) == []
+        assert asyncio.get_running_loop().time() == ASK_TIMEOUT_S
+
+        def nobody():
+            raise RuntimeError("there is no replica")
+
+        assert await hear_hot_adapters(nobody) == []
 
     run_in_virtual_time(main())
