@@ -48,7 +48,8 @@ class AffinityRouter(ray_private.PatientRouter):
             return self._ordered(candidate_replicas)
         # Where a replica is full after all.
         ray_private.pause_when_all_are_full(pending_request)
-        since = pending_request.created_at
+        # One that has lost its engine has waited for longer than since it was sent again.
+        since = getattr(_request(pending_request), "arrived_at", None) or pending_request.created_at
         ordered = self._ordered(candidate_replicas, pending_request)
         while not ordered:
             await self._line.wait(since, LOOK_AGAIN_S)

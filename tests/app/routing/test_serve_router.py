@@ -32,9 +32,9 @@ def make_replica(rank, **stats):
     )
 
 
-def make_request(created_at=0.0, session_id="", avoid=None, prompt_ids=(), model_key=""):
+def make_request(created_at=0.0, session_id="", avoid=None, **fields):
     return SimpleNamespace(
-        args=[SimpleNamespace(prompt_ids=prompt_ids, conversation="", model_key=model_key)],
+        args=[SimpleNamespace(**{"prompt_ids": (), "conversation": "", "model_key": "", **fields})],
         kwargs={"avoid_replica": avoid} if avoid else {},
         metadata=SimpleNamespace(session_id=session_id, internal_request_id="id"),
         routing_context=SimpleNamespace(should_backoff=False),
@@ -131,6 +131,29 @@ def test_a_request_that_cannot_use_the_room_passes_it_on(replicas):
         await asyncio.sleep(0.01)
         assert other.done() and not picky.done()
         picky.cancel()
+
+    run_in_virtual_time(main())
+
+
+def test_a_request_that_was_sent_before_is_as_old_as_its_client_says(replicas):
+    async def main():
+        router, got = Router(replicas), []
+        for replica in replicas:
+            fill(router, replica)
+
+        async def ask(name, *times):
+            request = make_request(times[0], arrived_at=times[1])
+            [[replica], *_] = await router.choose_replicas(replicas, request)
+            got.append(name)
+            fill(router, replica, 1)
+
+        tasks = [asyncio.create_task(ask("new", 7, 6)), asyncio.create_task(ask("moved", 9, 2))]
+        await asyncio.sleep(0)
+        router.on_request_completed(replicas[0].replica_id, "id")
+        await asyncio.sleep(0.01)
+        assert got == ["moved"]
+        router.on_request_completed(replicas[0].replica_id, "id")
+        await asyncio.gather(*tasks)
 
     run_in_virtual_time(main())
 
