@@ -63,8 +63,9 @@ def order_replicas(
     """Indices of those of `replicas` that may have the request, the first choice first.
 
     First those within the bound among the adapter's homes (for the base model among all), in the
-    conversation's order, or without one the least loaded first. Then the others within the bound in
-    the adapter's order, and at last those beyond it, the least loaded first. Equal ones are in
+    conversation's order, or without one the least loaded first, where of the homes a request more
+    or less is no matter. Then the others within the bound in the adapter's order, and at last those
+    beyond it, the least loaded first. Equal homes are in the adapter's order, equal others in
     random order. A saturated replica is beyond the bound, whatever it holds.
     """
     healthy = [index for index, replica in enumerate(replicas) if replica.healthy]
@@ -77,8 +78,12 @@ def order_replicas(
         least_loaded = (replica.load, random.random())
         if replica.load >= limit or replica.is_saturated:
             return (2, *least_loaded)
+        own_order = -rendezvous_weight(keys.adapter_id, replica.rank_in_deployment)
         if index not in at_home:
-            return (1, -rendezvous_weight(keys.adapter_id, replica.rank_in_deployment))
+            return (1, own_order)
+        if keys.adapter_id:
+            # What comes after a burst, one request at a time, finds what the one before left.
+            return (0, -at_home[index], replica.load // 2, own_order)
         return (0, -at_home[index], *least_loaded)
 
     return sorted((index for index in healthy if not replicas[index].is_full), key=preference)

@@ -180,3 +180,12 @@ def test_a_replica_whose_requests_wait_for_pages_is_beyond_the_bound():
         replicas = [ReplicaLoad(str(rank), 2) for rank in range(2)]
         replicas[first] = replace(replicas[first], is_saturated=True)
         assert order(key, replicas) == [second, first]
+
+
+def test_one_request_at_a_time_stays_at_the_first_of_its_homes():
+    for key in ADAPTERS[:50]:
+        first, second, third = order(key, idle(3))
+        replicas = idle(3)
+        # The last one is still counted.
+        replicas[first] = ReplicaLoad(str(first), 1)
+        assert order(key, replicas, width=2) == [first, second, third]
