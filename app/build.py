@@ -67,8 +67,14 @@ def __getattr__(name: str) -> Application:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def application(args: SLoRAArgs, place: ConfigPlace | None = None) -> Application:
+def application(
+    args: SLoRAArgs,
+    place: ConfigPlace | None = None,
+    engine_server: type[EngineServer] = EngineServer,
+) -> Application:
     """The application of these arguments, whose relative paths start at `place`, or here.
+
+    `engine_server` is what its engine replicas are.
 
     The model is fetched here where it must be, so that the progress is seen where the application
     is started.
@@ -95,7 +101,7 @@ def application(args: SLoRAArgs, place: ConfigPlace | None = None) -> Applicatio
         logging_config={"enable_access_log": False},
         ray_actor_options={"num_cpus": CPUS_PER_REGISTRY},
     )
-    engine = serve.deployment(EngineServer).options(
+    engine = serve.deployment(engine_server).options(
         name=in_place.ENGINE,
         **engine_scaling(args),
         max_ongoing_requests=args.num_ongoing_requests,

@@ -139,11 +139,11 @@ class Ingress:
 
     async def _answer(self, request: Request, answer: Answer, stream: bool) -> Response:
         if not stream:
-            return await _unless_client_leaves(request, _collect(answer)) or CLIENT_LEFT
+            return await _unless_client_leaves(request.receive, _collect(answer)) or CLIENT_LEFT
         # Before the status line is written, so that an early error has a status of its own, unless
         # it takes so long that somebody on the way may take the connection for dead.
         try:
-            started = await _unless_client_leaves(request, answer.start(FIRST_PIECE_S))
+            started = await _unless_client_leaves(request.receive, answer.start(FIRST_PIECE_S))
         except BaseException:
             await answer.close()
             raise
@@ -163,7 +163,8 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            # What Starlette does, without a task group, which takes longer than a first event.
+            await _unless_client_leaves(receive, self.stream_response(send))
         except Exception as error:
             # Serve's ways to tell that the client has left, or that the proxy has ended.
             if not (is_cancellation(error) or is_actor_death(error)):
@@ -226,10 +227,10 @@ async def _collect(answer: Answer) -> Response:
     return _json(await answer.collect())
 
 
-async def _unless_client_leaves(request: Request, work: Awaitable[Result]) -> Result | None:
+async def _unless_client_leaves(receive: Receive, work: Awaitable[Result]) -> Result | None:
     """The result of `work`, which is cancelled if the client disconnects first: None then."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_client_left(request))
+    leaving = asyncio.ensure_future(_client_left(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
@@ -239,6 +240,6 @@ async def _unless_client_leaves(request: Request, work: Awaitable[Result]) -> Re
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _client_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -69,7 +69,7 @@ class EngineServer:
         store = StoreClient(args)
         self._left = LeftRequests()
         self._meter = LoadMeter(self._replica_id, args.page_tokens)
-        self._engine = AsyncEngine(engine_spec(args), self._interval, self._left.left)
+        self._engine = self._new_engine(args)
         started_at = time.monotonic()
         info = await self._engine.start()
         logger.info(
@@ -96,6 +96,10 @@ class EngineServer:
     def reconfigure(self, changed: dict[str, Any]) -> None:
         """Called by Serve, also after the start; see `in_place.settings`."""
         self._args = in_place.with_settings(self._args, changed)
+
+    def _new_engine(self, args: SLoRAArgs) -> AsyncEngine:
+        """The engine, not started; benchmarks have replicas with another one."""
+        return AsyncEngine(engine_spec(args), self._interval, self._left.left)
 
     async def generate(
         self,

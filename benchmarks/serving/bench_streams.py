@@ -264,7 +264,7 @@ async def measure(args: argparse.Namespace, tokenizer: Tokenizer) -> list[dict[s
     await engine.connect(ours)
     # Without Serve, which its constructor asks who it is.
     server = object.__new__(EngineServer)
-    server._engine, server._replica_id = engine, "replica"
+    server._engine, server._replica_id, server._args = engine, "replica", SLoRAArgs()
     rows = []
     for num_streams in args.streams:
         texts = make_texts(tokenizer, num_streams, args.tokens)

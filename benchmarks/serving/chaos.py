@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,9 @@ KILLS = (
 TWICE_S = 2.0
 # Kinds that hold clients' connections, so that a client has to try once more.
 HOLD_CONNECTIONS = ("ingress", "node")
-LENGTHS = {"1m": 60.0, "5m": 300.0, "10m": 600.0}
+LENGTHS_S = {"5m": 300.0, "10m": 600.0}
+SHORT = "short"
+SHORT_KILLS = (("engine", "replica"), ("ingress",), ("node",))
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,24 @@ def server_args(scratch: Path) -> SLoRAArgs:
     )
 
 
-def kill_in_turn(
-    cluster: ChaosCluster, kills: Iterator[tuple[str, ...]], ends_at: float, quiet_s: float
-) -> Iterator[Kill]:
-    """Kill one after another, each once all is there again."""
-    while True:
-        time.sleep(quiet_s)
+def turns_of(length: str) -> Iterator[tuple[str, ...]]:
+    """What is killed, one after another, until the time is over."""
+    if length == SHORT:
+        yield from SHORT_KILLS
+        return
+    ends_at = time.monotonic() + LENGTHS_S[length]
+    for kinds in itertools.cycle(KILLS):
         if time.monotonic() > ends_at:
             return
-        kinds = next(kills)
+        yield kinds
+
+
+def kill_in_turn(
+    cluster: ChaosCluster, turns: Iterable[tuple[str, ...]], quiet_s: float
+) -> Iterator[Kill]:
+    """Kill one after another, each once all is there again and has been for a while."""
+    for kinds in turns:
+        time.sleep(quiet_s)
         at_s = time.monotonic()
         for number, kind in enumerate(kinds):
             if number:
@@ -179,13 +190,15 @@ def judge(tally: Tally, kills: Sequence[Kill], left: Sequence[str]) -> list[str]
 def run(options: argparse.Namespace, scratch: Path) -> tuple[Tally, list[Kill], list[str]]:
     kills: list[Kill] = []
     knows_texts, is_over = threading.Event(), threading.Event()
+    tasks = make_tasks(options.seed, options.tasks)
     with chaos_cluster(server_args(scratch), options.port, options.seed) as cluster:
 
         async def load() -> Tally:
-            clients = ChaosClients(
-                cluster.url, make_tasks(options.seed, options.tasks), options.seed
+            clients = ChaosClients(cluster.url, tasks, options.seed)
+            num_unsteady = await clients.learn()
+            say(
+                f"{len(tasks) - num_unsteady} texts are known; {num_unsteady} depend on their batch"
             )
-            await clients.learn()
             knows_texts.set()
             await clients.run(options.clients, is_over.is_set)
             await clients.close()
@@ -197,10 +210,7 @@ def run(options: argparse.Namespace, scratch: Path) -> tuple[Tally, list[Kill], 
                 loading = pool.submit(asyncio.run, load())
                 while not (knows_texts.wait(1.0) or loading.done()):
                     pass
-                say("the texts are known")
-                ends_at = time.monotonic() + LENGTHS[options.length]
-                turns = itertools.cycle(KILLS)
-                kills.extend(kill_in_turn(cluster, turns, ends_at, options.quiet))
+                kills.extend(kill_in_turn(cluster, turns_of(options.length), options.quiet))
             finally:
                 is_over.set()
             tally = loading.result()
@@ -210,7 +220,7 @@ def run(options: argparse.Namespace, scratch: Path) -> tuple[Tally, list[Kill], 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", choices=list(LENGTHS), default="10m", help="of the load")
+    parser.add_argument("--length", choices=[SHORT, *LENGTHS_S], default="10m", help="of the load")
     parser.add_argument("--clients", type=int, default=16, help="at once")
     parser.add_argument("--tasks", type=int, default=63, help="different requests")
     parser.add_argument("--quiet", type=float, default=5.0, help="seconds between two kills")

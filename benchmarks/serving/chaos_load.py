@@ -9,10 +9,13 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
+
+# How often all texts are computed at once, in batches that differ.
+NUM_CROWDS = 3
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,23 @@ class ChaosClients:
         self._seed = seed
         self.tally = Tally()
 
-    async def learn(self) -> None:
-        """Have every task's text computed, one after another: nothing disturbs it yet."""
-        learned = []
-        for task in self._tasks:
-            text, _ = await self._ask(task)
-            learned.append(Task(task.model, task.body, text))
-        self._tasks = learned
+    async def learn(self) -> int:
+        """Have every task's text computed while nothing disturbs it.
+
+        One after another, then all at once: a text that differs hangs on the last bits of a logit,
+        which depend on the batch, and would differ without any kill too. Returns how many do; they
+        are not asked any more.
+        """
+        alone = [(await self._ask(task))[0] for task in self._tasks]
+        steady = dict(enumerate(alone))
+        for _ in range(NUM_CROWDS):
+            crowd = await asyncio.gather(*(self._ask(task) for task in self._tasks))
+            for index, (text, _) in enumerate(crowd):
+                if text != alone[index]:
+                    steady.pop(index, None)
+        num_unsteady = len(self._tasks) - len(steady)
+        self._tasks = [replace(self._tasks[index], text=text) for index, text in steady.items()]
+        return num_unsteady
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -95,7 +108,7 @@ class ChaosClients:
                     await asyncio.sleep(draw.uniform(0.5, 1.0))
                     continue
                 if text != task.text:
-                    self.tally.wrong.append(f"{task}: {text!r}")
+                    self.tally.wrong.append(f"{task.model}, {task.body}: {text!r}")
                 ended_at = time.monotonic()
                 self.tally.answers.append(
                     Answer(started_at, ended_at, num_tries, gap_s, gap_began_at)

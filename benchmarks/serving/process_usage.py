@@ -1,4 +1,4 @@
-"""What the processes of a server hold: resident memory and file descriptors, by process.
+"""What the processes of a server hold and take: memory, file descriptors, CPU time, by process.
 
 Reads /proc of this process's descendants, which a server that was started here is. It knows
 nothing of Ray but how its workers call themselves.
@@ -25,6 +25,8 @@ class Usage:
     # one counts it, and whoever made it says how large it is.
     shared_bytes: int
     num_fds: int
+    # CPU time since its start, of all threads, seconds.
+    cpu_s: float
 
 
 def usage_of_descendants(root_pid: int) -> dict[int, Usage]:
@@ -35,12 +37,43 @@ def usage_of_descendants(root_pid: int) -> dict[int, Usage]:
             kib = _resident_kib(Path(f"/proc/{pid}/status").read_text())
             num_fds = len(os.listdir(f"/proc/{pid}/fd"))
             role = role_of(Path(f"/proc/{pid}/cmdline").read_bytes())
+            # User and system time are the 14th and 15th field, the name the second.
+            fields = _fields_after_name(Path(f"/proc/{pid}/stat"))
         except OSError:
             # It has ended meanwhile.
             continue
         own_kib = kib.get("RssAnon", 0) + kib.get("RssFile", 0)
-        found[pid] = Usage(role, own_kib * _KIB, kib.get("RssShmem", 0) * _KIB, num_fds)
+        shared_kib = kib.get("RssShmem", 0)
+        cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        found[pid] = Usage(role, own_kib * _KIB, shared_kib * _KIB, num_fds, cpu_s)
     return found
+
+
+def machine_cpu_s() -> float:
+    """CPU time of the machine since its start: all processes, and what its host kept from it."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, interrupt, soft_interrupt, stolen = map(int, fields[:8])
+    busy = user + nice + system + interrupt + soft_interrupt + stolen
+    return busy / os.sysconf("SC_CLK_TCK")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; one that waits to be asked for its status has."""
+    try:
+        return _fields_after_name(Path(f"/proc/{pid}/stat"))[0] != "Z"
+    except OSError:
+        return False
+
+
+def cpu_shares(
+    first: dict[int, Usage], last: dict[int, Usage], seconds: float
+) -> list[tuple[str, float]]:
+    """Cores that each process took between two samples, by its role, the busiest first."""
+    shares = [
+        (usage.role, (usage.cpu_s - (first[pid].cpu_s if pid in first else 0.0)) / seconds)
+        for pid, usage in last.items()
+    ]
+    return sorted(shares, key=lambda share: -share[1])
 
 
 def _resident_kib(status: str) -> dict[str, int]:
@@ -67,8 +100,8 @@ def _descendants(root_pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # The name, in parentheses, may hold anything; the parent is the second field after it.
-            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+            # The parent is the second of them.
+            fields = _fields_after_name(stat)
         except OSError:
             continue
         children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
@@ -79,6 +112,11 @@ def _descendants(root_pid: int) -> list[int]:
         found += offspring
         waiting += offspring
     return found
+
+
+def _fields_after_name(stat: Path) -> list[str]:
+    """Of a process's line in /proc; its name, in parentheses, may hold anything."""
+    return stat.read_text(errors="replace").rpartition(")")[2].split()
 
 
 @dataclass(frozen=True)

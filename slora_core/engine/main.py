@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -181,6 +182,15 @@ class EngineLoop:
 
 
 def main() -> None:
+    serve_engine(_pretrained)
+
+
+def _pretrained(spec: EngineSpec) -> Engine:
+    return Engine.from_pretrained(Path(spec.model_path), spec.engine, load_format=spec.load_format)
+
+
+def serve_engine(make_engine: Callable[[EngineSpec], Engine]) -> None:
+    """Be an engine process from its start to its end."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     # What the owner asks for where this process hangs.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -190,9 +200,7 @@ def main() -> None:
     try:
         spec: EngineSpec = receive_message(connection)
         torch.set_num_threads(spec.num_threads or _default_threads(spec.engine.device))
-        engine = Engine.from_pretrained(
-            Path(spec.model_path), spec.engine, load_format=spec.load_format
-        )
+        engine = make_engine(spec)
         logger.info(
             "ready in %.1f s: %s",
             sum(engine.startup_s.values()),

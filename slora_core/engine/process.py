@@ -67,6 +67,7 @@ class AsyncEngine:
         interval_s: for how long tokens gather in a stream, seconds, by the number of streams.
         on_left: told the id of each request that the engine aborted because its stream was left;
             not of one that had ended by then.
+        program: the module that is run as the process; it speaks `protocol` as ours does.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class AsyncEngine:
         spec: EngineSpec,
         interval_s: Callable[[int], float] = lambda num_streams: 0.0,
         on_left: Callable[[str], None] = lambda request_id: None,
+        program: str = "slora_core.engine.main",
     ) -> None:
         self._spec = spec
+        self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         # The same connection twice: to shut down whatever the loop does, and to write to.
         self._socket: socket.socket | None = None
@@ -105,7 +108,7 @@ class AsyncEngine:
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "slora_core.engine.main", str(theirs.fileno())],
+                [sys.executable, "-m", self._program, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env={"GOMP_SPINCOUNT": str(SPIN_COUNT), **os.environ, "PYTHONPATH": path},
             )

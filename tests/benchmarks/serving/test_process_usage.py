@@ -10,6 +10,7 @@ import pytest
 from benchmarks.serving.process_usage import (
     Growth,
     Usage,
+    cpu_shares,
     growth_of_processes,
     role_of,
     usage_of_descendants,
@@ -70,10 +71,14 @@ def test_shared_memory_is_told_apart():
 
 def test_growth_by_medians_of_processes_that_last():
     def sample(mib, num_fds, **others):
-        lasting = {1: Usage("engine", mib * MIB, 0, num_fds)}
+        lasting = {1: Usage("engine", mib * MIB, 0, num_fds, 1.0)}
         return lasting | {int(pid[1:]): usage for pid, usage in others.items()}
 
-    first = [sample(100, 10), sample(100, 10, p2=Usage("worker", 5 * MIB, 0, 3)), sample(400, 90)]
+    first = [
+        sample(100, 10),
+        sample(100, 10, p2=Usage("worker", 5 * MIB, 0, 3, 1.0)),
+        sample(400, 90),
+    ]
     last = [sample(103, 10), sample(50, 12), sample(103, 12)]
     memory, descriptors = growth_of_processes(first, last)
     assert memory == [Growth("engine 1", 100, 103)]
@@ -84,3 +89,21 @@ def test_growth_by_medians_of_processes_that_last():
 @pytest.mark.parametrize(("first", "last", "share"), [(0, 0, 0.0), (0, 5, 1.0), (10, 5, -0.5)])
 def test_share(first, last, share):
     assert Growth("x", first, last).share == share
+
+
+def test_cpu_time_is_of_each_process():
+    program = "import time\nwhile time.process_time() < 0.3: pass\ninput()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as child:
+        try:
+            deadline = time.monotonic() + 20
+            while usage_of_descendants(os.getpid())[child.pid].cpu_s < 0.25:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            child.communicate(b"\n", timeout=20)
+
+
+def test_shares_of_the_cores():
+    first = {1: Usage("old", 0, 0, 0, 5.0), 2: Usage("gone", 0, 0, 0, 5.0)}
+    last = {1: Usage("old", 0, 0, 0, 6.0), 3: Usage("new", 0, 0, 0, 4.0)}
+    assert cpu_shares(first, last, 10.0) == [("new", 0.4), ("old", 0.1)]

@@ -24,7 +24,7 @@ ANSWERS = {
 def samples(*points):
     """Samples of (second, MiB of process 1, pages)."""
     return [
-        Sample(at_s, {1: Usage("slora_core.engine.main", mib * 2**20, 0, 9)}, {"pages": pages})
+        Sample(at_s, {1: Usage("slora_core.engine.main", mib * 2**20, 0, 9, 1.0)}, {"pages": pages})
         for at_s, mib, pages in points
     ]
 
