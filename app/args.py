@@ -6,14 +6,15 @@ Owns names, units, defaults and the reasons for them. It starts nothing; `build`
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from app.scaling_args import ScalingArgs
 from slora_core.config import EngineConfig
 
 DEMO_MODEL_NAME = "smollm2-135m-instruct"
 
 
-class SLoRAArgs(BaseModel):
+class SLoRAArgs(ScalingArgs):
     """Every field is checked before anything starts, and an unknown one is an error."""
 
     model_config = ConfigDict(extra="forbid")
@@ -95,8 +96,6 @@ class SLoRAArgs(BaseModel):
     # holds 2,000 adapters of a 7B model at rank 8. None is written to a disk that is 95% full.
     packed_cache_bytes: int = Field(default=2**35, ge=0)
 
-    # Engine replicas, each with a copy of the base model and a pool of its own.
-    num_replicas: int = Field(default=1, ge=1)
     # What Ray reserves for an engine replica. The CPU share is small by default because Ray only
     # counts it: the demo must start on two cores beside Serve's own actors.
     cpus_per_replica: float = Field(default=0.5, gt=0)
@@ -114,8 +113,6 @@ class SLoRAArgs(BaseModel):
     # ended, and with one replica new requests wait meanwhile; up to 100 where there is room for
     # both, so that as many serve as before.
     max_surge_percent: int = Field(default=0, ge=0, le=100)
-    # Processes that take HTTP requests; one serves some thousand tokens a second.
-    num_ingress_replicas: int = Field(default=1, ge=1)
 
     # Requests a replica holds, running and waiting in its engine; beyond it they wait in the
     # ingress. None: four times max_running_requests, so that the engine always finds a next one.
@@ -136,8 +133,9 @@ class SLoRAArgs(BaseModel):
     # Seconds for which a request whose engine has ended is without one, at most, before its client
     # is told: twice what a replica of an 8B model takes to come back on a GPU with cold caches.
     failover_timeout_s: float = Field(default=120.0, ge=0.0)
-    # An adapter leaves its replica when that holds this many requests, and more than
-    # spill_factor times the mean. 8 requests batch at little cost to each other; 1.25 bounds the
+    # A request leaves the replica of its adapter or conversation when that holds this many
+    # requests, and more than spill_factor times the mean. 8 requests batch at little cost to each
+    # other; 1.25 bounds the
     # imbalance without moving adapters at every fluctuation.
     spill_queue_len: int = Field(default=8, ge=1)
     spill_factor: float = Field(default=1.25, ge=1.0)
@@ -167,6 +165,11 @@ class SLoRAArgs(BaseModel):
                 f"store_capacity_bytes, {self.store_capacity_bytes}"
             )
         return self
+
+    @property
+    def num_batched_tokens(self) -> int:
+        """`max_batched_tokens`, or the device's default."""
+        return self.max_batched_tokens or (512 if self.device == "cpu" else 8192)
 
     @property
     def num_running_requests(self) -> int:
@@ -212,7 +215,7 @@ class SLoRAArgs(BaseModel):
             page_tokens=self.page_tokens,
             num_pool_tokens=self.num_pool_tokens or (24576 if on_cpu else None),
             memory_utilization=self.memory_utilization,
-            max_batched_tokens=self.max_batched_tokens or (512 if on_cpu else 8192),
+            max_batched_tokens=self.num_batched_tokens,
             max_running_requests=self.num_running_requests,
             shared_prefill_fraction=self.shared_prefill_fraction,
             max_model_len=self.max_model_len,

@@ -23,6 +23,7 @@ from app.registry.client import REGISTRY_DEPLOYMENT
 from app.registry.deployment import RegistryServer
 from app.replica.server import EngineServer
 from app.routing.serve_router import AffinityRouter
+from app.scaling import autoscaling_reports, engine_scaling, ingress_scaling
 from app.serve_run import EXPECTED, as_line, ended_by_failure
 from app.start_checks import check_machine
 from slora_core.text.template_sandbox import TemplateSourceError, check_template
@@ -102,7 +103,7 @@ def application(
     )
     engine = serve.deployment(engine_server).options(
         name=in_place.ENGINE,
-        num_replicas=args.num_replicas,
+        **engine_scaling(args),
         max_ongoing_requests=args.num_ongoing_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
@@ -110,6 +111,7 @@ def application(
         ray_actor_options={
             "num_cpus": args.cpus_per_replica,
             "num_gpus": args.gpus_per_replica,
+            **autoscaling_reports(args),
         },
         request_router_config=RequestRouterConfig(
             request_router_class=AffinityRouter,
@@ -122,13 +124,13 @@ def application(
     )
     ingress = serve.deployment(IngressServer).options(
         name=in_place.INGRESS,
-        num_replicas=args.num_ingress_replicas,
+        **ingress_scaling(args),
         # The engine's own limits decide; the ingress must not refuse before them.
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         # One that must go is there until another one serves.
         max_surge_percent=100,
-        ray_actor_options={"num_cpus": CPUS_PER_INGRESS},
+        ray_actor_options={"num_cpus": CPUS_PER_INGRESS, **autoscaling_reports(args)},
     )
     registry_app = _changing_in_place(registry, args).bind(args)
     engine_app = _changing_in_place(engine, args).bind(args, registry_app)

@@ -25,7 +25,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.context import _get_global_client
 from ray.serve.deployment import Deployment
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -212,15 +212,37 @@ def is_on_head_node() -> bool:
     )
 
 
-def known_queue_len(router: RequestRouter, replica: RunningReplica) -> int | None:
-    """Requests that a replica holds, of all routers; None where this one has not heard lately.
+class PatientRouter(RequestRouter):
+    """A router in which a request that waits holds up no other, told at once of what is sent.
 
-    Relies on `RequestRouter.replica_queue_len_cache`, an undocumented property: what the replica
-    told when it took this router's last request, with those sent and ended since; of ten seconds at
-    most. A replica tells its queue's length otherwise only by a call to it, one for every request
-    and replica. Tested in Ray 2.60.
+    Relies on the property `max_num_routing_tasks`, for how many requests at a time Serve looks for
+    a replica, by default two for each replica; those behind them wait for these. Relies also on
+    `on_send_request`, which Serve calls before the replica has answered, and on
+    `on_new_queue_len_info`, by which it hands on what the replica answers: the documented
+    `on_request_routed` comes after that, when the rest of a burst has been sent as well, and tells
+    no numbers. Tested in Ray 2.60.
     """
-    return router.replica_queue_len_cache.get(replica.replica_id)
+
+    # They wait in a line of the router's own, which costs little; not without any bound.
+    max_num_routing_tasks_cap = 128
+
+    @property
+    def max_num_routing_tasks(self) -> int:
+        return self.max_num_routing_tasks_cap
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        self.on_sending(replica_id)
+        super().on_send_request(replica_id)
+
+    def on_sending(self, replica_id: ReplicaID) -> None:
+        """A request is on its way to a replica; `on_request_completed` is called at its end."""
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        self.on_counted(replica_id, num_ongoing_requests)
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+
+    def on_counted(self, replica_id: ReplicaID, num_requests: int) -> None:
+        """A replica to which one was sent has so many, also where it refused that one."""
 
 
 def pause_when_all_are_full(pending_request: PendingRequest) -> None:

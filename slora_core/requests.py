@@ -252,6 +252,19 @@ class StepPlan:
         self.chunks.sort(key=lambda chunk: (not chunk.is_decode, chunk.slot))
 
 
+class LoadFigures(NamedTuple):
+    """What an engine replica holds at one moment, as it tells whoever it sends tokens to."""
+
+    replica_id: str
+    # Requests in all, and of them those that have no token yet.
+    num_requests: int
+    num_waiting: int
+    # Tokens of the prompts of those that wait.
+    queued_tokens: int
+    # Pages that are free or hold only idle prefixes, of all; a moment old.
+    free_page_share: float
+
+
 class Delta(NamedTuple):
     """New tokens of one request on their way out; the last has a finish reason or an error.
 
@@ -266,6 +279,8 @@ class Delta(NamedTuple):
     error: SLoRAError | None = None
     # In the delta of an answer's first token: tokens of the prompt found in the prefix cache.
     num_cached_tokens: int = 0
+    # Of the replica that sends it, in the first delta and in the last.
+    load: LoadFigures | None = None
 
     @classmethod
     def of(

@@ -60,7 +60,14 @@ OTEL_MODULES = {"app/tracing/otel.py"}
 
 RAY_PRIVATE = "app/ray_private.py"
 # What of Ray is private without an underscore of its own; `contextvars` is Serve's current request.
-PRIVATE_NAMES = {"replica_queue_len_cache", "routing_context", "should_backoff", "contextvars"}
+PRIVATE_NAMES = {
+    "on_send_request",
+    "on_new_queue_len_info",
+    "max_num_routing_tasks_cap",
+    "routing_context",
+    "should_backoff",
+    "contextvars",
+}
 
 
 def _modules(package: str) -> list[Path]:

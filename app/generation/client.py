@@ -20,6 +20,7 @@ from app.generation.course import Course
 from app.generation.text_ends import TextEndedError, TextEnds
 from app.registry.state import AdapterRecord
 from app.remote_errors import typed_call_error
+from app.routing.load_board import board
 from app.tracing.spans import Carrier
 from slora_core.errors import (
     EngineDeadError,
@@ -57,6 +58,8 @@ class EngineClient:
         self._text_ends = TextEnds(self._tell_replicas)
         self._open: set[_Ending] = set()
         self._is_stopped = False
+        # Of what routers know; they are in this process.
+        self._board = board()
 
     def stop(self) -> None:
         """End everything that runs with a ServerStoppingError, and what comes until `go_on`."""
@@ -126,7 +129,10 @@ class EngineClient:
         try:
             async for delta in responses if timeout_s is None else _going_on(responses, timeout_s):
                 has_ended = delta.is_last
+                if delta.load is not None:
+                    self._board.heard(delta.load)
                 if delta.error is not None:
+                    self._hear_of_death(delta.error)
                     raise delta.error
                 if delta is not WAITING:
                     attempts.received(delta)
@@ -150,6 +156,11 @@ class EngineClient:
             ending.responses = None
             if not has_ended:
                 responses.cancel()
+
+    def _hear_of_death(self, error: SLoRAError) -> None:
+        """Have routers leave a replica alone before Serve knows what this process does."""
+        if isinstance(error, EngineDeadError) and error.replica_id is not None:
+            self._board.died(error.replica_id)
 
     @contextmanager
     def _ending(self, request: Request) -> Iterator["_Ending"]:

@@ -101,7 +101,7 @@ class Generation:
             await self._deltas.athrow(TextEndedError())
 
     def _push(self, delta: Delta) -> TextPiece:
-        _, token_ids, reason, _, num_cached_tokens = delta
+        _, token_ids, reason, _, num_cached_tokens, _ = delta
         self.num_cached_tokens += num_cached_tokens
         detokenizer = self._detokenizer
         num_hidden = 0

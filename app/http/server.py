@@ -100,7 +100,10 @@ class IngressServer:
         await asyncio.to_thread(tracing.close)
 
     async def _is_ready(self) -> bool:
-        """Whether some replica has a living engine; asks them at most once a second."""
+        """Whether some replica has a living engine; asks them at most once a second.
+
+        Where the last one may go for want of requests, also without: the next request starts one.
+        """
         is_ready, asked_at = self._ready
         if time.monotonic() - asked_at >= READY_CACHE_S:
             try:
@@ -112,7 +115,7 @@ class IngressServer:
                 is_ready = True
             except Exception:
                 # There is no replica.
-                is_ready = False
+                is_ready = self._args.least_replicas == 0
             self._ready = (is_ready, time.monotonic())
         return is_ready
 

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from app import in_place
+from app import in_place, ray_private
 from app.args import SLoRAArgs
 from app.models.source import resolve_model
 from app.registry.client import RegistryClient
@@ -25,8 +25,16 @@ from app.registry.pools import REPORT_EVERY_S
 from app.registry.state import AdapterRecord
 from app.replica.leases import AdapterLeases
 from app.replica.left_requests import LeftRequests
+from app.replica.load_meter import LoadMeter
 from app.replica.spans import ReplicaSpans
-from app.routing.serve_router import HEALTHY_KEY, MODEL_KEY, QUEUE_LEN_KEY, RANK_KEY
+from app.replica.warm_up import (
+    PeerHeat,
+    adapters_to_warm,
+    hear_hot_adapters,
+    load_adapter,
+    warm_up,
+)
+from app.routing.view import HEALTHY_KEY, MODEL_KEY, QUEUE_LEN_KEY, RANK_KEY
 from app.serve_log import log_with_serve
 from app.serve_run import ended_by_failure, started
 from app.store.client import StoreClient
@@ -44,6 +52,8 @@ MODEL_CHANGE_S = 5
 LAST_WORDS_S = 0.2
 # And its spans, which tell of the death.
 LAST_SPANS_S = 1.0
+# Seconds between two looks at the pages that a busy engine has free.
+PAGES_EVERY_S = 0.5
 
 
 class EngineServer:
@@ -66,6 +76,7 @@ class EngineServer:
         # Before the engine, so that both start at once.
         store = StoreClient(args)
         self._left = LeftRequests()
+        self._meter = LoadMeter(self._replica_id, args.page_tokens)
         self._engine = self._new_engine(args)
         started_at = time.monotonic()
         info = await self._engine.start()
@@ -86,6 +97,9 @@ class EngineServer:
         self._following = asyncio.create_task(view.follow())
         self._reporting = asyncio.create_task(self._report_pool())
         self._ending = asyncio.create_task(self._end_with_engine())
+        self._looking = asyncio.create_task(self._look_at_pages())
+        if args.most_replicas > 1:
+            await self._load_hot_adapters()
 
     def reconfigure(self, changed: dict[str, Any]) -> None:
         """Called by Serve, also after the start; see `in_place.settings`."""
@@ -110,16 +124,17 @@ class EngineServer:
             self._check_model(request)
             spans = self._spans
             holding = spans.leasing(request, self._leases.hold(record)) if record else nullcontext()
-            async with holding:
-                with self._engine.generate(request) as stream, spans.running(request, stream):
-                    if request.num_moves:
-                        # Its client waits for an engine no longer, but for this one's queue.
-                        yield Delta(request.request_id, [])
-                    async for delta in stream:
-                        if delta.error is not None:
-                            # Also for the lease, which may have to be replaced.
-                            raise delta.error
-                        yield delta
+            with self._meter.counted(request, record) as with_load:
+                async with holding:
+                    with self._engine.generate(request) as stream, spans.running(request, stream):
+                        if request.num_moves:
+                            # Its client waits for an engine no longer, but for this one's queue.
+                            yield Delta(request.request_id, [])
+                        async for delta in stream:
+                            if delta.error is not None:
+                                # Also for the lease, which may have to be replaced.
+                                raise delta.error
+                            yield with_load(delta)
         except EngineDeadError as error:
             told = EngineDeadError(str(error), self._replica_id, error.is_suspect)
             yield Delta(request.request_id, [], error=told)
@@ -160,9 +175,17 @@ class EngineServer:
         return {
             RANK_KEY: self._rank(),
             HEALTHY_KEY: self._engine.is_alive(),
-            QUEUE_LEN_KEY: self._engine.num_streams,
+            QUEUE_LEN_KEY: self._meter.coarse_num_requests,
             MODEL_KEY: in_place.model_key(self._args),
         }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve; what `routing.autoscaling` reads."""
+        return self._meter.autoscaling_stats()
+
+    async def hot_adapters(self) -> PeerHeat:
+        """Called by a replica that starts."""
+        return PeerHeat(self._rank(), self._meter.heat.hottest())
 
     def __del__(self) -> None:
         # Serve calls it at a graceful stop, also where __init__ failed.
@@ -213,6 +236,24 @@ class EngineServer:
                 logger.info("the registry was not told of the pool: %r", error)
             await asyncio.sleep(REPORT_EVERY_S)
 
+    async def _look_at_pages(self) -> None:
+        """Keep the meter told of the engine's pages, while they change."""
+        while self._engine.is_alive():
+            if self._meter.needs_pages:
+                with suppress(EngineDeadError):
+                    self._meter.saw_pages(await self._engine.stats())
+            await asyncio.sleep(PAGES_EVERY_S)
+
+    async def _load_hot_adapters(self) -> None:
+        """Load what will be asked for here, before Serve sends requests."""
+        context = serve.get_replica_context()
+        peers = ray_private.handle_by_name(context.deployment, context.app_name)
+        hot = await hear_hot_adapters(
+            lambda: peers.broadcast("hot_adapters").results_async(return_exceptions=True)
+        )
+        records = adapters_to_warm(self._rank(), hot, self._num_pages)
+        await warm_up(records, lambda record: load_adapter(record, self._leases, self._engine))
+
     def _drop_adapters(self, adapter_ids: frozenset[str]) -> None:
         for adapter_id in adapter_ids:
             self._engine.drop_adapter(adapter_id)
@@ -228,7 +269,7 @@ def engine_spec(args: SLoRAArgs) -> EngineSpec:
     num_threads = args.num_threads
     if num_threads is None and args.device == "cpu":
         # Replicas share the machine; more threads than cores make each of them slower.
-        num_threads = max(1, len(os.sched_getaffinity(0)) // args.num_replicas)
+        num_threads = max(1, len(os.sched_getaffinity(0)) // args.most_replicas)
     return EngineSpec(
         model_path=str(resolve_model(args.model, args.model_revision)),
         load_format=args.load_format,

@@ -21,10 +21,14 @@ class ReplicaLoad:
 
     # What is hashed: the replica's number within its deployment, which a replacement inherits.
     rank_in_deployment: str
-    # Requests it holds, as far as this router knows.
-    queue_len: int
+    # What it holds, in requests; a fraction where long prompts wait.
+    load: float
     # Whether its engine answers; one that does not is no choice.
     healthy: bool = True
+    # Whether it takes no more requests: no choice either, but what is at home there stays so.
+    is_full: bool = False
+    # Whether requests wait in it for pages, of which there are hardly any.
+    is_saturated: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,51 +45,86 @@ class RoutingKeys:
 
 @dataclass(frozen=True)
 class LoadBound:
-    """How many requests a replica may hold before its keys' requests go elsewhere."""
+    """How much a replica may hold, in requests, before its keys' requests go elsewhere."""
 
     # Whatever the others hold.
     spill_queue_len: int = 8
     # Of the mean load, with this request counted.
     spill_factor: float = 1.25
 
-    def of(self, queue_lens: Sequence[int]) -> int:
-        mean = (sum(queue_lens) + 1) / max(len(queue_lens), 1)
+    def of(self, loads: Sequence[float]) -> int:
+        mean = (sum(loads) + 1) / max(len(loads), 1)
         return max(self.spill_queue_len, math.ceil(self.spill_factor * mean))
 
 
 def order_replicas(
     keys: RoutingKeys, replicas: Sequence[ReplicaLoad], bound: LoadBound
 ) -> list[int]:
-    """Indices of the healthy ones of `replicas`, the first choice first.
+    """Indices of those of `replicas` that may have the request, the first choice first.
 
-    First those within the bound among the first `width` of the adapter's order (for the base model
-    among all), in the conversation's order, or without one the least loaded first. Then the others
-    within the bound in the adapter's order, and at last those beyond it, the least loaded first.
-    Equal ones are in random order.
+    First those within the bound among the adapter's homes (for the base model among all), in the
+    conversation's order, or without one the least loaded first, where of the homes a request more
+    or less is no matter. Then the others within the bound in the adapter's order, and at last those
+    beyond it, the least loaded first. Equal homes are in the adapter's order, equal others in
+    random order. A saturated replica is beyond the bound, whatever it holds.
     """
     healthy = [index for index, replica in enumerate(replicas) if replica.healthy]
-    limit = bound.of([replicas[index].queue_len for index in healthy])
-
-    def weight(key: str, index: int) -> int:
-        return rendezvous_weight(key, replicas[index].rank_in_deployment)
-
-    place: dict[int, int] = dict.fromkeys(healthy, 0)
-    if keys.adapter_id:
-        by_adapter = sorted(healthy, key=lambda index: -weight(keys.adapter_id, index))
-        place = {index: max(0, at - keys.width + 1) for at, index in enumerate(by_adapter)}
+    limit = bound.of([replicas[index].load for index in healthy])
+    ranks = [replicas[index].rank_in_deployment for index in healthy]
+    at_home = {healthy[place]: weight for place, weight in _home_weights(keys, ranks).items()}
 
     def preference(index: int) -> tuple[float, ...]:
-        queue_len = replicas[index].queue_len
-        if queue_len >= limit:
-            return (len(replicas), queue_len, random.random())
-        if keys.conversation:
-            # Of those in one place; the others have each a place of their own.
-            return (place[index], -weight(f"{keys.adapter_id}/{keys.conversation}", index))
-        return (place[index], queue_len, random.random())
+        replica = replicas[index]
+        least_loaded = (replica.load, random.random())
+        if replica.load >= limit or replica.is_saturated:
+            return (2, *least_loaded)
+        own_order = -rendezvous_weight(keys.adapter_id, replica.rank_in_deployment)
+        if index not in at_home:
+            return (1, own_order)
+        if keys.adapter_id:
+            # What comes after a burst, one request at a time, finds what the one before left.
+            return (0, -at_home[index], replica.load // 2, own_order)
+        return (0, -at_home[index], *least_loaded)
 
-    return sorted(healthy, key=preference)
+    return sorted((index for index in healthy if not replicas[index].is_full), key=preference)
+
+
+def homes(adapter_id: str, width: int, ranks: Sequence[str]) -> list[int]:
+    """Which of `ranks` share an adapter's requests, by position: the first of its own order.
+
+    The order in which they are given matters to conversations, which choose by it. It is that in
+    which they would have become homes had the replicas come one after another, by number: one that
+    comes then takes the place of the last in the adapter's order, and the others keep theirs.
+    """
+    weights = [rendezvous_weight(adapter_id, rank) for rank in ranks]
+    chosen: list[int] = []
+    for place in sorted(range(len(ranks)), key=lambda place: (len(ranks[place]), ranks[place])):
+        if len(chosen) < width:
+            chosen.append(place)
+            continue
+        last = min(chosen, key=weights.__getitem__)
+        if weights[place] > weights[last]:
+            chosen[chosen.index(last)] = place
+    return chosen
 
 
 def rendezvous_weight(key: str, rank_in_deployment: str) -> int:
     """How strongly a key prefers a replica, uniform over 64 bits."""
     return int.from_bytes(blake2b(f"{rank_in_deployment}/{key}".encode(), digest_size=8).digest())
+
+
+def _home_weights(keys: RoutingKeys, ranks: Sequence[str]) -> dict[int, int]:
+    """Of the homes, by their position in `ranks`, how strongly a conversation prefers each.
+
+    It chooses by the number of a home, so that it stays with what takes that place; with the base
+    model, which is everywhere, by the replica itself.
+    """
+    if keys.adapter_id:
+        places = homes(keys.adapter_id, keys.width, ranks)
+        names = {place: f"home {number}" for number, place in enumerate(places)}
+    else:
+        names = dict(enumerate(ranks))
+    if not keys.conversation:
+        return dict.fromkeys(names, 0)
+    name = f"{keys.adapter_id}/{keys.conversation}"
+    return {place: rendezvous_weight(name, home) for place, home in names.items()}

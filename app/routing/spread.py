@@ -48,7 +48,7 @@ class AdapterSpread:
             if not self._num_running[adapter_id]:
                 del self._num_running[adapter_id]
 
-    def width(self, adapter_id: str, queue_lens: Sequence[int]) -> int:
+    def width(self, adapter_id: str, queue_lens: Sequence[float]) -> int:
         """Replicas that share the adapter's requests, one more of which has come.
 
         `queue_lens` are of the healthy replicas: what each holds, of all routers.

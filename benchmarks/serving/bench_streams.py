@@ -27,6 +27,7 @@ from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
 from app.models.demo import ensure_demo_model
 from app.registry.follower import RegistryView
+from app.replica.load_meter import LoadMeter
 from app.replica.server import EngineServer, gathering_interval
 from app.replica.spans import ReplicaSpans
 from app.tracing.spans import NO_TRACING
@@ -268,6 +269,7 @@ async def measure(args: argparse.Namespace, tokenizer: Tokenizer) -> list[dict[s
     server = object.__new__(EngineServer)
     server._engine, server._replica_id, server._args = engine, "replica", SLoRAArgs()
     server._tracing, server._spans = NO_TRACING, ReplicaSpans(NO_TRACING, "replica")
+    server._meter = LoadMeter("replica", SLoRAArgs().page_tokens)
     rows = []
     for num_streams in args.streams:
         texts = make_texts(tokenizer, num_streams, args.tokens)

@@ -7,6 +7,7 @@ import asyncio
 import io
 import logging.handlers
 import os
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,21 +18,38 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from app import ray_private
-from app.routing.serve_router import AffinityRouter
 from app.serve_log import log_with_serve
 
 
-class CountingRouter(AffinityRouter):
-    """Adds a byte to the file `calls` each time it is asked, in whichever process it runs."""
+class CountingRouter(ray_private.PatientRouter):
+    """Prefers the replica that it has sent the fewest of those requests to that run.
 
-    def initialize_state(self, calls: str, **kwargs) -> None:
-        super().initialize_state(**kwargs)
-        self._calls = calls
+    Adds a byte to the file `calls` each time it is asked, in whichever process it runs, and writes
+    what replicas answer to the file beside it. Has no replica for the session "nowhere".
+    """
 
-    async def choose_replicas(self, candidate_replicas, pending_request=None):
-        with open(self._calls, "ab") as file:
+    def initialize_state(self, calls: str) -> None:
+        self._calls = Path(calls)
+        self._held: Counter[str] = Counter()
+
+    async def choose_replicas(self, candidate_replicas, pending_request):
+        with self._calls.open("ab") as file:
             file.write(b".")
-        return await super().choose_replicas(candidate_replicas, pending_request)
+        ray_private.pause_when_all_are_full(pending_request)
+        if pending_request.metadata.session_id == "nowhere":
+            return []
+        ids = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        return [[ids[key]] for key in sorted(ids, key=lambda key: (self._held[key], key))]
+
+    def on_sending(self, replica_id) -> None:
+        self._held[replica_id.unique_id] += 1
+
+    def on_request_completed(self, replica_id, internal_request_id) -> None:
+        self._held[replica_id.unique_id] -= 1
+
+    def on_counted(self, replica_id, num_requests) -> None:
+        with self._calls.with_name("counts").open("a") as file:
+            file.write(f"{num_requests}\n")
 
 
 class Replica:
@@ -101,10 +119,10 @@ class ContractIngress:
 
 
 def contract_app(calls: Path, **limits):
-    """Two replicas behind a counting router that spills at one request."""
+    """Two replicas behind a counting router."""
     router = serve.config.RequestRouterConfig(
         request_router_class=CountingRouter,
-        request_router_kwargs={"calls": str(calls), "spill_queue_len": 1, "spill_factor": 1.0},
+        request_router_kwargs={"calls": str(calls)},
     )
     replica = serve.deployment(Replica).options(
         name="replica",

@@ -115,6 +115,10 @@ class RunningApp:
         """Counters of every engine replica."""
         return self._engine().broadcast("stats").results(timeout_s=10)
 
+    def routing_stats(self):
+        """What every engine replica tells the routers."""
+        return self._engine().broadcast("record_routing_stats").results(timeout_s=10)
+
     def check_integrity(self):
         self._engine().broadcast("check_integrity").results(timeout_s=10)
 

@@ -29,6 +29,10 @@ def test_defaults_are_the_demo():
         ({"engine_stall_timeout_s": 0}, "engine_stall_timeout_s"),
         ({"store_capacity_bytes": 2**20, "store_extent_bytes": 2**21}, "store_extent_bytes"),
         ({"served_model_name": ""}, "served_model_name"),
+        ({"min_replicas": 0}, "min_replicas is 0 without max_replicas"),
+        ({"max_replicas": 1, "num_replicas": 2}, "num_replicas is 2; .* from min_replicas, 2, to"),
+        ({"max_replicas": 4, "min_replicas": 2}, "num_replicas is 1; .*, 2, to max_replicas, 4"),
+        ({"max_ingress_replicas": 1, "num_ingress_replicas": 2}, "max_ingress_replicas is 1"),
     ],
 )
 def test_a_wrong_field_is_named(fields, named):
@@ -81,8 +85,8 @@ def test_what_is_wrong_is_told_in_words():
     with pytest.raises(ValueError) as told:
         parse_args({"num_replicas": 0, "nonsense": 3, "dtype": "int8"})
     assert str(told.value) == (
-        "dtype: Input should be 'float32', 'bfloat16' or 'float16', not 'int8'; "
         "num_replicas: Input should be greater than or equal to 1, not 0; "
+        "dtype: Input should be 'float32', 'bfloat16' or 'float16', not 'int8'; "
         "nonsense is no argument of this application"
     )
     with pytest.raises(ValueError, match="^num_pool_tokens .*page_tokens"):

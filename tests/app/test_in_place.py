@@ -16,6 +16,7 @@ ALL = {REGISTRY, ENGINE, INGRESS}
     [
         ({"num_replicas": 2}, set()),
         ({"num_ingress_replicas": 2}, set()),
+        ({"min_replicas": 0, "max_replicas": 4, "target_requests": 3.0}, set()),
         ({"max_queued_requests": 7, "max_queued_tokens": 8, "max_ongoing_requests": 9}, set()),
         ({"max_body_bytes": 2**20, "body_timeout_s": 5.0}, set()),
         ({"flush_interval_s": 0.1, "max_pieces_per_s": 10.0}, set()),

@@ -193,25 +193,42 @@ def test_what_one_process_writes_to_the_cluster_others_read(ray_cluster):
 
 
 @pytest.mark.serve
-def test_the_router_knows_queue_lengths(streams):
-    """A session stays on its replica, and leaves it while that holds a request."""
-    with contract("RequestRouter.replica_queue_len_cache"):
-        home = streams()
+def test_a_router_is_told_of_what_it_sends_and_of_its_end(streams):
+    """It leaves a replica while that holds a request, and comes back."""
+    with contract("RequestRouter.on_send_request"):
+        first = streams(holding=False)
+        # The router learns of the end a moment later.
+        time.sleep(0.2)
+        assert streams() == first
         other = streams()
-        assert other != home, "the held request was not counted"
-        assert streams("b") in (home, other)
+        assert other != first, "the held request was not counted"
 
 
 @pytest.mark.serve
-def test_a_session_comes_home_when_its_replica_is_free(streams):
-    with contract("RequestRouter.replica_queue_len_cache"):
-        pids = set()
-        for _ in range(4):
-            # Of its own: one that has just been spread comes home later.
-            pids.add(streams("alone", holding=False))
-            # The router learns of the end a moment later.
-            time.sleep(0.2)
-        assert len(pids) == 1
+def test_a_router_is_told_what_replicas_answer(streams, calls):
+    with contract("RequestRouter.on_new_queue_len_info"):
+        counts = calls.with_name("counts")
+        before = len(counts.read_text().split())
+        for _ in range(3):
+            streams()
+        # Each with itself, the third beside the first.
+        assert counts.read_text().split()[before:] == ["1", "1", "2"]
+
+
+@pytest.mark.serve
+def test_requests_without_a_replica_hold_up_no_others(handle, streams):
+    from app.ray_private import stream_by_value
+
+    with contract("RequestRouter.max_num_routing_tasks"):
+        stuck = [stream_by_value(handle, "items", "nowhere") for _ in range(12)]
+        try:
+            time.sleep(0.5)
+            started_at = time.monotonic()
+            streams()
+            assert time.monotonic() - started_at < 2
+        finally:
+            for stream in stuck:
+                stream.cancel()
 
 
 @pytest.mark.serve
@@ -282,8 +299,17 @@ def test_the_router_brings_nothing_heavy_along():
         "print(*set(sys.modules) - before)"
     )
     others = {name for name in loaded.split() if name.split(".")[0] not in sys.stdlib_module_names}
-    files = {"app.routing.order", "app.routing.spread"}
-    assert others == {"app", "app.ray_private", "app.routing", *files}
+    parts = ["load_board", "order", "spread", "view", "waiting_line"]
+    assert others == {
+        "app",
+        "app.ray_private",
+        "app.routing",
+        *(f"app.routing.{part}" for part in parts),
+        # Plain data.
+        "slora_core",
+        "slora_core.errors",
+        "slora_core.requests",
+    }
 
 
 def test_a_broken_contract_names_the_touch():

@@ -1,8 +1,9 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from app.routing.order import LoadBound, ReplicaLoad, RoutingKeys, order_replicas
+from app.routing.order import LoadBound, ReplicaLoad, RoutingKeys, homes, order_replicas
 
 ADAPTERS = [f"adapter-{i:04d}" for i in range(2000)]
 
@@ -147,3 +148,44 @@ def test_an_adapter_that_is_spread_goes_to_the_least_loaded_of_its_replicas():
     replicas[first], replicas[second] = ReplicaLoad(str(first), 20), ReplicaLoad(str(second), 20)
     replicas[third] = ReplicaLoad(str(third), 3)
     assert order("hot", replicas, width=2)[0] == third
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_replica_that_comes_takes_one_home_at_most(width):
+    for key in ADAPTERS[:50]:
+        for num_replicas in range(width, 12):
+            ranks = [str(rank) for rank in range(num_replicas + 1)]
+            before, after = homes(key, width, ranks[:-1]), homes(key, width, ranks)
+            taken = [new for old, new in zip(before, after, strict=True) if old != new]
+            assert taken in ([], [num_replicas])
+            assert set(after) == set(order(key, idle(num_replicas + 1))[:width])
+
+
+def test_there_are_no_more_homes_than_replicas():
+    assert sorted(homes("a", 9, list("012"))) == [0, 1, 2]
+    assert homes("a", 2, []) == []
+
+
+def test_a_full_replica_keeps_its_adapters_and_gets_no_request():
+    for key in ADAPTERS[:50]:
+        first, second, third = order(key, idle(3))
+        replicas = [ReplicaLoad(str(rank), 3) for rank in range(3)]
+        replicas[first] = replace(replicas[first], is_full=True)
+        assert order(key, replicas) == order(key, replicas, width=2) == [second, third]
+
+
+def test_a_replica_whose_requests_wait_for_pages_is_beyond_the_bound():
+    for key in ADAPTERS[:50]:
+        first, second = order(key, idle(2))
+        replicas = [ReplicaLoad(str(rank), 2) for rank in range(2)]
+        replicas[first] = replace(replicas[first], is_saturated=True)
+        assert order(key, replicas) == [second, first]
+
+
+def test_one_request_at_a_time_stays_at_the_first_of_its_homes():
+    for key in ADAPTERS[:50]:
+        first, second, third = order(key, idle(3))
+        replicas = idle(3)
+        # The last one is still counted.
+        replicas[first] = ReplicaLoad(str(first), 1)
+        assert order(key, replicas, width=2) == [first, second, third]

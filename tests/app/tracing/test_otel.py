@@ -19,6 +19,7 @@ from app.http.bodies import BodyReader
 from app.http.routes import Ingress, api_app
 from app.http.service import CompletionService
 from app.registry.follower import RegistryView
+from app.replica.load_meter import LoadMeter
 from app.replica.server import EngineServer
 from app.replica.spans import ReplicaSpans
 from app.tracing.otel import OtelTracing
@@ -136,6 +137,7 @@ class World:
         server = object.__new__(EngineServer)
         server._engine, server._leases = self.engines[index], self.leases
         server._replica_id, server._args = f"replica-{index}", SLoRAArgs()
+        server._meter = LoadMeter(server._replica_id, server._args.page_tokens)
         server._tracing = self._tracing()
         server._spans = ReplicaSpans(server._tracing, server._replica_id)
         return server
