@@ -1,5 +1,6 @@
 """Fixtures that several test modules share, which tests share a worker, and the run's report."""
 
+import logging
 import operator
 import os
 import sys
@@ -52,6 +53,17 @@ def ray_cluster():
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def own_logs() -> Iterator[None]:
+    """Undo what a Serve deployment that a test makes does to the loggers of its process."""
+    yield
+    for name in ("app", "slora_core"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from tests.app.serve_app import ADAPTERS, BASE, running_app, wait_until
 
 pytestmark = pytest.mark.serve
 
+NUM_STREAMS = 4
+
 
 @pytest.fixture(scope="module")
 def app(ray_cluster, tmp_path_factory):
@@ -40,7 +42,7 @@ def test_a_second_replica_comes_with_the_load_and_goes_without_losing_a_stream(a
         while not stop.is_set():
             statuses.add(app.complete(max_tokens=100, ignore_eos=True).status_code)
 
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(4 + NUM_STREAMS) as pool:
         for _ in range(4):
             pool.submit(ask)
         try:
@@ -51,13 +53,12 @@ def test_a_second_replica_comes_with_the_load_and_goes_without_losing_a_stream(a
             own = {key for key in adapter_ids if homes(key, 1, ["0", "1"]) == [1]}
             assert second["rank_in_deployment"] == "1" and len(own) > 1
             assert set(second["resident_adapters"]) == own
+            # Longer than it takes to notice that two replicas are too many, and on both.
+            streams = [pool.submit(_read_stream, app) for _ in range(NUM_STREAMS)]
+            wait_until(lambda: all(stats["num_running"] for stats in app.stats()), timeout_s=10)
         finally:
             stop.set()
-        app.wait_idle()
-        # Without a page in common, they go where there is room: one on each.
-        streams = [pool.submit(_read_stream, app) for _ in range(2)]
-        wait_until(lambda: [stats["num_running"] for stats in app.stats()] == [1, 1], timeout_s=10)
-        assert [stream.result() for stream in streams] == ["length"] * 2
+        assert [stream.result() for stream in streams] == ["length"] * NUM_STREAMS
     assert statuses == {200}
     app.wait_replicas(1)
     assert app.complete(BASE).status_code == 200
